@@ -1,0 +1,30 @@
+"""kp: a torch.compile backend that proves attention masks and rewrites attention onto the fastest exact kernels.
+
+    import torch
+    model = torch.compile(model, backend="kp")
+
+`import kp_compiler as kp` gives the tools around it: plan, explain, capture_reports, options.
+"""
+
+from __future__ import annotations
+
+from kp_compiler.backend import kp
+from kp_compiler.capture import capture_reports, explain, plan
+from kp_compiler.config import options
+from kp_compiler.errors import KPConfigError, KPError, KPRequirementError
+from kp_compiler.report import Rejection, Report, SiteRecord
+
+__version__ = "0.1.0"
+__all__ = [
+    "KPConfigError",
+    "KPError",
+    "KPRequirementError",
+    "Rejection",
+    "Report",
+    "SiteRecord",
+    "capture_reports",
+    "explain",
+    "kp",
+    "options",
+    "plan",
+]

@@ -1,0 +1,237 @@
+"""Options: what exists, where a value came from, and one clear error for everything else.
+
+Precedence, strongest first: `torch.compile(options=...)`, `with kp.options(...)`, the environment variable
+`KP_PASSES="+name,-name"`, defaults. `KP_DISABLE=1` bypasses kp. This is the only module that reads the environment
+for options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import hashlib
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+from kp_compiler.errors import KPConfigError
+
+Mode = Literal["off", "auto", "on", "require"]
+Lowering = Literal["inductor", "aot_eager", "eager"]
+Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """Settings every pass has."""
+
+    mode: Mode = "auto"  # auto: where proved and predicted to gain; on: where proved; require: on, or an error
+    expect: int | None = None  # raise unless the pass fires at this many sites or more
+    skip: tuple[str, ...] = ()  # module paths (substrings) to leave alone
+    only: tuple[str, ...] = ()  # if given, module paths (substrings) to work on
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaiseAttentionConfig(PassConfig):
+    """Recognising attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProveMasksConfig(PassConfig):
+    """Proving masks."""
+
+    fill_threshold: float = -1e8  # a finite fill at or below this counts as "left out" where no row is dead
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(PassConfig):
+    """Choosing kernels for attention."""
+
+    impl: Impl = "auto"  # a kernel by name never falls back: where it can't serve a site, the site is refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every option, resolved."""
+
+    raise_attention: RaiseAttentionConfig = field(default_factory=RaiseAttentionConfig)
+    prove_masks: ProveMasksConfig = field(default_factory=ProveMasksConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    strict: bool = False  # a pass that fails raises instead of being undone
+    verify: bool = False  # run every rewritten site beside the original before using it
+    cpu_rewrites: bool = False  # rewrite CPU graphs too, onto the reference kernels
+    lowering: Lowering = "inductor"  # who compiles the rewritten graph
+    report_dir: str | None = None  # write one JSON report per graph here
+    mode: str | None = None  # torch.compile's mode, passed on to Inductor
+    inductor: Mapping[str, Any] = field(default_factory=dict)  # Inductor options, passed on
+    disabled: bool = False  # KP_DISABLE=1
+    sources: Mapping[str, str] = field(default_factory=dict)  # option -> where its value came from
+
+    def passes(self) -> dict[str, PassConfig]:
+        return {name: getattr(self, name) for name in PASS_CONFIGS}
+
+    def fingerprint(self) -> str:
+        """Digest of every setting that can change a compiled graph."""
+        data = dataclasses.asdict(self)
+        for volatile in ("sources", "report_dir"):
+            del data[volatile]
+        return hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()[:16]
+
+
+PASS_CONFIGS: dict[str, type[PassConfig]] = {
+    "raise_attention": RaiseAttentionConfig,
+    "prove_masks": ProveMasksConfig,
+    "attention": AttentionConfig,
+}
+GLOBAL_KEYS = ("strict", "verify", "cpu_rewrites", "lowering", "report_dir", "mode", "inductor")
+
+_scoped: contextvars.ContextVar[tuple[Mapping[str, Any], ...]] = contextvars.ContextVar("kp_options", default=())
+
+
+@contextlib.contextmanager
+def options(**settings: Any) -> Iterator[None]:
+    """Options for every compilation that happens inside the block, on this thread.
+
+    They are read when the backend runs, that is at a model's first call and at recompiles. Compiled code is not
+    guarded on them: leaving the block recompiles nothing.
+    """
+    resolve(settings, env={})  # errors belong here, not at the first call of a model
+    token = _scoped.set((*_scoped.get(), settings))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def resolve(
+    settings: Mapping[str, Any] | None = None, *, mode: str | None = None, env: Mapping[str, str] | None = None
+) -> Config:
+    """Merge defaults, environment, `kp.options` scopes and `settings` into a Config, or raise KPConfigError."""
+    env = os.environ if env is None else env
+    layers: list[tuple[str, Mapping[str, Any]]] = [("KP_PASSES", _from_env(env.get("KP_PASSES", "")))]
+    layers += [("kp.options", scope) for scope in _scoped.get()]
+    if settings is not None and not isinstance(settings, Mapping):
+        raise KPConfigError(f"options: got {type(settings).__name__}, expected a dict")
+    layers.append(("options", settings or {}))
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        for key, value in layer.items():
+            _merge(values, sources, key, value, source)
+    if mode is not None and values.get("mode", mode) != mode:
+        raise KPConfigError(f"mode: got {mode!r} from torch.compile and {values['mode']!r} from options")
+    if mode is not None:
+        values["mode"] = mode
+    if "inductor" in values or "mode" in values:
+        _check_inductor(values.get("mode"), values.get("inductor", {}))
+    disabled = env.get("KP_DISABLE", "") not in ("", "0")
+    return Config(**values, disabled=disabled, sources=sources)
+
+
+def _merge(values: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str) -> None:
+    if key in PASS_CONFIGS:
+        cls = PASS_CONFIGS[key]
+        changes = _pass_settings(key, value)
+        values[key] = dataclasses.replace(values.get(key, cls()), **changes)
+        sources.update({f"{key}.{name}": source for name in changes})
+    elif key in GLOBAL_KEYS:
+        values[key] = _checked(key, value, typing.get_type_hints(Config)[key])
+        sources[key] = source
+    else:
+        raise KPConfigError(_unknown("option", key, (*PASS_CONFIGS, *GLOBAL_KEYS)))
+
+
+def _pass_settings(name: str, value: Any) -> dict[str, Any]:
+    """The settings of one pass from what the user wrote: a mode, a bool or a dict."""
+    if isinstance(value, bool):
+        return {"mode": "on" if value else "off"}
+    if isinstance(value, str):
+        return {"mode": _checked(name, value, Mode)}
+    if not isinstance(value, Mapping):
+        raise KPConfigError(f"{name}: got {value!r}, expected one of {_names(get_args(Mode))}, a bool or a dict")
+    hints = typing.get_type_hints(PASS_CONFIGS[name])
+    for key in value:
+        if key not in hints:
+            raise KPConfigError(_unknown(f"{name} setting", key, tuple(hints)))
+    given = {key: _checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()}
+    if value and "mode" not in given and given.get("expect") is not None:
+        given["mode"] = "require"
+    return given
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` if it is of the hinted type, else KPConfigError. A single string serves where several may stand."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        raise KPConfigError(_unexpected(name, value, args))
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _checked(name, value, next(arg for arg in args if arg is not type(None)))
+    if origin is tuple:
+        items = (value,) if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise KPConfigError(f"{name}: got {value!r}, expected a string or a list of strings")
+    if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise KPConfigError(f"{name}: got {value!r}, expected a dict")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool):
+        raise KPConfigError(f"{name}: got {value!r}, expected an int")
+    if isinstance(value, hint):
+        return value
+    raise KPConfigError(f"{name}: got {value!r}, expected {'an' if hint is int else 'a'} {hint.__name__}")
+
+
+def _from_env(text: str) -> dict[str, str]:
+    """`+name,-name` as settings."""
+    found = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if item[0] not in "+-":
+            raise KPConfigError(f"KP_PASSES: got {item!r}, expected +name or -name")
+        if item[1:] not in PASS_CONFIGS:
+            raise KPConfigError("KP_PASSES: " + _unknown("pass", item[1:], tuple(PASS_CONFIGS)))
+        found[item[1:]] = "on" if item[0] == "+" else "off"
+    return found
+
+
+def _check_inductor(mode: str | None, patches: Mapping[str, Any]) -> None:
+    import torch._inductor as inductor
+
+    modes = tuple(inductor.list_mode_options())
+    if mode is not None and mode not in (*modes, "default"):
+        raise KPConfigError(_unexpected("mode", mode, ("default", *modes)))
+    known = tuple(inductor.list_options()) if patches else ()
+    for key in patches:
+        if key.replace("-", "_") not in known:
+            raise KPConfigError(_unknown("inductor option", key, known, listed=False))
+
+
+def _unknown(what: str, name: Any, known: tuple[str, ...], *, listed: bool = True) -> str:
+    text = f"unknown {what} {name!r}"
+    if listed:
+        text += f", expected one of {_names(known)}"
+    return text + _nearest(name, known)
+
+
+def _unexpected(name: str, value: Any, known: tuple[Any, ...]) -> str:
+    return f"{name}: got {value!r}, expected one of {_names(known)}" + _nearest(value, known)
+
+
+def _nearest(name: Any, known: tuple[Any, ...]) -> str:
+    close = difflib.get_close_matches(str(name), [str(item) for item in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _names(known: tuple[Any, ...]) -> str:
+    return ", ".join(repr(item) for item in known)

@@ -1,0 +1,80 @@
+"""A roofline in sympy: FLOPs, bytes and seconds of attention as formulas of the (possibly symbolic) shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy
+
+from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.target import Target
+
+# Measured on one H100 80GB HBM3, torch 2.11, bf16, causal, 8k tokens, D128: benchmarks/attention_models.py and
+# shared figures of 2026-11-22. Forward FLOP/s by implementation; "masked" is SDPA with a dense boolean mask, "eager" is
+# bound by memory instead.
+RATES = {"fa4": 580e12, "cudnn": 560e12, "flash": 318e12, "flex": 389e12, "efficient": 170e12, "masked": 310e12}
+BANDWIDTH = 3.0e12  # bytes/s, device to device copy on the same machine
+EAGER_PASSES = 5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
+
+SB, SH, SK, SQ, ST, SD, SE = sympy.symbols("B H K S T D E", positive=True, integer=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Formulas over B, H, K, S, T, D, E."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+
+    def seconds(self, rate: float, sizes: dict[Any, Any]) -> float | None:
+        """Whichever takes longer, arithmetic at `rate` or bytes at the device's bandwidth; None if sizes are symbolic."""
+        flops, moved = (expr.subs(sizes) for expr in (self.flops, self.bytes))
+        if flops.free_symbols or moved.free_symbols:
+            return None
+        return max(float(flops) / rate, float(moved) / BANDWIDTH)
+
+
+def attention(spec: AttentionSpec, width: int = 2) -> Cost:
+    """The floor of one forward: each input read once, the output written once, only unmasked pairs computed."""
+    return Cost(2 * SB * SH * area(spec) * (SD + SE), width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE)))
+
+
+def area(spec: AttentionSpec) -> sympy.Expr:
+    """Unmasked pairs of one head. Document and padding masks depend on data: counted as if they masked nothing."""
+    if spec.mask.window is not None and "causal" in spec.mask.parts:
+        return SQ * sympy.Min(ST, spec.mask.window)
+    if "causal" in spec.mask.parts:
+        return SQ * ST / 2
+    return SQ * ST
+
+
+@cache
+def _dense(form: str, width: int) -> Cost:
+    """What the site costs unrewritten: SDPA with a dense mask computes everything and reads the mask; eager attention
+    also moves the score matrix several times."""
+    flops = 2 * SB * SH * SQ * ST * (SD + SE)
+    passes = 1 if form == "sdpa" else EAGER_PASSES * width * SH
+    return Cost(flops, SB * SQ * ST * passes)
+
+
+def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Target) -> dict[str, Any] | None:
+    """Forward milliseconds before and after, or None where the target or the sizes are not known."""
+    if target.device != "cuda" or impl not in RATES:
+        return None
+    sizes = dict(
+        zip(
+            (SB, SH, SK, SQ, ST, SD, SE),
+            (shape.batch, shape.heads, shape.kv_heads, shape.queries, shape.keys, shape.head_dim, shape.value_dim),
+            strict=True,
+        )
+    )
+    sizes = {name: size if isinstance(size, int) else name for name, size in sizes.items()}
+    width = shape.dtype.itemsize
+    after = attention(spec, width).seconds(RATES[impl], sizes)
+    unmasked = spec.form == "sdpa" and spec.mask.kind == "full"
+    before = _dense(spec.form, width).seconds(RATES["cudnn" if unmasked else "masked"], sizes)
+    if after is None or before is None:
+        return None
+    return {"forward_ms": round(after * 1e3, 4), "before_ms": round(before * 1e3, 4), "gain": round(before / after, 2)}

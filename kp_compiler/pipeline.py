@@ -1,0 +1,242 @@
+"""Runs the passes over a graph: flags, timing, lint, records, undoing. Knows no pass by what it does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from kp_compiler.config import Config
+from kp_compiler.errors import KPRequirementError
+from kp_compiler.normalize import bodies, erase_orphans, fill_metadata
+from kp_compiler.passes import ALL_PASSES
+from kp_compiler.passes.attention import revert
+from kp_compiler.passes.base import Context, Match, Pass, module_of, source_of
+from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
+from kp_compiler.target import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One graph on its way through the passes."""
+
+    gm: GraphModule
+    config: Config
+    target: Target
+    plan_only: bool = False
+    assumed_dtype: torch.dtype | None = None
+    keep_graphs: bool = False
+    report: Report = field(default_factory=Report)
+    verified: dict[Node, str] = field(default_factory=dict)
+
+
+def run(task: Run, graph_index: int = 0) -> Report:
+    """Rewrite `task.gm` in place (or, under `plan_only`, decide only) and return the records.
+
+    A pass that raises is undone: the graph goes back to how it came, and everything runs again without that pass.
+    """
+    fill_metadata(task.gm)
+    pristine = _snapshot(task.gm)
+    failed: dict[str, str] = {}
+    while True:
+        task.report = Report(target=str(task.target))
+        try:
+            _run_all(task, graph_index, failed)
+        except _PassFailed as failure:
+            if task.config.strict:
+                raise failure.error from None
+            log.warning("kp: pass %s failed and is undone: %s", failure.name, failure.error, exc_info=failure.error)
+            failed[failure.name] = f"{type(failure.error).__name__}: {failure.error}"
+            _restore(task.gm, pristine)
+            continue
+        _check_requirements(task)
+        return task.report
+
+
+class _PassFailed(Exception):
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+def _run_all(task: Run, index: int, failed: dict[str, str]) -> None:
+    units = list(bodies(task.gm))
+    for each in ALL_PASSES:
+        if each.name in failed:
+            task.report.passes.append(PassRecord(each.name, index, 0.0, 0, 0, error=failed[each.name]))
+            continue
+        mode = getattr(task.config, each.name).mode
+        if mode == "off":
+            reason = Rejection("flag-off", f"The flag {each.name} is off.")
+            task.report.passes.append(PassRecord(each.name, index, 0.0, 0, 0, skipped=reason))
+            continue
+        _run_pass(each, units, task, index)
+    _finish(units, task, index, failed)
+
+
+def _run_pass(each: Pass, units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int) -> None:
+    start = time.perf_counter()
+    before = _text(task)
+    fired = refused = 0
+    skipped: Rejection | None = None
+    try:
+        for gm, calls in units:
+            ctx = Context(gm, task.config, task.target, calls, task.assumed_dtype)
+            skipped = each.applies(ctx)
+            sites = list(each.sites(gm.graph))
+            for site in sites:
+                outcome = skipped or each.inspect(site, ctx)
+                if isinstance(outcome, Rejection):
+                    refused += 1
+                    _refuse(each, site, outcome, task, index)
+                else:
+                    fired += 1
+                    _accept(each, site, outcome, ctx, task, index)
+            if sites:
+                gm.graph.lint()
+    except KPRequirementError:
+        raise
+    except Exception as error:
+        raise _PassFailed(each.name, error) from error
+    took = 1e3 * (time.perf_counter() - start)
+    record = PassRecord(each.name, index, took, fired, refused, before, _text(task), skipped=skipped)
+    task.report.passes.append(record)
+
+
+def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index: int) -> None:
+    if each.final:
+        notes = (*site.meta.get("kp_notes", ()), *match.notes)
+        record = _record(each, site, "rewritten", index, impl=match.impl, spec=match.spec, shape=match.shape)
+        verified = None
+        if task.config.verify and not task.plan_only:
+            from kp_compiler.verify import verify_site
+
+            verified = verify_site(site, match, ctx)
+        task.report.sites.append(_with(record, notes=notes, predicted=match.predicted, verified=verified))
+        if task.plan_only:
+            return
+    each.rewrite(ctx.gm.graph, match, ctx)
+
+
+def _refuse(each: Pass, site: Node, reason: Rejection, task: Run, index: int) -> None:
+    """A refusal settles the site only if no later pass can still take it."""
+    if "kp_root" in site.meta and not each.final:
+        site.meta["kp_notes"] = (*site.meta.get("kp_notes", ()), reason)
+        return
+    notes = site.meta.get("kp_notes", ())
+    first = next((n for n in notes if n.code in _ROOT_CAUSES), None)
+    shape = _shape_text(site)
+    if "kp_root" in site.meta:
+        record = _record(each, site, "refused", index, reason=first or reason, shape=shape)
+        task.report.sites.append(_with(record, notes=notes))
+        revert(site)
+    else:
+        task.report.sites.append(_record(each, site, "refused", index, reason=reason, shape=shape))
+
+
+_ROOT_CAUSES = ("mask-is-input", "mask-unproved")
+
+
+def _finish(units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int, failed: dict[str, str]) -> None:
+    """Sites that no kernel was chosen for go back; checkpoint bodies lose the arguments that nothing reads."""
+    from kp_compiler.lowering import ops
+
+    code, text = ("pass-failed", "A pass failed and was undone.") if failed else ("flag-off", "The flag attention is off.")
+    for gm, _ in units:
+        for site in [n for n in gm.graph.nodes if ops.is_attention(n)]:
+            if not (task.plan_only and getattr(task.config, "attention").mode != "off"):
+                record = _record(ALL_PASSES[-1], site, "refused", index, reason=Rejection(code, text), shape=_shape_text(site))
+                task.report.sites.append(record)
+            revert(site)
+    for gm, calls in units:
+        if calls:
+            _drop_unread_arguments(gm, calls)
+        gm.graph.lint()
+        gm.recompile()
+    task.gm.graph.lint()
+    task.gm.recompile()
+
+
+def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
+    """Tensors that a checkpoint body no longer reads are not handed to it, and may die outside."""
+    placeholders = body.graph.find_nodes(op="placeholder")
+    drop = [i for i, node in enumerate(placeholders) if not node.users]
+    for index in drop:
+        body.graph.erase_node(placeholders[index])
+    for call in calls if drop else ():
+        arguments = list(call.args[1:])
+        gone = [arguments[i] for i in drop]
+        call.args = (call.args[0], *(a for i, a in enumerate(arguments) if i not in drop))
+        erase_orphans(call.graph, [a for a in gone if isinstance(a, Node)])
+
+
+def _check_requirements(task: Run) -> None:
+    """`require` and `expect`: what must have fired, did."""
+    if task.plan_only:
+        return
+    for each in ALL_PASSES:
+        settings = getattr(task.config, each.name)
+        if settings.mode != "require" and settings.expect is None:
+            continue
+        fired = sum(p.fired for p in task.report.passes if p.name == each.name)
+        wanted = settings.expect if settings.expect is not None else 1
+        if fired >= wanted:
+            continue
+        reasons = {f"{s.module or s.source or '?'}: {s.reason}" for s in task.report.sites if s.reason is not None}
+        reasons |= {f"{s.module}: {note}" for s in task.report.sites for note in s.notes}
+        listed = "\n  ".join(sorted(reasons)) or "no candidate site was found in this graph"
+        raise KPRequirementError(f"{each.name} fired at {fired} sites, {wanted} required:\n  {listed}")
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def _record(each: Pass, site: Node, status: Any, index: int, **fields: Any) -> SiteRecord:
+    return SiteRecord(each.kind, module_of(site), source_of(site), status, each.name, graph=index, **fields)
+
+
+def _with(record: SiteRecord, **fields: Any) -> SiteRecord:
+    import dataclasses
+
+    return dataclasses.replace(record, **fields)
+
+
+def _shape_text(site: Node) -> str:
+    from kp_compiler.normalize import tensor_of
+
+    tensor = tensor_of(site)
+    return "" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _text(task: Run) -> str:
+    if not task.keep_graphs:
+        return ""
+    return "\n".join(str(gm.graph) for gm, _ in bodies(task.gm))
+
+
+# --------------------------------------------------------------------------------------------------------- undoing
+
+
+def _snapshot(gm: GraphModule) -> list[tuple[GraphModule, Graph]]:
+    return [(each, _copy(each.graph)) for each, _ in bodies(gm)]
+
+
+def _restore(gm: GraphModule, pristine: list[tuple[GraphModule, Graph]]) -> None:
+    for each, graph in pristine:
+        each.graph = _copy(graph)
+
+
+def _copy(graph: Graph) -> Graph:
+    """A copy of a graph with its output and metadata."""
+    copied = Graph(owning_module=graph.owning_module)
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copied.node_copy(node, lambda n: mapping[n])
+    copied._codegen = graph._codegen
+    return copied

@@ -1,0 +1,104 @@
+"""What the hardware and the installed libraries can do, detected or assumed.
+
+The only module that asks `torch.cuda` or looks for optional packages. Passes and lowering consult a Target, so that
+`plan` can decide for a machine that is not there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from kp_compiler.errors import KPConfigError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device kind and what is usable on it."""
+
+    device: str  # "cuda" or "cpu"
+    sm: int = 0  # compute capability times ten: 90 for Hopper
+    name: str = ""
+    cudnn: int = 0  # cuDNN's version number, 91900 for 9.19
+    has_flash: bool = False  # ATen was built with FlashAttention-2
+    has_triton: bool = False
+    has_fa4: bool = False
+    assumed: bool = False
+    reference: bool = False  # lower everything onto the reference kernels (cpu_rewrites)
+
+    def __str__(self) -> str:
+        if self.device == "cpu":
+            return "cpu, reference kernels" if self.reference else "cpu"
+        how = "assumed" if self.assumed else self.name
+        return f"cuda:sm{self.sm} ({how})"
+
+
+def detect(device: torch.device | str, *, reference: bool = False) -> Target:
+    """The target that tensors on `device` run on."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Target(device="cpu", name="cpu", reference=reference)
+    return _detect_cuda(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _detect_cuda(index: int) -> Target:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target(
+        device="cuda",
+        sm=10 * major + minor,
+        name=torch.cuda.get_device_name(index),
+        cudnn=torch.backends.cudnn.version() or 0,
+        has_flash=torch.backends.cuda.is_flash_attention_available(),
+        has_triton=has_package("triton"),
+        has_fa4=has_fa4(),
+    )
+
+
+def parse(text: str) -> Target:
+    """A target from a name: "cuda:sm90", "cuda:sm80", "cpu", or "auto" for this machine."""
+    if text == "auto":
+        return detect("cuda" if torch.cuda.is_available() else "cpu")
+    if text == "cpu":
+        return Target(device="cpu", name="cpu", assumed=True)
+    match = re.fullmatch(r"cuda:sm(\d{2,3})a?", text)
+    if match is None:
+        raise KPConfigError(f"target: got {text!r}, expected 'auto', 'cpu' or 'cuda:smNN' such as 'cuda:sm90'")
+    sm = int(match[1])
+    return Target(
+        device="cuda", sm=sm, cudnn=91900, has_flash=sm >= 80, has_triton=True, has_fa4=False, assumed=True
+    )
+
+
+@cache
+def has_package(name: str) -> bool:
+    """Whether `name` could be imported. Looks, does not import."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def has_fa4() -> bool:
+    """FlashAttention-4's CuTe kernels (package flash-attn-4) are importable."""
+    return has_package("flash_attn") and has_package("flash_attn.cute") and has_package("cutlass")
+
+
+@cache
+def cpp_compiler() -> str | None:
+    """A C++ compiler that Inductor can use for CPU graphs, or None."""
+    from torch._inductor import config as inductor_config
+
+    wanted = inductor_config.cpp.cxx
+    names = wanted if isinstance(wanted, list | tuple) else (wanted,)
+    return next((found for name in names if name and (found := shutil.which(str(name)))), None) or shutil.which("g++")
+
+
+def is_available() -> bool:
+    """A CUDA device is usable in this process."""
+    return torch.cuda.is_available()

@@ -1,0 +1,192 @@
+"""PyTorch's own attention kernels, called by name so that the choice is ours.
+
+Called by name they skip the checks of F.scaled_dot_product_attention: head size, dtype, alignment and masks are
+checked here. All have autograd formulas.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from kp_compiler.normalize import tensor_of, value_of
+from kp_compiler.report import Rejection
+from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.target import Target
+
+_HALF = (torch.float16, torch.bfloat16)
+CAUSAL = "k - q <= 0"
+
+
+def is_causal(spec: AttentionSpec) -> bool:
+    """The mask is `k <= q` and nothing else."""
+    return spec.mask.kind == "causal" and spec.mask.expr.replace("-q + k", "k - q") in (CAUSAL, "k <= q")
+
+
+def _common(spec: AttentionSpec, shape: AttentionShape, target: Target, name: str) -> Rejection | None:
+    """What the dense kernels need: half precision, CUDA, scores that are plain products."""
+    if target.device != "cuda":
+        return Rejection("device", f"{name} needs a CUDA device.")
+    if target.sm < 80:
+        return Rejection("device", f"{name} needs compute capability 8.0 or newer, this is {target.sm / 10}.")
+    if shape.dtype not in _HALF:
+        return Rejection("dtype", f"{name} takes float16 and bfloat16, this site is {shape.dtype}.")
+    if spec.softcap is not None or spec.sink is not None:
+        return Rejection("score-mod", f"{name} has no soft-cap and no sinks.")
+    if spec.biases:
+        return Rejection("bias", f"{name} is not used with an additive bias.")
+    if not isinstance(shape.head_dim, int) or shape.head_dim % 8 or shape.value_dim % 8:
+        return Rejection("head-dim", f"{name} needs head sizes that are multiples of 8, this site has {shape.head_dim}.")
+    if shape.head_dim != shape.value_dim:
+        return Rejection("head-dim", f"{name} needs equal head sizes of k and v, here {shape.head_dim}, {shape.value_dim}.")
+    return None
+
+
+def _square(shape: AttentionShape) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(shape.queries == shape.keys)
+
+
+def _at_least_two(size: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size >= 2)
+
+
+def _dense_mask(spec: AttentionSpec, shape: AttentionShape, name: str) -> Rejection | None:
+    if spec.mask.kind == "full":
+        return None
+    if not is_causal(spec):
+        return Rejection("mask-kind", f"{name} knows full and causal masks, this one is {spec.mask}.")
+    if not _square(shape):
+        return Rejection("causal-alignment", f"{name} aligns causal masks to equal lengths of queries and keys only.")
+    return None
+
+
+def check_cudnn(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
+    refused = _common(spec, shape, target, "cuDNN") or _dense_mask(spec, shape, "cuDNN")
+    if refused is not None:
+        return refused
+    if target.cudnn < 90000:
+        return Rejection("library", f"cuDNN 9 or newer is needed, found {target.cudnn}.")
+    if spec.dropout_p:
+        return Rejection("dropout", "cuDNN's dropout is not used; FlashAttention has one.")
+    if shape.head_dim > 128:
+        return Rejection("head-dim", f"cuDNN is used up to head size 128, this site has {shape.head_dim}.")
+    if not _at_least_two(shape.queries) or not _at_least_two(shape.keys):
+        return Rejection("decode", "A single query or key gains nothing from cuDNN.")
+    return None
+
+
+def emit_cudnn(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
+    q, k, v = node.args[:3]
+    out = emit.call(
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        q, k, v, None, shape.training, 0.0, is_causal(spec), False, scale=spec.scale,
+    )  # fmt: skip
+    return emit.call(operator.getitem, out, 0)
+
+
+def check_flash(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
+    refused = _common(spec, shape, target, "FlashAttention-2")
+    if refused is not None:
+        return refused
+    if not target.has_flash:
+        return Rejection("library", "This build of PyTorch has no FlashAttention-2.")
+    if shape.head_dim > 256:
+        return Rejection("head-dim", f"FlashAttention-2 goes up to head size 256, this site has {shape.head_dim}.")
+    return _dense_mask(spec, shape, "FlashAttention-2")
+
+
+def emit_flash(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
+    q, k, v = node.args[:3]
+    out = emit.call(
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        q, k, v, spec.dropout_p, is_causal(spec), False, scale=spec.scale,
+    )  # fmt: skip
+    return emit.call(operator.getitem, out, 0)
+
+
+def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
+    """Memory-efficient attention takes an additive bias with a gradient, float32 and different head sizes."""
+    if target.device != "cuda":
+        return Rejection("device", "Memory-efficient attention needs a CUDA device.")
+    if spec.softcap is not None or spec.sink is not None:
+        return Rejection("score-mod", "Memory-efficient attention has no soft-cap and no sinks.")
+    if shape.dtype not in (*_HALF, torch.float32):
+        return Rejection("dtype", f"Memory-efficient attention takes half and float32, this site is {shape.dtype}.")
+    if not all(isinstance(d, int) and d % 8 == 0 for d in (shape.head_dim, shape.value_dim)):
+        return Rejection("head-dim", "Memory-efficient attention needs head sizes that are multiples of 8.")
+    if spec.mask.kind == "tensor" and spec.form == "sdpa":
+        return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
+    if spec.dead_rows in ("zero", "nan"):
+        return Rejection("dead-rows", f"Fully masked rows are {spec.dead_rows} here, which this kernel does not keep.")
+    if spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
+        return Rejection("dead-rows", "Gradients of fully masked rows would differ.")
+    return None
+
+
+def emit_efficient(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
+    """Biases and any mask but the plain causal one are summed into one tensor, whose rows start at multiples of 16
+    bytes as the kernel wants; K and V heads are repeated."""
+    q, k, v = (node.args[index] for index in range(3))
+    if not _equal(shape.heads, shape.kv_heads):
+        k, v = (emit.call(torch.repeat_interleave, x, _ratio(emit, q, x), dim=1) for x in (k, v))
+    causal = is_causal(spec) and _square(shape)
+    bias = _merged_bias(emit, node, spec, shape, causal)
+    out = emit.call(
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        q, k, v, bias, shape.training, spec.dropout_p, causal, scale=spec.scale,
+    )  # fmt: skip
+    return emit.call(operator.getitem, out, 0)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def _ratio(emit: Any, q: Any, k: Any) -> Any:
+    heads, kv_heads = emit.size(q, 1), emit.size(k, 1)
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        return heads // kv_heads
+    return emit.call(operator.floordiv, heads, kv_heads)
+
+
+def _merged_bias(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, causal: bool) -> Any:
+    from kp_compiler.lowering.dense_mask import emit_mask
+
+    operands: Any = node.args[3]
+    total: Any = None
+    for bias in spec.biases:
+        term = emit.cast(operands[bias.operand], shape.dtype)
+        term = term if bias.coeff == 1.0 else emit.call(torch.mul, term, bias.coeff)
+        total = term if total is None else emit.call(torch.add, total, term)
+    if spec.mask.kind != "full" and not causal:
+        keep = emit_mask(emit, node, spec)
+        lowest = torch.finfo(shape.dtype).min
+        if total is None:
+            zero = emit.call(torch.zeros, [], dtype=shape.dtype, device=value_of(node.args[0]).device)
+            total = emit.call(torch.where, keep, zero, lowest)
+        else:
+            total = emit.call(torch.where, keep, total, lowest)
+    if total is None:
+        return None
+    q, k = node.args[0], node.args[1]
+    sizes = [emit.size(q, 0), emit.size(q, 1), emit.size(q, 2), emit.size(k, 2)]
+    total = emit.call(torch.ops.aten.expand.default, total, sizes)
+    return _align_rows(emit, total, sizes[3])
+
+
+def _align_rows(emit: Any, bias: Any, keys: Any) -> Any:
+    if isinstance(keys, int) and keys % 8 == 0:
+        tensor = tensor_of(bias)
+        return bias if tensor is not None and tensor.stride(-1) == 1 else emit.call(torch.ops.aten.contiguous.default, bias)
+    pad = 8 - keys % 8 if isinstance(keys, int) else emit.call(operator.sub, 8, emit.call(operator.mod, keys, 8))
+    padded = emit.call(torch.nn.functional.pad, bias, (0, pad))
+    return emit.call(torch.ops.aten.slice.Tensor, padded, 3, 0, keys)

@@ -1,0 +1,122 @@
+"""Hand a graph to Inductor, AOTAutograd or plain eager.
+
+Inductor has attention patterns of its own. On torch 2.13 they mis-fuse at least two spellings (softmax over the heads;
+K through `permute(0, 2, 3, 1)` where B = 1 and S = H), and they would replace what kp refused with a reason. They all
+run in one matcher pass over the joint graph and need the softmax's last division to feed the next operation directly.
+`_Barrier` puts an exact no-op there before the matchers run and takes it out after: the other patterns still apply, and
+no configuration outside this compilation changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Node
+
+from kp_compiler.config import Config
+from kp_compiler.lowering.fingerprint import fingerprint
+
+_MARK = "kp_softmax_barrier"
+
+
+class _Pass(CustomGraphPass):
+    """A graph pass with a uuid for Inductor's cache, run after the user's own if there is one."""
+
+    def __init__(self, before: Any, config: Config) -> None:
+        self.before = before
+        self.key = f"{type(self).__name__}-{fingerprint()}-{config.fingerprint()}"
+
+    def __call__(self, graph: Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
+        self.apply(graph)
+
+    def apply(self, graph: Graph) -> None:
+        raise NotImplementedError
+
+    def uuid(self) -> Any:
+        theirs = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        if self.before is not None and theirs is None:
+            return None  # their pass forbids caching
+        return f"{self.key}-{theirs}"
+
+
+class _Barrier(_Pass):
+    """exp / sum(exp) ─▶ x          exp / sum(exp) ─▶ clamp_min(0) ─▶ x     (a probability is never below 0)"""
+
+    def apply(self, graph: Graph) -> None:
+        for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor)):
+            if not _is_softmax(node):
+                continue
+            with graph.inserting_after(node):
+                barrier = graph.call_function(torch.ops.aten.clamp_min.default, (node, 0.0))
+            barrier.meta.update(node.meta)
+            barrier.meta[_MARK] = True
+            node.replace_all_uses_with(barrier, delete_user_cb=lambda user, own=barrier: user is not own)
+
+
+class _Unbarrier(_Pass):
+    """Takes the barriers out again."""
+
+    def apply(self, graph: Graph) -> None:
+        for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.clamp_min.default)):
+            if node.meta.get(_MARK):
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                graph.erase_node(node)
+
+
+def _is_softmax(node: Node) -> bool:
+    """`e / sum(e)` with `e = exp(…)`, casts aside."""
+    top, bottom = node.args[0], node.args[1]
+    if not isinstance(top, Node) or not isinstance(bottom, Node):
+        return False
+    bottom = _skip_views(bottom)
+    return top.target is torch.ops.aten.exp.default and bottom.target is torch.ops.aten.sum.dim_IntList and bottom.args[0] is top
+
+
+def _skip_views(node: Node) -> Node:
+    while node.target in (torch.ops.aten.expand.default, torch.ops.prims.convert_element_type.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def lower(gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool) -> Callable[..., Any]:
+    """Compile a graph as the options say. `guarded` keeps Inductor's attention patterns away from it."""
+    if config.lowering == "eager":
+        return gm.forward
+    if config.lowering == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(example_inputs))
+    return compile_with_inductor(gm, example_inputs, config, guarded=guarded)
+
+
+def compile_with_inductor(gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool) -> Any:
+    from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {}
+    if config.mode is not None and config.mode != "default":
+        patches.update(list_mode_options(config.mode))
+    patches.update({key.replace("-", "_"): value for key, value in config.inductor.items()})
+    if guarded:
+        for key, cls in (("joint_custom_pre_pass", _Barrier), ("joint_custom_post_pass", _Unbarrier)):
+            patches[key] = cls(patches.get(key, getattr(inductor_config, key)), config)
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def reset() -> None:
+    """What `torch._dynamo.reset()` asks of Inductor: drop its CUDA-graph trees."""
+    from torch._inductor.compile_fx import compile_fx
+
+    getattr(compile_fx, "reset", lambda: None)()
+    if torch.cuda.is_initialized():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+

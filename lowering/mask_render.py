@@ -1,0 +1,135 @@
+"""A proved mask's formula as tensor operations.
+
+One walk over the sympy expression serves three readers: the reference (index tensors), FlexAttention's mask function
+(scalars in a graph), and block lists (intervals of indices). A reader supplies the values of b, h, q, k and the
+look-ups, and the few operations formulas are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import sympy
+
+INDEX_NAMES = ("b", "h", "q", "k")
+_SYMBOLS = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in INDEX_NAMES}
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> Any:
+    """The sympy expression of a MaskSpec's `expr`."""
+    names: dict[str, Any] = dict(_SYMBOLS)
+    names |= {f"n{i}": sympy.Symbol(f"n{i}", integer=True) for i in range(16)}
+    names |= {f"t{i}": sympy.Function(f"t{i}", integer=True) for i in range(16)}
+    return sympy.sympify(text, locals=names)
+
+
+class Algebra(Protocol):
+    """The operations a reader provides on its own values."""
+
+    def integer(self, value: int) -> Any: ...
+    def truth(self, value: bool) -> Any: ...
+    def symbol(self, name: str) -> Any: ...
+    def lookup(self, index: int, args: list[Any]) -> Any: ...
+    def add(self, a: Any, b: Any) -> Any: ...
+    def mul(self, a: Any, b: Any) -> Any: ...
+    def floor_div(self, a: Any, divisor: int) -> Any: ...
+    def mod(self, a: Any, divisor: int) -> Any: ...
+    def minimum(self, a: Any, b: Any) -> Any: ...
+    def maximum(self, a: Any, b: Any) -> Any: ...
+    def le_zero(self, a: Any) -> Any: ...
+    def eq_zero(self, a: Any) -> Any: ...
+    def both(self, a: Any, b: Any) -> Any: ...
+    def either(self, a: Any, b: Any) -> Any: ...
+    def negate(self, a: Any) -> Any: ...
+
+
+def render(expr: Any, algebra: Algebra) -> Any:
+    """The value of a formula in an algebra."""
+    return _Renderer(algebra).visit(expr)
+
+
+def renderable(expr: Any) -> bool:
+    """Whether `render` knows every part of a formula."""
+    return all(_known(part) for part in sympy.preorder_traversal(expr))
+
+
+def _known(part: Any) -> bool:
+    if isinstance(part, sympy.floor):
+        return part.args[0].as_numer_denom()[1].is_Integer
+    if isinstance(part, sympy.Mod):
+        return bool(part.args[1].is_Integer and part.args[1] > 0)
+    if isinstance(part, sympy.Rational) and not part.is_Integer:
+        return True  # only inside a floor, which is checked above
+    if isinstance(part, sympy.Function):
+        return part.func.__name__.startswith("t") or isinstance(part, sympy.Min | sympy.Max | sympy.Abs)
+    kinds = (
+        sympy.Integer, sympy.Symbol, sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Not, sympy.Xor, sympy.Le,
+        sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne, sympy.Min, sympy.Max, sympy.logic.boolalg.BooleanAtom,
+    )  # fmt: skip
+    return isinstance(part, kinds)
+
+
+class _Renderer:
+    def __init__(self, algebra: Algebra) -> None:
+        self.a = algebra
+        self.memo: dict[Any, Any] = {}
+
+    def visit(self, expr: Any) -> Any:
+        if expr not in self.memo:
+            self.memo[expr] = self._visit(expr)
+        return self.memo[expr]
+
+    def _visit(self, expr: Any) -> Any:
+        a = self.a
+        if expr == sympy.true or expr == sympy.false:
+            return a.truth(bool(expr))
+        if isinstance(expr, sympy.Integer):
+            return a.integer(int(expr))
+        if isinstance(expr, sympy.Symbol):
+            return a.symbol(expr.name)
+        for kind, operation in (
+            (sympy.Add, a.add), (sympy.Mul, a.mul), (sympy.And, a.both), (sympy.Or, a.either),
+            (sympy.Min, a.minimum), (sympy.Max, a.maximum),
+        ):  # fmt: skip
+            if isinstance(expr, kind):
+                return self._fold(operation, expr.args)
+        if isinstance(expr, sympy.Not):
+            return a.negate(self.visit(expr.args[0]))
+        if isinstance(expr, sympy.Xor):
+            x, y = (self.visit(arg) for arg in expr.args)
+            return a.either(a.both(x, a.negate(y)), a.both(a.negate(x), y))
+        if isinstance(expr, sympy.core.relational.Relational):
+            return self._relation(expr)
+        if isinstance(expr, sympy.floor):
+            numerator, denominator = expr.args[0].as_numer_denom()
+            return a.floor_div(self.visit(sympy.expand(numerator)), int(denominator))
+        if isinstance(expr, sympy.Mod):
+            return a.mod(self.visit(expr.args[0]), int(expr.args[1]))
+        if isinstance(expr, sympy.Abs):
+            inner = self.visit(expr.args[0])
+            return a.maximum(inner, a.mul(a.integer(-1), inner))
+        if isinstance(expr, sympy.Function):
+            return a.lookup(int(expr.func.__name__[1:]), [self.visit(arg) for arg in expr.args])
+        raise ValueError(f"kp can't render {expr} ({type(expr).__name__})")
+
+    def _fold(self, operation: Callable[[Any, Any], Any], args: Any) -> Any:
+        out = self.visit(args[0])
+        for arg in args[1:]:
+            out = operation(out, self.visit(arg))
+        return out
+
+    def _relation(self, expr: Any) -> Any:
+        a = self.a
+        difference = sympy.expand(expr.lhs - expr.rhs)
+        if isinstance(expr, sympy.Eq):
+            return a.eq_zero(self.visit(difference))
+        if isinstance(expr, sympy.Ne):
+            return a.negate(a.eq_zero(self.visit(difference)))
+        if isinstance(expr, sympy.Ge | sympy.Gt):
+            difference = sympy.expand(-difference)
+        if isinstance(expr, sympy.Lt | sympy.Gt):
+            difference = difference + 1
+        return a.le_zero(self.visit(difference))

@@ -1,0 +1,74 @@
+"""Contracts of kp's operators: schema and meaning. Torch only; kernels are imported when first used.
+
+`kp::attention` is the operator that recognisers produce and passes work on. It is composite: run as it stands, it
+computes the reference. Lowering replaces it before AOTAutograd sees the graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from kp_compiler.specs import AttentionSpec
+
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, str spec) -> Tensor"
+
+
+@cache
+def _library() -> Any:
+    from kp_compiler.lowering.reference import attention as reference
+
+    library = torch.library.Library("kp", "DEF")
+    library.define(f"attention{_SCHEMA}")
+    library.define(f"reference_attention{_SCHEMA}")
+    for name in ("attention", "reference_attention"):
+        library.impl(name, reference, "CompositeImplicitAutograd")
+    return library
+
+
+def attention() -> Any:
+    """`kp::attention`: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E], operands and scalars as `spec` (JSON) numbers them;
+    returns [B,H,S,E] in q's dtype."""
+    _library()
+    return torch.ops.kp.attention.default
+
+
+def reference_attention() -> Any:
+    """The same computation under the name that survives lowering: the reference kernel."""
+    _library()
+    return torch.ops.kp.reference_attention.default
+
+
+def is_attention(node: Node) -> bool:
+    return node.op == "call_function" and node.target is attention()
+
+
+@lru_cache(maxsize=4096)
+def parse_spec(text: str) -> AttentionSpec:
+    return AttentionSpec.from_json(text)
+
+
+def spec_of(node: Node) -> AttentionSpec:
+    """The spec of a `kp.attention` node."""
+    return parse_spec(str(node.args[5]))
+
+
+def import_node(node: Any, site: Node, calls: tuple[Node, ...]) -> Any:
+    """`node` as usable in `site`'s graph: a node of the graph around a checkpoint body becomes one more argument."""
+    if not isinstance(node, Node) or node.graph is site.graph:
+        return node
+    graph = site.graph
+    for placeholder in graph.find_nodes(op="placeholder"):
+        if placeholder.meta.get("kp_outer") is node:
+            return placeholder
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        placeholder = graph.placeholder(f"kp_{node.name}")
+    placeholder.meta["example_value"] = node.meta.get("example_value")
+    placeholder.meta["kp_outer"] = node
+    for call in calls:
+        call.args = (*call.args, node)
+    return placeholder

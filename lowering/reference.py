@@ -1,0 +1,144 @@
+"""Attention from its definition, in plain PyTorch: the meaning of an AttentionSpec, the oracle of every test, and the
+kernel on a CPU. O(S·T) memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering import mask_render
+from kp_compiler.specs import AttentionSpec, MaskSpec
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: str) -> Tensor:
+    """q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] to [B,H,S,E] in q's dtype. Half inputs are computed in float32."""
+    from kp_compiler.lowering.ops import parse_spec
+
+    parsed = parse_spec(spec)
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    out = _attention(q, k, v, operands, scalars, parsed)
+    return out.to(dtype)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec
+) -> Tensor:
+    if k.shape[1] != q.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-2, -1)) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    for bias in spec.biases:
+        scores = scores + bias.coeff * operands[bias.operand].to(scores.dtype)
+    keep = mask(spec.mask, operands, scalars, scores)
+    sink = None if spec.sink is None else operands[spec.sink].to(scores.dtype).reshape(1, -1, 1, 1)
+    probs = _softmax(scores, keep, sink, spec)
+    if spec.dropout_p:
+        probs = torch.nn.functional.dropout(probs, spec.dropout_p, training=True)
+    return probs @ v
+
+
+def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """Rows with nothing kept are what `dead_rows` says."""
+    dead = None
+    if keep is not None and spec.dead_rows == "mean":
+        lowest = torch.finfo(scores.dtype).min
+        scores = torch.where(keep, scores, lowest) if spec.fill == "where" else scores + torch.where(keep, 0.0, lowest)
+    elif keep is not None:
+        if spec.dead_rows in ("zero", "none"):
+            dead = ~keep.any(dim=-1, keepdim=True)
+            keep = keep | dead
+        scores = torch.where(keep, scores, float("-inf"))
+    if sink is None:
+        probs = torch.softmax(scores, dim=-1)
+    else:
+        extended = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
+        probs = torch.softmax(extended, dim=-1)[..., :-1]
+    return probs if dead is None else probs.masked_fill(dead, 0.0)
+
+
+def mask(spec: MaskSpec, operands: list[Tensor], scalars: list[Any], scores: Tensor) -> Tensor | None:
+    """The mask as a boolean tensor that broadcasts to [B, H, S, T], or None where everything is kept."""
+    if spec.kind == "tensor":
+        out = operands[spec.tensors[0]]
+        for index in spec.tensors[1:]:
+            out = out & operands[index]
+        return out
+    expr = mask_render.parse(spec.expr)
+    if expr == True:  # noqa: E712  (a sympy atom)
+        return None
+    return mask_render.render(expr, Indices(spec, operands, scalars, scores))
+
+
+class Indices:
+    """The algebra of index tensors, broadcast over [B, H, S, T]."""
+
+    def __init__(self, spec: MaskSpec, operands: list[Tensor], scalars: list[Any], scores: Tensor) -> None:
+        self.tensors = [operands[index] for index in spec.tensors]
+        self.scalars = scalars
+        self.device = scores.device
+        self.index = {}
+        for dim, name in enumerate(mask_render.INDEX_NAMES):
+            shape = [1, 1, 1, 1]
+            shape[dim] = -1
+            self.index[name] = torch.arange(scores.shape[dim], device=scores.device).view(shape)
+
+    def integer(self, value: int) -> Any:
+        return value
+
+    def truth(self, value: bool) -> Tensor:
+        return torch.full((1, 1, 1, 1), value, dtype=torch.bool, device=self.device)
+
+    def symbol(self, name: str) -> Any:
+        return self.index[name] if name in self.index else self.scalars[int(name[1:])]
+
+    def lookup(self, index: int, args: list[Any]) -> Tensor:
+        tensor = self.tensors[index]
+        if not args:
+            return tensor.to(torch.int64)
+        places = [a if isinstance(a, Tensor) else torch.tensor(a, device=self.device) for a in args]
+        return tensor[tuple(places)].to(torch.int64)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return a * b
+
+    def floor_div(self, a: Any, divisor: int) -> Any:
+        return torch.div(a, divisor, rounding_mode="floor") if isinstance(a, Tensor) else a // divisor
+
+    def mod(self, a: Any, divisor: int) -> Any:
+        return a % divisor
+
+    def minimum(self, a: Any, b: Any) -> Any:
+        return _extremum(torch.minimum, torch.clamp_max, a, b)
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        return _extremum(torch.maximum, torch.clamp_min, a, b)
+
+    def le_zero(self, a: Any) -> Any:
+        return a <= 0
+
+    def eq_zero(self, a: Any) -> Any:
+        return a == 0
+
+    def both(self, a: Any, b: Any) -> Any:
+        return a & b
+
+    def either(self, a: Any, b: Any) -> Any:
+        return a | b
+
+    def negate(self, a: Any) -> Any:
+        return ~a
+
+
+def _extremum(pair: Any, with_number: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return pair(a, b)
+    return with_number(a, b) if isinstance(a, Tensor) else with_number(b, a)

@@ -1,0 +1,98 @@
+"""Which kernel serves an attention site: an ordered table, each entry saying yes or why not.
+
+An implementation has a `check(spec, shape, target)` and an `emit(emit, node, spec, shape)` that writes nodes in place
+of `kp.attention`. The first entry that says yes wins; the order is by measured speed on the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from kp_compiler.config import AttentionConfig
+from kp_compiler.lowering import aten, fa4, flex
+from kp_compiler.normalize import tensor_of
+from kp_compiler.report import Rejection
+from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.target import Target
+
+Check = Callable[[AttentionSpec, AttentionShape, Target], Rejection | None]
+Emit = Callable[[Any, Node, AttentionSpec, AttentionShape], Node]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention."""
+
+    name: str
+    check: Check
+    emit: Emit
+
+
+def _check_reference(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
+    if target.reference:
+        return None
+    return Rejection("reference-only-cpu", "The reference kernel is for CPU graphs under cpu_rewrites.")
+
+
+def _emit_reference(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
+    from kp_compiler.lowering.fingerprint import fingerprint
+    from kp_compiler.lowering.ops import reference_attention
+
+    text = spec.to_json()[:-1] + f',"fingerprint":"{fingerprint()}"}}'
+    return emit.call(reference_attention(), *node.args[:5], text)
+
+
+FA4 = Implementation("fa4", fa4.check, fa4.emit)
+CUDNN = Implementation("cudnn", aten.check_cudnn, aten.emit_cudnn)
+FLASH = Implementation("flash", aten.check_flash, aten.emit_flash)
+FLEX = Implementation("flex", flex.check, flex.emit)
+EFFICIENT = Implementation("efficient", aten.check_efficient, aten.emit_efficient)
+REFERENCE = Implementation("reference", _check_reference, _emit_reference)
+
+ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4)
+BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
+
+
+def order(target: Target) -> tuple[Implementation, ...]:
+    """Fastest first. On sm90, causal 8k, D128, forward / backward TFLOP/s (one H100, torch 2.11, 2026-11-22):
+    FA4 580 / 550, cuDNN 560 / 484, FlexAttention 389 / 383, FlashAttention-2 318 / 287."""
+    if target.reference:
+        return (REFERENCE,)
+    if target.sm >= 90:
+        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT)
+    return (FLASH, CUDNN, FLEX, EFFICIENT)
+
+
+def choose(
+    spec: AttentionSpec, shape: AttentionShape, target: Target, config: AttentionConfig
+) -> Implementation | Rejection:
+    """The implementation for a site. A kernel asked for by name is taken or refused, never replaced."""
+    if config.impl != "auto":
+        wanted = BY_NAME[config.impl]
+        refused = wanted.check(spec, shape, target)
+        return wanted if refused is None else refused
+    reasons = []
+    for implementation in order(target):
+        refused = implementation.check(spec, shape, target)
+        if refused is None:
+            return implementation
+        reasons.append((implementation.name, refused))
+    code = "no-kernel" if len({r.code for _, r in reasons}) > 1 else reasons[0][1].code
+    return Rejection(code, "No kernel serves this site: " + "; ".join(f"{n}: {r.text}" for n, r in reasons))
+
+
+def shape_of(node: Node, spec: AttentionSpec, target: Target) -> AttentionShape:
+    """Sizes and dtype of a `kp.attention` node."""
+    q, k, v = (tensor_of(arg) for arg in node.args[:3])
+    assert q is not None and k is not None and v is not None
+    operands = [tensor_of(arg) for arg in node.args[3]]  # type: ignore[union-attr]
+    biases = [operands[bias.operand] for bias in spec.biases]
+    bias_grad = any(b is not None and b.requires_grad for b in biases)
+    return AttentionShape(
+        q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3],
+        q.dtype, target.device, any(t.requires_grad for t in (q, k, v)) or bias_grad, bias_grad,
+    )  # fmt: skip

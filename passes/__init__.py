@@ -1,0 +1,10 @@
+"""The passes, in the order they run. A pass's name is its flag."""
+
+from __future__ import annotations
+
+from kp_compiler.passes.attention import Attention
+from kp_compiler.passes.base import Pass
+from kp_compiler.passes.prove_masks import ProveMasks
+from kp_compiler.passes.raise_attention import RaiseAttention
+
+ALL_PASSES: tuple[Pass, ...] = (RaiseAttention(), ProveMasks(), Attention())

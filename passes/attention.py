@@ -1,0 +1,83 @@
+"""Choose a kernel for every recognised attention site and write it into the graph.
+
+    kp.attention(q, k, v, [], causal) ─▶ aten._scaled_dot_product_cudnn_attention(q, k, v, None, …, is_causal=True)[0]
+
+Fires where the lowering table has a kernel for the spec on the target. Refuses where none has, or where a kernel asked
+for by name can't serve the site; the original nodes then come back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from kp_compiler import cost
+from kp_compiler.lowering import ops, table
+from kp_compiler.normalize import erase_orphans
+from kp_compiler.passes.base import Context, Emitter, Match, Rejection, module_of
+from kp_compiler.specs import AttentionShape
+
+
+class Attention:
+    """See the module docstring."""
+
+    name = "attention"
+    tier = "exact"
+    kind = "attention"
+    final = True
+
+    def applies(self, ctx: Context) -> Rejection | None:
+        if ctx.target.device == "cpu" and not ctx.target.reference and not ctx.target.assumed:
+            return Rejection("cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway.")
+        return None
+
+    def sites(self, graph: Graph) -> Iterator[Node]:
+        yield from (node for node in graph.nodes if ops.is_attention(node))
+
+    def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
+        spec = ops.spec_of(site)
+        shape = shape_of(site, ctx)
+        config = ctx.config.attention
+        module = module_of(site)
+        if any(part in module for part in config.skip) or (config.only and not any(p in module for p in config.only)):
+            return Rejection("skipped-by-option", f"attention.skip or attention.only leaves {module} out.")
+        chosen = table.choose(spec, shape, ctx.target, config)
+        if isinstance(chosen, Rejection):
+            return chosen
+        return Match(
+            site,
+            (chosen, spec, shape),
+            impl=chosen.name,
+            spec=str(spec),
+            shape=shape.describe(),
+            predicted=cost.predict(spec, shape, chosen.name, ctx.target),
+        )
+
+    def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
+        chosen, spec, shape = match.data
+        site, root = match.site, match.site.meta["kp_root"]
+        emit = Emitter(site, site)
+        out = chosen.emit(emit, site, spec, shape)
+        site.replace_all_uses_with(out, propagate_meta=False)
+        arguments = site.all_input_nodes
+        graph.erase_node(site)
+        erase_orphans(graph, [root, *arguments])
+        return out
+
+
+def shape_of(site: Node, ctx: Context) -> AttentionShape:
+    """The site's shape; under `plan` with the dtype that was assumed."""
+    shape = table.shape_of(site, ops.spec_of(site), ctx.target)
+    assumed = ctx.assumed_dtype
+    return dataclasses.replace(shape, dtype=assumed) if assumed is not None and shape.dtype.is_floating_point else shape
+
+
+def revert(site: Node) -> None:
+    """Put the original nodes of a recognised site back."""
+    root, out = site.meta["kp_root"], site.meta["kp_out"]
+    graph = site.graph
+    out.replace_all_uses_with(root, delete_user_cb=lambda user: user is not root, propagate_meta=False)
+    root.meta.pop("kp_replaced", None)
+    erase_orphans(graph, [out, site])

@@ -1,0 +1,175 @@
+"""What a pass is, and the tools every pass edits graphs with.
+
+A pass names its candidate sites, inspects each without touching the graph, and rewrites the ones that match. The
+runner (`kp_compiler.pipeline`) does the rest: flags, timing, records, undoing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from kp_compiler.config import Config, PassConfig
+from kp_compiler.normalize import Writes, tensor_of, trace_fake, value_of
+from kp_compiler.report import Rejection
+from kp_compiler.target import Target
+
+Tier = Literal["exact", "approximate", "distributed"]
+
+
+@dataclass
+class Context:
+    """What a pass may look at besides the graph."""
+
+    gm: GraphModule  # the graph at work: the whole one, or a checkpoint body
+    config: Config
+    target: Target
+    calls: tuple[Node, ...] = ()  # the nodes that call this body, empty at the top
+    assumed_dtype: torch.dtype | None = None  # what `plan` was told parameters will be
+    cache: dict[Any, Any] = field(default_factory=dict)  # per graph and pass run
+    writes: Writes = field(init=False)
+    outer_writes: Writes | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.writes = Writes(self.gm.graph)
+        if self.calls:
+            self.outer_writes = Writes(self.calls[0].graph)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that can be rewritten. `data` is the pass's own; the strings go into the record."""
+
+    site: Node
+    data: Any
+    impl: str | None = None
+    spec: str | None = None
+    shape: str = ""
+    predicted: dict[str, Any] | None = None
+    notes: tuple[Rejection, ...] = ()
+
+
+class Pass(Protocol):
+    """See the module docstring; `name` is also the flag."""
+
+    name: str
+    tier: Tier
+    kind: Literal["attention", "linear"]
+    final: bool  # a record of this pass settles the site
+
+    def applies(self, ctx: Context) -> Rejection | None:
+        """Why the pass can do nothing for a whole graph, asked once per graph."""
+
+    def sites(self, graph: Graph) -> Iterable[Node]:
+        """Every candidate, also those that will be refused."""
+
+    def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
+        """Decide; edits nothing."""
+
+    def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
+        """Edit; returns the node that now stands for the site."""
+
+
+def settings(ctx: Context, name: str) -> PassConfig:
+    return getattr(ctx.config, name)
+
+
+class Emitter:
+    """Writes nodes in front of `anchor`, with metadata, as part of the site `origin`."""
+
+    def __init__(self, anchor: Node, origin: Node) -> None:
+        self.graph = anchor.graph
+        self.anchor = anchor
+        self.origin = origin
+        self.mode = fake_mode(self.graph)
+        self.made: list[Node] = []
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """A `call_function` node (methods hide from AOTAutograd's cache)."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        copy_provenance(self.origin, node)
+        trace_fake(node, self.mode)
+        self.made.append(node)
+        return node
+
+    def size(self, node: Node, dim: int) -> Any:
+        """One size of a tensor: an int where it is static, else a node."""
+        tensor = tensor_of(node)
+        assert tensor is not None
+        size = tensor.shape[dim]
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim % tensor.dim())
+
+    def reshape(self, node: Node, sizes: list[Any]) -> Node:
+        """`torch.reshape`, left out where the shape is already right."""
+        tensor = tensor_of(node)
+        assert tensor is not None
+        wanted = [value_of(size) for size in sizes]
+        if len(wanted) == tensor.dim() and all(same(a, b) for a, b in zip(wanted, tensor.shape, strict=True)):
+            return node
+        return self.call(torch.ops.aten.reshape.default, node, sizes)
+
+    def permute(self, node: Node, order: list[int]) -> Node:
+        return node if order == sorted(order) else self.call(torch.ops.aten.permute.default, node, order)
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        tensor = tensor_of(node)
+        assert tensor is not None
+        return node if tensor.dtype == dtype else self.call(torch.ops.aten.to.dtype, node, dtype)
+
+
+def fake_mode(graph: Graph) -> Any:
+    """The fake mode of a graph's tensors."""
+    for node in graph.nodes:
+        tensor = tensor_of(node)
+        if tensor is not None and getattr(tensor, "fake_mode", None) is not None:
+            return tensor.fake_mode
+    raise RuntimeError("the graph holds no fake tensor")
+
+
+def copy_provenance(source: Node, node: Node) -> None:
+    """Module path and source line, as reports and user errors show them."""
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Two sizes are equal for every input this graph is compiled for."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def module_of(node: Node) -> str:
+    """The path of the module whose forward made a node, as a user would write it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        return _tidy(str(path))
+    return ""
+
+
+def _tidy(path: str) -> str:
+    """`L['self']._modules['layers']._modules['0']` and the like as `layers.0`."""
+    import re
+
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"^L\['(?:self|fn|mod|model)'\]\.?", "", path)
+    path = re.sub(r"\.(\d+)\b|\[(\d+)\]", lambda m: f".{m[1] or m[2]}", path)
+    return path.strip(".")
+
+
+def source_of(node: Node) -> str:
+    """The innermost user line of a node, as `file:line`."""
+    frame = ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        line = line.strip()
+        if line.startswith("File "):
+            parts = line.split('"')
+            number = line.split("line ")[1].split(",")[0] if "line " in line else "?"
+            frame = f"{parts[1].rsplit('/', 1)[-1]}:{number}" if len(parts) > 1 else ""
+    return frame
