@@ -121,7 +121,8 @@ class _Scalars(GraphIndices):
     """The algebra of FlexAttention's mask function: 0-dimensional index tensors."""
 
     def lookup(self, index: int, args: list[Any]) -> Any:
-        return self._call(operator.getitem, self.tensors[index], tuple(args)) if args else self.tensors[index]
+        places = [self._call(torch.full_like, self.index["q"], a) if isinstance(a, int) else a for a in args]
+        return self._call(torch.ops.aten.index.Tensor, self.tensors[index], places) if args else self.tensors[index]
 
     def truth(self, value: bool) -> Any:
         return self._call(torch.full, (), value, dtype=torch.bool, device=value_of(self.index["q"]).device)
@@ -185,7 +186,7 @@ def _broadcast_lookup(sub: _SubEmitter, tensor: Node) -> Node:
         zero if isinstance(size, int) and size == 1 else sub.inputs[name]
         for size, name in zip(value.shape, names, strict=True)
     ]
-    return sub.call(operator.getitem, tensor, tuple(places)) if places else tensor
+    return sub.call(torch.ops.aten.index.Tensor, tensor, places) if places else tensor
 
 
 # ------------------------------------------------------------------------------------------------------- block mask

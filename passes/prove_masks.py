@@ -160,6 +160,8 @@ def _take(ev: MaskEvaluator, node: Node, coeff: float, reader: Node, parts: _Par
     """Split an additive term into masks (0 or a large negative fill) and true biases."""
     current = ev.ctx.writes.current(node, reader) if node.graph is ev.ctx.gm.graph else node
     op = canonical(current) if current is not None else None
+    if current is not None and op is not None and op.name == "clone" and isinstance(op["input"], Node):
+        return _take(ev, op["input"], coeff, current, parts, ctx)
     if current is not None and op is not None and coeff == 1.0:
         if op.name == "add" and op.get("alpha", 1) == 1 and all(tensor_of(op[x]) is not None for x in ("input", "other")):
             both = [_take(ev, op[key], coeff, current, parts, ctx) for key in ("input", "other")]
@@ -170,7 +172,9 @@ def _take(ev: MaskEvaluator, node: Node, coeff: float, reader: Node, parts: _Par
         value = as_number(ev.broadcast(node, (B, H, Q, K), reader))
     except Unprovable as error:
         parts.biases.append((node, coeff))
-        return _unproved((node,), str(error))
+        if _comes_from_input(node):
+            return _unproved((node,), str(error))
+        return Rejection("bias", f"The additive term stays a bias: {error}.")
     items = value.items if isinstance(value, Cases) else ((sympy.true, value),)
     numbers = [_number(item, coeff) for _, item in items]
     limit = _limit(current or node, ctx)

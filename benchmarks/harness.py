@@ -1,0 +1,108 @@
+"""Timing, memory and result files shared by the benchmarks (DESIGN of a result file: see CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Step = Callable[[], Any]
+
+
+def synchronise() -> None:
+    torch.cuda.synchronize()
+
+
+def time_interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each step, one call of each in turn so that clocks and heat hit all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            synchronise()
+            start.record()
+            step()
+            end.record()
+            synchronise()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_gib(step: Step) -> float:
+    """Peak memory of one call above what was allocated before it, in GiB."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    synchronise()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    synchronise()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def warm(name: str, step: Step, calls: int = 3) -> bool:
+    """Run a step until it is compiled; False where it does not fit into memory."""
+    try:
+        for _ in range(calls):
+            step()
+        synchronise()
+        return True
+    except torch.OutOfMemoryError:
+        print(f"  {name}: out of memory", file=sys.stderr)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+
+
+def bar(name: str, value: float | None, target: float, *, at_least: bool = True) -> dict[str, Any]:
+    """One bar of an issue. Missing values are not met."""
+    ok = value is not None and (value >= target if at_least else value <= target)
+    return {
+        "name": name,
+        "value": None if value is None else round(value, 4),
+        "target": target,
+        "better": "higher" if at_least else "lower",
+        "ok": ok,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], peers: dict[str, str], out: Path | None = None) -> Path:
+    """Write the result file and print its bars."""
+    import triton
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    data = {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "peers": peers,
+        "rows": rows,
+        "bars": bars,
+    }
+    path = (out or RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    for each in bars:
+        print(f"{'ok  ' if each['ok'] else 'MISS'} {each['name']}: {each['value']} (target {each['target']})")
+    return path
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
