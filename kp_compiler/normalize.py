@@ -422,7 +422,10 @@ def written(node: Node) -> list[Node]:
 def storage_of(node: Any) -> int | None:
     """An identity for the storage behind a node's tensor: views share it."""
     value = tensor_of(node)
-    return None if value is None else value.untyped_storage()._cdata
+    try:
+        return None if value is None else value.untyped_storage()._cdata
+    except NotImplementedError:  # wrappers inside functorch transforms own no storage
+        return None
 
 
 class Writes:

@@ -1,0 +1,30 @@
+"""Shared fixtures and helpers: compile on the reference kernels, compare with eager and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kp_compiler
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """Dynamo stops calling a backend after a number of compiles of one function: start every test anew."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def kp():
+    return kp_compiler

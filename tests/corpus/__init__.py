@@ -1,0 +1,1 @@
+"""Spellings of attention, and look-alikes: what each must be recognised as."""
