@@ -15,6 +15,7 @@ from kp_compiler.errors import KPRequirementError
 from kp_compiler.normalize import bodies, erase_orphans, fill_metadata
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.passes.attention import revert
+from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.passes.base import Context, Match, Pass, module_of, source_of
 from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
 from kp_compiler.target import Target
@@ -42,6 +43,8 @@ def run(task: Run, graph_index: int = 0) -> Report:
     A pass that raises is undone: the graph goes back to how it came, and everything runs again without that pass.
     """
     fill_metadata(task.gm)
+    for gm, _ in bodies(task.gm):
+        expand_all(gm.graph)
     pristine = _snapshot(task.gm)
     failed: dict[str, str] = {}
     while True:

@@ -264,7 +264,7 @@ def _trace_values(softmax: Node, scores: Scores, ctx: Context) -> tuple[Node, Op
             dropped_sink = True
         elif op.name in ("mul", "masked_fill", "where"):
             return Rejection("mask-after-softmax", f"{op.name} acts on the probabilities, after they were normalised.")
-        elif op.name in ("div", "sum"):
+        elif op.name == "div":
             return Rejection("renormalised", "The probabilities are normalised again after the softmax.")
         else:
             return _used_elsewhere(node, users)
@@ -277,6 +277,8 @@ def _is_shape_query(node: Node) -> bool:
 
 
 def _used_elsewhere(node: Node, users: list[Node]) -> Rejection:
+    if {"div", "sum"} <= {_name(user) for user in users}:
+        return Rejection("renormalised", "The probabilities are normalised again after the softmax.")
     products = [u for u in users if (op := canonical(u)) is not None and value_product_like(op, node)]
     if not products and not any(user.op == "output" for user in users):
         names = ", ".join(sorted({_name(user) for user in users})) or "nothing"

@@ -99,7 +99,7 @@ def trace_scores(softmax: Node, op: Op, ctx: Context) -> Scores | Rejection:
     scores.note_sizes(core)
     if product.addend is not None and product.beta != 0:
         scores.biases.append(Term(product.addend, product.dims, product.beta))
-    refused = _replay(scores, steps)
+    refused = _replay(scores, steps) or _independent(scores, ctx)
     if refused is None and not any(labels == ("i",) for labels in scores.dims):
         refused = Rejection("layout", "The query dimension of the scores was reshaped away before the softmax.")
     if refused is None and scores.dims[-1] != ("j",):
@@ -116,7 +116,7 @@ def _find(node: Any, reader: Node, ctx: Context, depth: int) -> tuple[Product, l
     if current is None:
         return Rejection("mutation", f"{node.name} is written to before it is read.", "Use the out-of-place form.")
     node = current
-    op = canonical(node)
+    op = canonical(node) or _unnamed(node)
     if op is None:
         return nothing
     product = scores_product(node, op)
@@ -133,6 +133,12 @@ def _find(node: Any, reader: Node, ctx: Context, depth: int) -> tuple[Product, l
     return refusal
 
 
+def _unnamed(node: Node) -> Op | None:
+    """An operation kp has no name for: the walk goes on behind it only to say what stands in the way."""
+    first = node.args[0] if node.args else None
+    return Op("unnamed", {"input": first}) if tensor_of(node) is not None and tensor_of(first) is not None else None
+
+
 def _is_weight_product(product: Product) -> bool:
     """A projection by a parameter, as routers and classifiers have: rows times a 2-D placeholder."""
     weight = product.rhs.node
@@ -146,7 +152,7 @@ def _carriers(op: Op) -> list[Any]:
     """The arguments of an operation through which scores may come."""
     if op.name in _TRANSPARENT or op.name in ("view", "permute", "transpose", "dropout", "tanh", "masked_fill", "expand"):
         return [op["input"]]
-    if op.name in ("unsqueeze", "squeeze"):
+    if op.name in ("unsqueeze", "squeeze", "clamp", "exp", "log", "sigmoid", "neg", "abs", "pow", "unnamed"):
         return [op["input"]]
     if op.name in ("add", "mul"):
         return [op["input"], op["other"]]
@@ -157,6 +163,30 @@ def _carriers(op: Op) -> list[Any]:
     if op.name == "cat" and isinstance(op["tensors"], tuple | list) and len(op["tensors"]) == 2:
         return [op["tensors"][0]]
     return []
+
+
+def _independent(scores: Scores, ctx: Context) -> Rejection | None:
+    """Masks and biases must not be computed from the scores themselves (top-k attention and the like)."""
+    chain, first = set(scores.chain), ctx.writes.position.get(scores.chain[0], 0)
+    queue = [term.node for term in (*scores.biases, *scores.masks)]
+    seen: set[Node] = set()
+    while queue:
+        node = queue.pop()
+        if node in chain:
+            return Rejection("score-dependent", "A mask or bias is computed from the scores, which a kernel does not keep.")
+        if node in seen or ctx.writes.position.get(node, -1) < first:
+            continue
+        seen.add(node)
+        queue.extend(_value_inputs(node))
+    return None
+
+
+def _value_inputs(node: Node) -> list[Node]:
+    """The arguments whose elements a node reads: `x.reshape_as(y)` and the like only ask `y` for its shape."""
+    if node.op == "call_method" and str(node.target) in ("view_as", "reshape_as", "expand_as", "type_as"):
+        return node.all_input_nodes[:1]
+    op = canonical(node)
+    return [] if op is not None and op.name in ("full", "full_like", "size") else node.all_input_nodes
 
 
 # ---------------------------------------------------------------------------------------------------------- replay
@@ -211,6 +241,10 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
         return _masked(scores, op["condition"], op["other"] if through_input else op["input"], keep=through_input)
     if name == "cat":
         return _sink(scores, step)
+    if name in ("mul", "div") and tensor_of(_other(step) if name == "mul" else op["other"]) is not None:
+        return Rejection("tensor-scale", "The scores are scaled by a tensor; kernels take one number.")
+    if name == "unnamed":
+        name = getattr(step.node.target, "__name__", str(step.node.target))
     return Rejection("unknown-op", f"{name} between the product and the softmax is not part of attention as kp knows it.")
 
 
