@@ -1,6 +1,7 @@
 """The command line: `kp plan | explain | doctor | demo`.
 
-Bad input is one line on stderr and exit code 2; a demo whose check fails, or a model that does not compile, is 1.
+Bad input is one line on stderr and exit code 2. A demo whose check fails, or a model that does not compile,
+is exit code 1.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ SOURCE is file.py:function, module:function or the name of a demo. The function 
 (model, args, kwargs); the model is called as model(*args, **kwargs)."""
 _EXAMPLES = """\
 examples:
-  kp doctor                                         what this machine can do, and what is off for which reason
-  kp demo attention                                 compile a transformers Llama, check it, show the plan for an H100
-  kp plan train.py:build --dtype bfloat16           what kp would do on an H100 (no GPU needed, nothing is computed)
-  kp plan train.py:build --why layers.3.self_attn   one site in full
-  kp explain train.py:build --option attention.impl=flex"""
+  kp doctor                              what this machine can do, and what is off for which reason
+  kp demo attention                      compile a transformers Llama, check it, show the plan for an H100
+  kp plan job.py:build --dtype bfloat16  what kp would do on an H100 (no GPU needed, nothing is computed)
+  kp plan job.py:build --why layers.3    every site whose module path holds layers.3, in full
+  kp explain job.py:build --option attention.impl=flex"""
 
 
 class _UsageError(Exception):
@@ -58,11 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"kp: error: {error}", file=sys.stderr)
+    text = str(error)
+    print(f"kp: error: {_one_line(text) if code == 2 else text}", file=sys.stderr)
     return code
 
 
-# --------------------------------------------------------------------------------------------------------- the parser
+def _one_line(text: str, width: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+# ------------------------------------------------------------------------------------------------- the parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kp",
         formatter_class=plain,
         epilog=_EXAMPLES,
-        description="kp, a torch.compile backend that proves attention masks and rewrites attention onto exact kernels.",
+        description="kp: a torch.compile backend that proves attention masks and picks exact kernels.",
     )
     parser.add_argument("--version", action="version", version=f"kp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -95,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     each = commands.add_parser(
         "explain", help=text, description=f"{text}.\n\n{_SOURCE}", formatter_class=plain
     )
-    each.add_argument("--diff", metavar="PASS", help="print how this pass changed the graphs")
-    _add_source(each, _explain)
+    output = _add_source(each, _explain)
+    output.add_argument("--diff", metavar="PASS", help="print how this pass changed the graphs")
 
     text = "say what this machine can do, and which pass or kernel is off for what reason"
     each = commands.add_parser("doctor", help=text, description=f"{text}.")
@@ -119,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source(each: argparse.ArgumentParser, run: Any) -> None:
+def _add_source(each: argparse.ArgumentParser, run: Any) -> Any:
+    """What `plan` and `explain` share; returns the group of mutually exclusive outputs."""
     each.add_argument("source", metavar="SOURCE", help="file.py:function, module:function or a demo")
     each.add_argument(
         "--option",
@@ -138,9 +146,10 @@ def _add_source(each: argparse.ArgumentParser, run: Any) -> None:
         "--why", metavar="MODULE", help="print the sites whose module path or source line contains this"
     )
     each.set_defaults(run=run)
+    return output
 
 
-# ---------------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -173,13 +182,12 @@ def _show(arguments: argparse.Namespace, make: Any) -> int:
             inner = getattr(error, "inner_exception", None) or error
             if isinstance(inner, KPError):
                 raise inner from None
-            text = str(inner).strip().splitlines() or ["no message"]
-            return _fail(
-                f"{arguments.source}: {type(inner).__name__}: {text[0]} (TORCH_LOGS=+dynamo says more)", 1
-            )
+            return _fail(f"{arguments.source}: {type(inner).__name__}: {_one_line(str(inner))}", 1)
     if arguments.json:
         print(report.to_json())
     elif arguments.why is not None:
+        if not any(arguments.why in site.module or arguments.why in site.source for site in report.sites):
+            raise _UsageError(f"--why: {report.why(arguments.why)}")
         print(report.why(arguments.why))
     elif getattr(arguments, "diff", None) is not None:
         print(
@@ -215,7 +223,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     return DEMOS[arguments.name].run(arguments.validate)
 
 
-# ------------------------------------------------------------------------------------------------------------ inputs
+# ----------------------------------------------------------------------------------------------------- inputs
 
 
 def parse_options(text: str | None, pairs: Sequence[str]) -> dict[str, Any]:

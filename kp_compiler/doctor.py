@@ -1,7 +1,7 @@
-"""What this machine, or a target you name, can do: libraries, passes, attention kernels, each with its reason.
+"""What this machine or a named target can do: libraries, passes, attention kernels, each with its reason.
 
-Everything is asked of the code that decides: passes through `applies`, kernels through `check`. Nothing here can go
-stale, and the tables of the README are made by the same functions (`make readme`).
+Everything is asked of the code that decides: passes through `applies`, kernels through `check`. Nothing here
+can go stale, and the tables of the README are made by the same functions (`make readme`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PROBES: tuple[tuple[str, AttentionSpec, dict[str, object]], ...] = (
 
 
 def shape(target: Target, **changes: object) -> AttentionShape:
-    """A usual site: one sequence of 8192 tokens, 32 query and 8 key heads of size 128, bfloat16, no gradients."""
+    """A usual site: 8192 tokens, 32 query and 8 key heads of size 128, bfloat16, no gradients."""
     usual = AttentionShape(1, 32, 8, 8192, 8192, 128, 128, torch.bfloat16, target.device, False)
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def report(target: Target | None = None) -> str:
     text = "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections)
     if here.device == "cpu":
         text += (
-            "\n\nOn a CPU kp rewrites nothing unless options={'cpu_rewrites': True}; "
+            "\n\nThe kernels above are for GPUs; under cpu_rewrites a CPU graph gets the reference kernel. "
             "`kp doctor --target cuda:sm90` shows this page for an H100."
         )
     return text
@@ -124,7 +124,7 @@ def passes(target: Target, config: Config | None = None) -> Rows:
 
 
 def kernels(target: Target) -> Rows:
-    """Each attention kernel in the table's order for the target, then the others: yes, or the reason why not."""
+    """Each attention kernel, those in the table's order for the target first: yes, or the reason why not."""
     first = table.order(target)
     spec = AttentionSpec(0.125, CAUSAL)
     rows: Rows = [("kernel", "available")]
@@ -135,13 +135,13 @@ def kernels(target: Target) -> Rows:
 
 
 def passes_markdown() -> str:
-    """The README's table of passes: what each does, its flag and default, its own settings, where it is not applied."""
+    """The README's table of passes: what each does, flag, default, own settings, where it is not applied."""
     rows: Rows = [("pass", "flag", "tier", "default", "own settings", "not applied")]
     common = {field.name for field in dataclasses.fields(PassConfig)}
     for each in ALL_PASSES:
         default = _default(each)
         own = [f for f in dataclasses.fields(default) if f.name not in common]
-        settings = ", ".join(f"`{f.name}={getattr(default, f.name)!r}`" for f in own) or "–"
+        settings = ", ".join(f"`{f.name}={getattr(default, f.name)!r}`" for f in own) or "-"
         rows.append(
             (_summary(each), f"`{each.name}`", each.tier, f"`{default.mode}`", settings, _nowhere(each))
         )
@@ -149,13 +149,13 @@ def passes_markdown() -> str:
 
 
 def kernels_markdown(name: str = "cuda:sm90") -> str:
-    """The README's table of kernels: which takes what on a target, ● yes, or the code of the reason why not."""
+    """The README's table of kernels: which takes what on a target, yes or the code of the reason why not."""
     target = dataclasses.replace(targets.parse(name), has_fa4=True)
     order = table.order(target)
     rows: Rows = [("site", *(entry.name for entry in order))]
     for heading, spec, changes in PROBES:
         outcomes = [entry.check(spec, shape(target, **changes), target) for entry in order]
-        rows.append((heading, *("●" if refused is None else refused.code for refused in outcomes)))
+        rows.append((heading, *("yes" if refused is None else refused.code for refused in outcomes)))
     return _markdown(rows)
 
 
@@ -176,6 +176,8 @@ def _state(each: Pass, target: Target, config: Config) -> str:
         return "off: KP_DISABLE is set"
     if getattr(config, each.name).mode == "off":
         return "off: its flag is off"
+    if target.device == "cpu" and not (target.reference or config.cpu_rewrites):
+        return "off: CPU graphs are not rewritten (options={'cpu_rewrites': True} does it)"
     refused = _applies(each, target, config)
     return f"off: {refused}" if refused is not None else "on"
 
@@ -197,7 +199,7 @@ def _nowhere(each: Pass) -> str:
         refused = _applies(each, target, config)
         if refused is not None:
             reasons.setdefault(refused.text, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {text}" for text, names in reasons.items()) or "–"
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in reasons.items()) or "-"
 
 
 def _summary(each: Pass) -> str:

@@ -441,12 +441,12 @@ class Writes:
                 if storage is not None:
                     self.by_storage.setdefault(storage, []).append(node)
 
-    def between(self, value: Node, reader: Node) -> list[Node]:
-        """Writes to `value`'s storage after it was computed and before `reader` runs."""
+    def between(self, value: Node, reader: Node, *, since: Node | None = None) -> list[Node]:
+        """Writes to `value`'s storage before `reader` runs and after `since` did (default: after it was computed)."""
         storage = storage_of(value)
         if storage is None or storage not in self.by_storage:
             return []
-        low, high = self.position.get(value, -1), self.position.get(reader, len(self.position))
+        low, high = self.position.get(since or value, -1), self.position.get(reader, len(self.position))
         return [node for node in self.by_storage[storage] if low < self.position[node] < high]
 
     def current(self, value: Node, reader: Node) -> Node | None:

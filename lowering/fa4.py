@@ -85,8 +85,8 @@ def _sizes(shape: AttentionShape, target: Target) -> Rejection | None:
 
 
 def _mask(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
-    """Full, causal, and causal with a sliding window, which the kernel aligns to the last query and key. Under
-    each a query keeps at least its own key, so what `dead_rows` says of other rows is of no matter here."""
+    """Full, causal, and causal with a sliding window, which the kernel aligns to the last query and key. Each
+    keeps at least the query's own key, so what `dead_rows` says of fully masked rows does not matter here."""
     if spec.mask.kind == "full":
         return None
     if not aten.is_causal(spec) and not is_band(spec.mask):

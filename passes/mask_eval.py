@@ -50,6 +50,7 @@ class Leaf:
     """A tensor that a formula looks up."""
 
     node: Node
+    reader: Node  # what read it when the mask was built
     monotone: bool = False
     segments: Segments | None = None
 
@@ -92,10 +93,8 @@ class MaskEvaluator:
             raise Unprovable(f"{node.name} is not a tensor")
         op = canonical(current)
         rule = _RULES.get(op.name) if op is not None else None
-        if op is None or rule is None:
-            return self.leaf(current, index)
-        found = rule(self, current, op, index)
-        return self.leaf(current, index) if found is None else found
+        found = None if op is None or rule is None else rule(self, current, op, index)
+        return self.leaf(current, index, reader) if found is None else found
 
     def broadcast(self, node: Any, index: Index, reader: Node) -> Value:
         """Like `at`, for an operand that broadcasts against a result of index `index`."""
@@ -105,14 +104,22 @@ class MaskEvaluator:
         own = index[len(index) - tensor.dim() :] if tensor.dim() else ()
         return self.at(node, tuple(_at(size, i) for size, i in zip(tensor.shape, own, strict=True)), reader)
 
-    def leaf(self, node: Node, index: Index, *, monotone: bool = False, segments: Segments | None = None) -> Value:
+    def leaf(
+        self,
+        node: Node,
+        index: Index,
+        reader: Node | None = None,
+        *,
+        monotone: bool = False,
+        segments: Segments | None = None,
+    ) -> Value:
         """A look-up into `node`. Booleans are stored as 0 and 1."""
         tensor = tensor_of(node)
         assert tensor is not None
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             raise Unprovable(f"{node.name} holds floating-point numbers kp knows nothing about")
         name = f"t_{node.name}"
-        self.leaves.setdefault(name, Leaf(node, monotone, segments))
+        self.leaves.setdefault(name, Leaf(node, reader or node, monotone, segments))
         index = tuple(_at(size, i) for size, i in zip(tensor.shape, index, strict=True))
         looked_up = sympy.Function(name, integer=True)(*index)
         return sympy.Ne(looked_up, 0) if tensor.dtype == torch.bool else looked_up
@@ -135,6 +142,15 @@ class MaskEvaluator:
     def _argument(self, node: Node, call: Node | None = None) -> Any:
         position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
         return (call or self.ctx.calls[0]).args[1 + position]
+
+    def overwritten(self, leaf: Leaf, site: Node) -> Node | None:
+        """The first write to a looked-up tensor between the mask's reading it and `site`, if any."""
+        if leaf.node.graph is not site.graph:
+            call = self.ctx.calls[0]
+            if self.ctx.outer_writes is not None and self.ctx.outer_writes.between(leaf.node, call, since=leaf.reader):
+                raise Unprovable(f"{leaf.node.name} is written to after the mask was built from it")
+            return None
+        return next(iter(self.ctx.writes.between(leaf.node, site, since=leaf.reader)), None)
 
     # ------------------------------------------------------------------------------------------------------- bounds
 

@@ -148,7 +148,8 @@ def _part(condition: Boolean, ev: MaskEvaluator) -> tuple[str, int | None]:
         expr = sympy.expand(condition.lhs - condition.rhs)
         coeffs = (expr.coeff(Q), expr.coeff(K))
         constant = sympy.expand(expr - coeffs[0] * Q - coeffs[1] * K)
-        if coeffs == (-1, 1) and not constant.has(Q, K, H):
+        one_query = coeffs == (0, 1) and ev.ranges[Q] == 1 and constant.has(sympy.Function)
+        if (coeffs == (-1, 1) or one_query) and not constant.has(Q, K, H):
             return "causal", None
         if coeffs == (1, -1) and constant.is_Integer:
             return "window", int(1 - constant)

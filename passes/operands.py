@@ -140,18 +140,20 @@ def restore(emit: Emitter, node: Node, dims: Dims, frame: Frame, scores: Scores)
 
 @dataclass(frozen=True)
 class Peeled:
-    """An operand without the copies, upcasts and head repetitions above it. `scale` was multiplied in on the way."""
+    """An operand without the copies, upcasts and head repetitions above it. `scale` was multiplied in on the way;
+    `reader` is the node that read the operand before."""
 
     operand: Operand
+    reader: Node
     scale: float = 1.0
 
 
-def peel(operand: Operand, head: str | None) -> Peeled:
+def peel(operand: Operand, reader: Node, head: str | None) -> Peeled:
     """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half tensor."""
-    best = Peeled(operand)
+    best = Peeled(operand, reader)
     node, dims, scale, upcast = operand.node, operand.dims, 1.0, False
     while (op := canonical(node)) is not None:
-        tensor = tensor_of(node)
+        tensor, above = tensor_of(node), node
         if tensor is None:
             break
         if op.name in ("transpose", "permute"):
@@ -164,7 +166,7 @@ def peel(operand: Operand, head: str | None) -> Peeled:
             node = op["input"]
         elif op.name == "cast" and _is_upcast(op):
             node, upcast = op["input"], True
-            best = Peeled(Operand(node, dims), scale)
+            best = Peeled(Operand(node, dims), above, scale)
             continue
         elif op.name in ("mul", "div") and tensor.dtype == torch.float32 and (c := constant(op["other"])) is not None:
             scale *= c if op.name == "mul" else 1.0 / c
@@ -175,7 +177,7 @@ def peel(operand: Operand, head: str | None) -> Peeled:
         else:
             break
         if scale == best.scale or upcast:
-            best = Peeled(Operand(node, dims), scale)
+            best = Peeled(Operand(node, dims), above, scale)
     return best
 
 

@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from kp_compiler.lowering import ops
 from kp_compiler.normalize import canonical, tensor_of, value_of
-from kp_compiler.passes.base import Context, Match, Rejection
+from kp_compiler.passes.base import Context, Emitter, Match, Rejection
 from kp_compiler.passes.mask_eval import (
     B,
     Cases,
@@ -50,7 +50,7 @@ class Proof:
     """The new mask of a site: a formula and the tensors and scalars it reads."""
 
     mask: MaskSpec
-    tensors: tuple[Node, ...]
+    tensors: tuple[tuple[Node, Node | None], ...]  # with the first write that would change it, if any
     scalars: tuple[Any, ...]
     biases: tuple[tuple[Node, float], ...]
     dead_rows: Any
@@ -102,7 +102,9 @@ class ProveMasks:
         spec = ops.spec_of(site)
         bias_nodes = [node for node, _ in proof.biases]
         sink = [] if spec.sink is None else [site.args[3][spec.sink]]  # type: ignore[index]
-        tensors = [ops.import_node(node, site, ctx.calls) for node in proof.tensors]
+        tensors = [
+            ops.import_node(_kept(node, write, ctx), site, ctx.calls) for node, write in proof.tensors
+        ]
         count = len(tensors)
         new = dataclasses.replace(
             spec,
@@ -115,6 +117,16 @@ class ProveMasks:
         scalars = [ops.import_node(node, site, ctx.calls) for node in proof.scalars]
         site.args = (*site.args[:3], [*tensors, *bias_nodes, *sink], scalars, new.to_json())
         return site
+
+
+def _kept(node: Node, write: Node | None, ctx: Context) -> Node:
+    """`node`, or a copy taken before it is written to (a static cache's length, which the forward advances)."""
+    if write is None:
+        return node
+    key = ("kept", node, write)
+    if key not in ctx.cache:
+        ctx.cache[key] = Emitter(write, node).call(torch.clone, node)
+    return ctx.cache[key]
 
 
 def _prove(
@@ -242,7 +254,7 @@ def _conclude(spec: AttentionSpec, parts: _Parts, facts: MaskFacts, ev: MaskEval
         facts.window,
         facts.parts,
     )
-    nodes = tuple(node for _, node, _ in looked_up)
+    nodes = tuple((node, ev.overwritten(ev.leaves[name], site)) for name, node, _ in looked_up)
     return Proof(mask, nodes, tuple(node for _, node in scalars), tuple(parts.biases), dead, fill)
 
 

@@ -131,7 +131,7 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
     )
     head = frame.heads[0] if frame.heads else None
     sides = [
-        peel(Operand(x, _sdpa_dims(x, (*batch, *tail))), head if x is not q else None)
+        peel(Operand(x, _sdpa_dims(x, (*batch, *tail))), node, head if x is not q else None)
         for x, tail in ((q, (("i",), ("d",))), (k, (("j",), ("d",))), (v, (("j",), ("e",))))
     ]
     mask, terms = MaskSpec(), ()
@@ -143,7 +143,7 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         value = tensor_of(given)
         if value is None or op["is_causal"]:
             return Rejection("mask-shape", "The mask has no known shape, or is given beside is_causal.")
-        terms = (Term(given, dims, fill=-math.inf if value.dtype == torch.bool else None),)
+        terms = (Term(given, dims, node, fill=-math.inf if value.dtype == torch.bool else None),)
         if value.dtype == torch.bool:
             mask = MaskSpec("tensor", "", (0,))
         else:
@@ -184,8 +184,8 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         return Rejection("mask-fill", "The mask's fill is not a large negative number.")
     frame = frame_of(scores.split(scores.dims), scores.split(scores.product.rhs.dims))
     head = frame.heads[0] if len(frame.heads) == 1 else None
-    q, k = peel(scores.product.lhs, None), peel(scores.product.rhs, head)
-    v = peel(value, head)
+    q, k = peel(scores.product.lhs, scores.chain[0], None), peel(scores.product.rhs, scores.chain[0], head)
+    v = peel(value, root, head)
     dtype = _kernel_dtype(scores, q, k, root)
     if isinstance(dtype, Rejection):
         return dtype
@@ -310,9 +310,12 @@ def _drops_last(op: Op) -> bool:
 
 def _check_reads(site: Site, ctx: Context) -> Rejection | None:
     """Nothing the site reads may be written between being read now and being read by the replacement."""
-    nodes = [p.operand.node for p in (site.q, site.k, site.v)] + [term.node for term in site.terms]
-    for node in [*nodes, *([site.sink] if site.sink is not None else [])]:
-        if ctx.writes.between(node, site.root):
+    reads = [(p.operand.node, p.reader) for p in (site.q, site.k, site.v)]
+    reads += [(term.node, term.reader) for term in site.terms]
+    if site.sink is not None:
+        reads.append((site.sink, site.sink))
+    for node, reader in reads:
+        if ctx.writes.between(node, site.root, since=reader):
             return Rejection("mutation", f"{node.name} is written to before the attention that reads it is finished.")
     return None
 

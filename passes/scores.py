@@ -28,6 +28,7 @@ class Term:
 
     node: Node
     frame: Dims
+    reader: Node  # what reads it in the original graph
     coeff: float = 1.0
     fill: float | None = None
     keep: bool = True  # the mask's true elements are the ones that take part
@@ -98,7 +99,7 @@ def trace_scores(softmax: Node, op: Op, ctx: Context) -> Scores | Rejection:
     scores.chain = [core, *(step.node for step in steps)]
     scores.note_sizes(core)
     if product.addend is not None and product.beta != 0:
-        scores.biases.append(Term(product.addend, product.dims, product.beta))
+        scores.biases.append(Term(product.addend, product.dims, core, product.beta))
     refused = _replay(scores, steps) or _independent(scores, ctx)
     if refused is None and not any(labels == ("i",) for labels in scores.dims):
         refused = Rejection("layout", "The query dimension of the scores was reshaped away before the softmax.")
@@ -231,14 +232,14 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
     if state.pending:
         scores.softcap, state.pending = 1.0, False
     if name == "add" and op.get("alpha", 1) == 1:
-        return _added(scores, _other(step), 1.0)
+        return _added(scores, step, _other(step), 1.0)
     if name == "sub" and op.get("alpha", 1) == 1:
-        return None if _is_own_max(op) else _added(scores, op["other"], -1.0)
+        return None if _is_own_max(op) else _added(scores, step, op["other"], -1.0)
     if name == "masked_fill":
-        return _masked(scores, op["mask"], op["value"], keep=False)
+        return _masked(scores, step, op["mask"], op["value"], keep=False)
     if name == "where":
         through_input = op["input"] is step.through or value_of(op["input"]) is value_of(step.through)
-        return _masked(scores, op["condition"], op["other"] if through_input else op["input"], keep=through_input)
+        return _masked(scores, step, op["condition"], op["other"] if through_input else op["input"], keep=through_input)
     if name == "cat":
         return _sink(scores, step)
     if name in ("mul", "div") and tensor_of(_other(step) if name == "mul" else op["other"]) is not None:
@@ -283,7 +284,7 @@ def _scaled(state: _Replay, factor: float) -> Rejection | None:
     if scores.masks and (factor <= 0 or any(mask.fill != -math.inf for mask in scores.masks)):
         return Rejection("scale-after-mask", "The scores are scaled after a finite mask fill.")
     scores.scale *= factor
-    scores.biases = [Term(b.node, b.frame, b.coeff * factor) for b in scores.biases]
+    scores.biases = [Term(b.node, b.frame, b.reader, b.coeff * factor) for b in scores.biases]
     return None
 
 
@@ -295,7 +296,7 @@ def _tanh(state: _Replay) -> Rejection | None:
     return None
 
 
-def _added(scores: Scores, term: Any, coeff: float) -> Rejection | None:
+def _added(scores: Scores, step: _Step, term: Any, coeff: float) -> Rejection | None:
     tensor = tensor_of(term)
     if tensor is None:
         number = constant(term)
@@ -304,17 +305,17 @@ def _added(scores: Scores, term: Any, coeff: float) -> Rejection | None:
         return Rejection("layout", "A term of higher rank is added to the scores.")
     if scores.masks and any(math.isfinite(mask.fill or 0.0) for mask in scores.masks):
         return Rejection("bias-after-mask", "A term is added after a finite mask fill.")
-    scores.biases.append(Term(term, scores.dims, coeff))
+    scores.biases.append(Term(term, scores.dims, step.node, coeff))
     return None
 
 
-def _masked(scores: Scores, mask: Any, fill: Any, *, keep: bool) -> Rejection | None:
+def _masked(scores: Scores, step: _Step, mask: Any, fill: Any, *, keep: bool) -> Rejection | None:
     tensor, number = tensor_of(mask), constant(fill)
     if tensor is None or tensor.dtype != torch.bool or tensor.dim() > len(scores.dims):
         return Rejection("mask-shape", "The mask of the scores is not a boolean tensor that broadcasts to them.")
     if number is None:
         return Rejection("mask-fill", "Masked scores are replaced by something that is not a constant.")
-    scores.masks.append(Term(mask, scores.dims, fill=number, keep=keep))
+    scores.masks.append(Term(mask, scores.dims, step.node, fill=number, keep=keep))
     return None
 
 

@@ -1,7 +1,8 @@
 """Demonstrations: `kp demo` lists them, `kp demo NAME` runs one.
 
-A demo checks what it shows: it returns 1 where a number it prints is out of its stated bound. Quick runs take at most
-a minute, validated ones at most three, on two CPU cores or one GPU. A new demo is one file here and one entry below.
+A demo checks what it shows: it returns 1 where a number it prints is out of its stated bound. Quick runs take
+at most a minute, validated ones at most three, on two CPU cores or one GPU. A new demo is one file here and
+one entry below.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kp_compiler.demos import attention, masks
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration. `run(validate)` prints and returns an exit code; `example()` returns (model, args, kwargs)."""
+    """`run(validate)` prints and returns an exit code; `example()` gives (model, args, kwargs)."""
 
     name: str
     summary: str

@@ -1,4 +1,4 @@
-"""What the demos share: transformers or one clear sentence, models with random weights, errors, small tables."""
+"""What the demos share: transformers or one clear sentence, models with random weights, errors, tables."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from kp_compiler.target import has_package
 def transformers() -> Any:
     """The transformers package, quiet."""
     if not has_package("transformers"):
-        raise KPError(
-            "this demo needs the package transformers, which is not installed: pip install 'kp-compiler[demo]'"
-        )
+        raise KPError("this demo needs transformers, which is not installed: pip install 'kp-compiler[demo]'")
     import transformers as package
 
     package.logging.set_verbosity_error()

@@ -1,7 +1,7 @@
 """What kp proves each mask to be, and what it says where it can't.
 
-Tiny transformers models are planned for an H100 (no GPU is needed: nothing is computed). With `--validate` each is
-also rewritten onto the reference kernels on the CPU and compared with the uncompiled model.
+Tiny transformers models are planned for an H100 (no GPU is needed: nothing is computed). With `--validate`
+each is also rewritten onto the reference kernels on the CPU and compared with the uncompiled model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kp_compiler.capture import plan
 from kp_compiler.demos import common
 from kp_compiler.report import Report, SiteRecord
 
-SUMMARY = "what each kind of mask is proved to be, the kernel planned for it on an H100, and a mask that can't be proved"
+SUMMARY = "what each mask is proved to be, the kernel planned for it on an H100, and one that can't be proved"
 TARGET = "cuda:sm90"
 TOKENS = 128
 BOUND = 1e-5  # relative RMS error allowed in float32
@@ -156,8 +156,10 @@ def run(validate: bool) -> int:
         if site.reason is not None and site.reason.hint:
             print(f"  {site.reason.hint}")
     if validate:
-        print(f"\nerror: relative RMS of the rewritten float32 model (CPU, reference kernels) against the uncompiled "
-              f"model in float64; at most {BOUND:.0e}")  # fmt: skip
+        print(
+            "\nerror: relative RMS of the rewritten float32 model (CPU, reference kernels) against the "
+            f"uncompiled float64 model; at most {BOUND:.0e}"
+        )
     print(
         "\n"
         + (

@@ -437,7 +437,7 @@ def flex_attention(q, k, v):
     return flex(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s, -float("inf")))
 
 
-@form(29, "", lambda dtype: tuple(torch.randn(B * H, 4, S, D, dtype=dtype) for _ in range(3)), refused="unknown-op")
+@form(29, "", lambda dtype: tuple(torch.randn(B * H, 4, S, D, dtype=dtype) for _ in range(3)), refused="no-qk-product")
 def longformer_banded(q, k, v):
     scores = torch.einsum("bcxd,bcyd->bcxy", q, k)
     padded = F.pad(scores, (0, 0, 0, 1)).view(B * H, 4, S, S + 1)[..., :-1]

@@ -150,11 +150,11 @@ def banded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
 
 
-def compiled(function: Any, inputs: list[Tensor], **kwargs: Any) -> tuple[list[Tensor], SiteRecord]:
+def compiled(function: Any, inputs: list[Tensor]) -> tuple[list[Tensor], SiteRecord]:
     """Output and gradients of the compiled function, and the record of its one site."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     with kp_compiler.capture_reports() as reports:
-        out = torch.compile(function, fullgraph=True, backend="kp", options=FA4, **kwargs)(*leaves)
+        out = torch.compile(function, fullgraph=True, backend="kp", options=FA4)(*leaves)
         grads = torch.autograd.grad(out, leaves, inputs[3])
     (site,) = merged(reports).sites
     return [out.detach(), *grads], site
@@ -173,12 +173,18 @@ def test_compile(function: Any, mask: MaskSpec, dtype: torch.dtype, kv_heads: in
 
 
 def test_compile_dynamic_length() -> None:
-    inputs = operands(2, 8, 2, 257, 257, 64, torch.bfloat16)
-    for x in inputs[:3]:
-        torch._dynamo.mark_dynamic(x, 2)
-    got, site = compiled(causal, inputs)
-    assert (site.status, site.impl) == ("rewritten", "fa4")
-    hold(got, exact(*inputs, CAUSAL))
+    """One compilation for every length, where queries and keys have the same one."""
+    function = torch.compile(lambda x: causal(*x.unbind(0)), fullgraph=True, backend="kp", options=FA4)
+    with kp_compiler.capture_reports() as reports:
+        for length in (257, 384, 1000):
+            inputs = operands(2, 4, 4, length, length, 64, torch.bfloat16)
+            leaf = torch.stack(inputs[:3]).requires_grad_()
+            torch._dynamo.mark_dynamic(leaf, 3)
+            out = function(leaf)
+            (grad,) = torch.autograd.grad(out, leaf, inputs[3])
+            hold([out.detach(), *grad.unbind(0)], exact(*inputs, CAUSAL))
+    assert len(reports) == 1
+    assert [(site.status, site.impl) for site in merged(reports).sites] == [("rewritten", "fa4")]
 
 
 @pytest.mark.parametrize(
