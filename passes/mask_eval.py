@@ -143,14 +143,15 @@ class MaskEvaluator:
         position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
         return (call or self.ctx.calls[0]).args[1 + position]
 
-    def overwritten(self, leaf: Leaf, site: Node) -> Node | None:
-        """The first write to a looked-up tensor between the mask's reading it and `site`, if any."""
-        if leaf.node.graph is not site.graph:
-            call = self.ctx.calls[0]
-            if self.ctx.outer_writes is not None and self.ctx.outer_writes.between(leaf.node, call, since=leaf.reader):
-                raise Unprovable(f"{leaf.node.name} is written to after the mask was built from it")
-            return None
-        return next(iter(self.ctx.writes.between(leaf.node, site, since=leaf.reader)), None)
+    def overwritten(self, leaf: Leaf) -> bool:
+        """A looked-up tensor is written to after the mask was built from it."""
+        outside = leaf.node.graph is not self.ctx.gm.graph
+        writes = self.ctx.outer_writes if outside else self.ctx.writes
+        assert writes is not None
+        changed = bool(writes.between(leaf.node, leaf.node.graph.output_node(), since=leaf.reader))
+        if changed and outside:
+            raise Unprovable(f"{leaf.node.name} is written to after the mask was built from it")
+        return changed
 
     # ------------------------------------------------------------------------------------------------------- bounds
 

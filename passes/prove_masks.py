@@ -50,7 +50,7 @@ class Proof:
     """The new mask of a site: a formula and the tensors and scalars it reads."""
 
     mask: MaskSpec
-    tensors: tuple[tuple[Node, Node | None], ...]  # with the first write that would change it, if any
+    tensors: tuple[tuple[Node, Node | None], ...]  # with what read it, if it is written to later
     scalars: tuple[Any, ...]
     biases: tuple[tuple[Node, float], ...]
     dead_rows: Any
@@ -103,7 +103,7 @@ class ProveMasks:
         bias_nodes = [node for node, _ in proof.biases]
         sink = [] if spec.sink is None else [site.args[3][spec.sink]]  # type: ignore[index]
         tensors = [
-            ops.import_node(_kept(node, write, ctx), site, ctx.calls) for node, write in proof.tensors
+            ops.import_node(_kept(node, reader, ctx), site, ctx.calls) for node, reader in proof.tensors
         ]
         count = len(tensors)
         new = dataclasses.replace(
@@ -119,13 +119,13 @@ class ProveMasks:
         return site
 
 
-def _kept(node: Node, write: Node | None, ctx: Context) -> Node:
-    """`node`, or a copy taken before it is written to (a static cache's length, which the forward advances)."""
-    if write is None:
+def _kept(node: Node, reader: Node | None, ctx: Context) -> Node:
+    """`node`, or a copy of what `reader` saw (of a static cache's length, which the forward advances)."""
+    if reader is None:
         return node
-    key = ("kept", node, write)
+    key = ("kept", node, reader)
     if key not in ctx.cache:
-        ctx.cache[key] = Emitter(write, node).call(torch.clone, node)
+        ctx.cache[key] = Emitter(reader, node).call(torch.clone, node)
     return ctx.cache[key]
 
 
@@ -254,7 +254,7 @@ def _conclude(spec: AttentionSpec, parts: _Parts, facts: MaskFacts, ev: MaskEval
         facts.window,
         facts.parts,
     )
-    nodes = tuple((node, ev.overwritten(ev.leaves[name], site)) for name, node, _ in looked_up)
+    nodes = tuple((node, ev.leaves[name].reader if ev.overwritten(ev.leaves[name]) else None) for name, node, _ in looked_up)
     return Proof(mask, nodes, tuple(node for _, node in scalars), tuple(parts.biases), dead, fill)
 
 
