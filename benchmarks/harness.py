@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -23,10 +24,15 @@ def synchronise() -> None:
 
 
 def time_interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each step, one call of each in turn so that clocks and heat hit all alike."""
+    """Median milliseconds of each step. Every round calls each once, in a new order: clocks and heat hit all alike,
+    and no arm always follows the hottest one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    shuffle = random.Random(0).shuffle
     for _ in range(repeats):
-        for name, step in steps.items():
+        shuffle(order)
+        for name in order:
+            step = steps[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             synchronise()
             start.record()

@@ -141,7 +141,7 @@ def passes_markdown() -> str:
     for each in ALL_PASSES:
         default = _default(each)
         own = [f for f in dataclasses.fields(default) if f.name not in common]
-        settings = ", ".join(f"`{f.name}={getattr(default, f.name)!r}`" for f in own) or "-"
+        settings = ", ".join(f"`{f.name}={_literal(getattr(default, f.name))}`" for f in own) or "-"
         rows.append(
             (_summary(each), f"`{each.name}`", each.tier, f"`{default.mode}`", settings, _nowhere(each))
         )
@@ -200,6 +200,10 @@ def _nowhere(each: Pass) -> str:
         if refused is not None:
             reasons.setdefault(refused.text, []).append(name)
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in reasons.items()) or "-"
+
+
+def _literal(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _summary(each: Pass) -> str:

@@ -153,7 +153,7 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         mask,
         biases,
         dropout_p=float(op["dropout_p"]),
-        dead_rows="zero",
+        dead_rows="zero" if terms else "none",
         form="sdpa",
     )
     return Site(node, scores, frame, *sides, (*batch, ("i",), ("e",)), out.dtype, spec, terms)
@@ -191,6 +191,7 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         return dtype
     if any(math.isfinite(fill or 0.0) and (fill or 0.0) > _fill_limit(scores, ctx) for fill in fills):
         return Rejection("mask-fill", f"A fill of {max(f for f in fills if f is not None):g} is too small to mask.")
+    terms = (*scores.biases, *scores.masks)
     count = len(scores.biases)
     mask = MaskSpec("tensor", "", tuple(range(count, count + len(scores.masks)))) if scores.masks else MaskSpec()
     finite = any(math.isfinite(fill or 0.0) for fill in fills)
@@ -201,10 +202,9 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         softcap=scores.softcap,
         sink=count + len(scores.masks) if scores.sink is not None else None,
         dropout_p=dropout_p,
-        dead_rows="mean" if finite else "nan",
+        dead_rows="none" if not terms else "mean" if finite else "nan",
         form="softmax",
     )
-    terms = (*scores.biases, *scores.masks)
     return Site(root, scores, frame, q, k, v, out_dims, dtype, spec, terms, scores.sink)
 
 

@@ -1,0 +1,108 @@
+"""Errors of whole models against float64: the bf16 model as it is, and the same model compiled with kp.
+
+    python benchmarks/attention_numerics.py [--seeds 8] [--length 1024] [--out DIR]
+
+Root mean square over fresh random weights and inputs (one draw is noise), outputs and parameter gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+import transformers
+from harness import RESULTS, bar, write
+
+import kp_compiler
+
+
+def settings(length: int) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+    """name -> (class, config, extra inputs)"""
+    common: dict[str, Any] = {
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": length,
+    }  # fmt: skip
+    positions = torch.arange(length, device="cuda").remainder(length // 3).unsqueeze(0)
+    padding = torch.ones(1, length, dtype=torch.long, device="cuda")
+    padding[:, : length // 8] = 0
+    llama = transformers.LlamaForCausalLM
+    return {
+        "llama": (llama, transformers.LlamaConfig(**common), {}),
+        "llama packed": (llama, transformers.LlamaConfig(**common), {"position_ids": positions}),
+        "llama left-padded": (llama, transformers.LlamaConfig(**common), {"attention_mask": padding}),
+        "mistral window": (transformers.MistralForCausalLM, transformers.MistralConfig(**common, sliding_window=100), {}),
+        "gpt2": (
+            transformers.GPT2LMHeadModel,
+            transformers.GPT2Config(
+                n_embd=512, n_layer=2, n_head=8, n_positions=length, vocab_size=512, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+            ),
+            {},
+        ),
+        "t5": (
+            transformers.T5ForConditionalGeneration,
+            transformers.T5Config(d_model=512, d_kv=64, d_ff=1024, num_layers=2, num_heads=8, vocab_size=512, dropout_rate=0.0),
+            {},
+        ),
+    }  # fmt: skip
+
+
+def evaluate(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and all parameter gradients, flat and in float64."""
+    out = model(**inputs)
+    out.loss.backward()
+    grads = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    for p in model.parameters():
+        p.grad = None
+    return out.logits.detach().double(), torch.cat(grads)
+
+
+def errors(name: str, seed: int, implementation: str, length: int) -> dict[str, tuple[float, float]]:
+    """Relative error of outputs and gradients: plain bf16 and kp, one seed."""
+    torch.manual_seed(seed)
+    cls, config, extra = settings(length)[name]
+    model = models.build(cls, config)
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(0, 512, (1, length), device="cuda")
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False, **extra}
+    exact = evaluate(copy.deepcopy(model).double(), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="kp", options={"strict": True})
+    found = {}
+    for arm, run in (("plain", model), ("kp", compiled)):
+        got = evaluate(run, inputs)
+        found[arm] = tuple(float((g - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
+    return found  # type: ignore[return-value]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--models", nargs="*", default=None)
+    options = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 256
+    rows, bars = [], []
+    for name in options.models or settings(options.length):
+        for implementation in ("sdpa", "eager"):
+            sums = {"plain": [0.0, 0.0], "kp": [0.0, 0.0]}
+            for seed in range(options.seeds):
+                for arm, pair in errors(name, seed, implementation, options.length).items():
+                    sums[arm] = [total + value**2 for total, value in zip(sums[arm], pair, strict=True)]
+            rms = {arm: [(total / options.seeds) ** 0.5 for total in pair] for arm, pair in sums.items()}
+            for index, what in enumerate(("outputs", "gradients")):
+                plain, mine = rms["plain"][index], rms["kp"][index]
+                rows.append(
+                    {"model": name, "implementation": implementation, "what": what, "rms_plain": plain, "rms_kp": mine, "seeds": options.seeds}
+                )
+                bars.append(bar(f"{name} {implementation} {what}: RMS error against plain bf16", mine / plain, 1.1, at_least=False))
+            print(name, implementation, {k: [f"{x:.2e}" for x in v] for k, v in rms.items()}, flush=True)
+    write("attention_numerics", rows, bars, {"transformers": transformers.__version__, "kp": kp_compiler.__version__}, options.out)
+
+
+if __name__ == "__main__":
+    main()

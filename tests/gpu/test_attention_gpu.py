@@ -1,0 +1,226 @@
+"""Every lowered kernel on the device: the forms, outputs and gradients against float64, ragged sizes, poisoned memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kp_compiler
+from kp_compiler.capture import merged
+from tests.corpus.forms import FORMS, Form
+from tests.helpers import relative_error
+
+pytestmark = pytest.mark.gpu
+
+
+def _cuda(inputs, dtype=torch.bfloat16):
+    return tuple(
+        x.to("cuda", dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x.cuda() if isinstance(x, torch.Tensor) else x
+        for x in inputs
+    )
+
+
+def _leaves(inputs, train):
+    return [x.detach().clone().requires_grad_(train and x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+def _run(function, inputs, train):
+    leaves = _leaves(inputs, train)
+    out = function(*leaves)
+    out = out[0] if isinstance(out, tuple) else out
+    results = [out.detach()]
+    if train:
+        weights = torch.linspace(0.5, 1.5, out.numel(), device="cuda", dtype=torch.float32).view(out.shape).to(out.dtype)
+        (out * weights).sum().backward()
+        results += [x.grad for x in leaves if isinstance(x, torch.Tensor) and x.grad is not None]
+    return results
+
+
+def _poison() -> None:
+    """Fill the caching allocator's free blocks with NaN, so that unwritten output shows."""
+    blocks = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]
+    del blocks
+
+
+def _double(function, inputs, train):
+    wide = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+    return _run(function, wide, train)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("form", FORMS, ids=[f"{f.number}-{f.name}" for f in FORMS])
+def test_form(form: Form, train: bool) -> None:
+    """The rewritten form is at most 1.5 times (plus rounding) as far from float64 as the original in bf16."""
+    if form.refused is not None:
+        pytest.skip("not rewritten")
+    with torch.device("cuda"):
+        inputs = _cuda(form.inputs(torch.float32))
+        want = _double(form.function, inputs, train)
+        plain = _run(form.function, inputs, train)
+        _poison()
+        with kp_compiler.capture_reports() as reports:
+            got = _run(torch.compile(form.function, backend="kp", fullgraph=True, options={"strict": True}), inputs, train)
+    report = merged(reports)
+    for mine, theirs, exact in zip(got, plain, want, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert relative_error(mine, exact) <= 1.5 * relative_error(theirs, exact) + 2e-3, report.why("")
+
+
+CASES = [
+    ("cudnn", "causal", 1, 4, 4, 256, 64),
+    ("cudnn", "causal", 2, 8, 2, 1000, 128),
+    ("cudnn", "full", 2, 4, 4, 77, 64),
+    ("flash", "causal", 2, 8, 2, 1000, 128),
+    ("flash", "full", 1, 4, 4, 333, 64),
+    ("flex", "causal", 2, 8, 2, 1000, 128),
+    ("flex", "window", 1, 4, 4, 1500, 64),
+    ("flex", "document", 2, 8, 2, 1024, 64),
+    ("flex", "padding", 2, 4, 4, 700, 64),
+    ("efficient", "causal", 2, 8, 2, 1000, 64),
+    ("efficient", "window", 1, 4, 4, 513, 64),
+]
+
+
+def _mask(kind: str, batch: int, length: int):
+    rows, columns = torch.arange(length, device="cuda")[:, None], torch.arange(length, device="cuda")[None, :]
+    if kind == "full":
+        return None
+    if kind == "causal":
+        return columns <= rows
+    if kind == "window":
+        return (columns <= rows) & (columns > rows - 100)
+    if kind == "document":
+        segments = (torch.arange(length, device="cuda") // 150).expand(batch, length)
+        return (segments[:, None, :, None] == segments[:, None, None, :]) & (columns <= rows)
+    keep = torch.ones(batch, length, dtype=torch.bool, device="cuda")
+    keep[0, :37] = False
+    return keep[:, None, None, :] & (columns <= rows)
+
+
+@pytest.mark.parametrize("impl,kind,batch,heads,kv_heads,length,width", CASES)
+def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
+    """One kernel asked for by name, ragged lengths and grouped heads, forward and backward."""
+    q = torch.randn(batch, heads, length, width, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, kv_heads, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    keep = torch.ones(batch, length, dtype=torch.bool, device="cuda")
+    keep[0, :37] = False
+    segments = (torch.arange(length, device="cuda") // 150).expand(batch, length).contiguous()
+
+    def attend(q, k, v):
+        rows, columns = torch.arange(length, device=q.device)[:, None], torch.arange(length, device=q.device)[None, :]
+        mask = columns <= rows
+        if kind == "full":
+            mask = None
+        elif kind == "window":
+            mask = mask & (columns > rows - 100)
+        elif kind == "document":
+            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        elif kind == "padding":
+            mask = mask & keep[:, None, None, :]
+        groups = heads // kv_heads
+        return F.scaled_dot_product_attention(
+            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=mask
+        )
+
+    want = _double(attend, (q, k, v), True)
+    plain = _run(attend, (q, k, v), True)
+    _poison()
+    options = {"strict": True, "attention": {"impl": impl, "expect": 1}}
+    with kp_compiler.capture_reports() as reports:
+        got = _run(torch.compile(attend, backend="kp", fullgraph=True, options=options), (q, k, v), True)
+    assert merged(reports).rewritten()[0].impl == impl
+    for mine, theirs, exact in zip(got, plain, want, strict=True):
+        assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
+
+
+def test_dead_rows_keep_their_meaning() -> None:
+    """A left-padded row is zero through SDPA, and the mean of all values through a finite fill, with its gradient."""
+    keep = torch.ones(2, 300, dtype=torch.bool, device="cuda")
+    keep[0, :40] = False
+
+    def by_hand(q, k, v):
+        rows, columns = torch.arange(300, device=q.device)[:, None], torch.arange(300, device=q.device)[None, :]
+        mask = ((columns <= rows) & keep[:, None, None, :]).expand(2, 1, 300, 300)
+        bias = torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), torch.finfo(torch.bfloat16).min)
+        scores = torch.matmul(q, k.transpose(2, 3)) * 0.125 + bias
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+    inputs = tuple(torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    want, plain = _double(by_hand, inputs, True), _run(by_hand, inputs, True)
+    with kp_compiler.capture_reports() as reports:
+        got = _run(torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, True)
+    assert merged(reports).rewritten()[0].impl == "flex"
+    for mine, theirs, exact in zip(got, plain, want, strict=True):
+        assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
+    mean = inputs[2].double().mean(2, keepdim=True)[0]
+    assert relative_error(got[0][0, :, :40], mean.expand(-1, 40, -1)) < 1e-2
+
+
+def test_dropout_has_a_kernel() -> None:
+    """Dropout in training goes to FlashAttention: unbiased, reproducible from the seed, gone in eval."""
+    q, k, v = (torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def attend(q, k, v):
+        probs = F.softmax(torch.matmul(q, k.transpose(2, 3)) * 0.125, dim=-1)
+        return torch.matmul(F.dropout(probs, 0.3, training=True), v)
+
+    with kp_compiler.capture_reports() as reports:
+        compiled = torch.compile(attend, backend="kp", fullgraph=True)
+        torch.manual_seed(5)
+        first = compiled(q, k, v)
+        torch.manual_seed(5)
+        again = compiled(q, k, v)
+    assert merged(reports).rewritten()[0].impl == "flash"
+    assert torch.equal(first, again)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    mean = torch.stack([compiled(q, k, v).double() for _ in range(64)]).mean(0)
+    assert relative_error(mean, exact) < 0.25
+    first.sum().backward()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_autocast_and_dynamic_lengths() -> None:
+    """float32 inputs under autocast, three lengths, one compile."""
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    with kp_compiler.capture_reports() as reports, torch.autocast("cuda", dtype=torch.bfloat16):
+        compiled = torch.compile(attend, backend="kp", fullgraph=True)
+        for length in (300, 512, 777):
+            inputs = [torch.randn(2, 4, length, 64, device="cuda") for _ in range(3)]
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 2)
+            got, want = compiled(*inputs), attend(*inputs)
+            assert got.dtype == want.dtype == torch.bfloat16
+            assert relative_error(got, want) < 1e-2
+    assert len(reports) == 1
+    assert merged(reports).rewritten()[0].impl == "cudnn"
+
+
+def test_no_quadratic_memory() -> None:
+    """A packed Llama-like mask at 16k tokens leaves no tensor of size N²."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    length = 16384
+    inputs = {
+        "input_ids": torch.randint(0, 256, (1, length), device="cuda"),
+        "position_ids": torch.arange(length, device="cuda").remainder(3000).unsqueeze(0),
+        "use_cache": False,
+        "logits_to_keep": 1,
+    }
+    compiled = torch.compile(copy.deepcopy(model), backend="kp")
+    with torch.no_grad():
+        compiled(**inputs)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        compiled(**inputs)
+    assert torch.cuda.max_memory_allocated() - before < length * length  # a boolean N² alone would be this many bytes
