@@ -73,7 +73,7 @@ ifeq ($(KP_USE_SYSTEM),1)
 # The project is installed without its dependencies, if it is not yet; the rest is the machine's.
 system:
 	@$(PY) -c 'import torch' || { echo "KP_USE_SYSTEM=1 needs a $(PYTHON) that has torch" >&2; exit 1; }
-	@$(PY) -c 'from importlib.metadata import version; version("kp-compiler")' 2> /dev/null || \
+	@$(PY) -P -c 'from importlib.metadata import version; version("kp-compiler")' 2> /dev/null || \
 	  $(PIP) install --quiet --no-deps --no-build-isolation -e . || $(PIP) install --quiet --no-deps -e .
 
 else

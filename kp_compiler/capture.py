@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from kp_compiler import target as targets
@@ -96,7 +97,7 @@ def plan(
     """What kp would do for `model(*args, **kwargs)` on `target`, on any machine: nothing is computed or changed.
 
     `target` is "auto", "cpu" or a name such as "cuda:sm90" (the default where this machine has no GPU). `dtype` is
-    assumed for the model's floating-point parameters and inputs. The model is captured on the meta device; code that
+    assumed for the model's floating-point parameters and inputs. The model is captured on fake tensors; code that
     needs values (`.item()`, data-dependent branches) ends the capture there, and the report says so.
     """
     where = targets.parse(target or ("auto" if targets.is_available() else "cuda:sm90"))
@@ -116,7 +117,7 @@ def plan(
         return gm.forward
 
     torch._dynamo.reset()
-    fake_model, fake_args, fake_kwargs = _to_meta((model, args, kwargs), dtype)
+    fake_model, fake_args, fake_kwargs = _to_fake((model, args, kwargs), dtype)
     try:
         torch.compile(fake_model, backend=backend)(*fake_args, **fake_kwargs)
     except Exception as error:
@@ -129,21 +130,26 @@ def plan(
     return whole
 
 
-def _to_meta(value: Any, dtype: torch.dtype | None) -> Any:
-    """A copy with every tensor on the meta device; no data is copied."""
+def _to_fake(value: Any, dtype: torch.dtype | None) -> Any:
+    """A copy with every tensor fake and on the CPU; no data is copied.
+
+    Not on the meta device: Dynamo keeps a `torch.tensor(0.0, device=x.device)` there as a real meta tensor and then
+    refuses to mix it with fake ones (transformers builds its masks and caches with such constants).
+    """
     memo: dict[int, Any] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     for tensor in _tensors(value):
-        meta = torch.empty_strided(
-            tensor.size(),
-            tensor.stride(),
-            dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype,
-            device="meta",
-        )
+        with mode:
+            fake = torch.empty_strided(
+                tensor.size(),
+                tensor.stride(),
+                dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype,
+            )
         if isinstance(tensor, torch.nn.Parameter):
-            meta = torch.nn.Parameter(meta, requires_grad=tensor.requires_grad)
+            fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
         elif tensor.requires_grad:
-            meta.requires_grad_()
-        memo[id(tensor)] = meta
+            fake.requires_grad_()
+        memo[id(tensor)] = fake
     return copy.deepcopy(value, memo)
 
 

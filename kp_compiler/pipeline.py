@@ -241,5 +241,7 @@ def _copy(graph: Graph) -> Graph:
     mapping: dict[Node, Node] = {}
     for node in graph.nodes:
         mapping[node] = copied.node_copy(node, lambda n: mapping[n])
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd asks placeholders for it
+            mapping[node]._dynamo_source = node._dynamo_source
     copied._codegen = graph._codegen
     return copied
