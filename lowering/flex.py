@@ -66,7 +66,7 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     mask_graph, mask_buffers = _mask_function(emit, node, spec)
     score_graph, score_buffers = _score_function(emit, node, spec)
     needs_lse = spec.sink is not None or spec.dead_rows in ("mean", "nan")
-    options = _kernel_options(q, k, v, shape, spec, needs_lse)
+    options = _kernel_options(q, k, v, shape, needs_lse)
     block_mask = _block_mask_tuple(emit, q, k, blocks, mask_graph)
     out = emit.call(
         torch.ops.higher_order.flex_attention,
@@ -241,11 +241,12 @@ def _tuple_layout() -> tuple[str, ...]:
     return tuple(names)
 
 
-def _kernel_options(q: Any, k: Any, v: Any, shape: AttentionShape, spec: AttentionSpec, needs_lse: bool) -> dict[str, Any]:
+def _kernel_options(q: Any, k: Any, v: Any, shape: AttentionShape, needs_lse: bool) -> dict[str, Any]:
     from torch.nn.attention import flex_attention as module
 
-    wanted = {"ROWS_GUARANTEED_SAFE": spec.dead_rows == "none"}
-    options = dict(module._apply_kernel_options(value_of(q), value_of(k), value_of(v), needs_lse, wanted))
+    # ROWS_GUARANTEED_SAFE stays off: the kernel needs it per visited block, not per row. The first block of a window
+    # leaves rows without a key, and with it on they turned into NaN (one H100, torch 2.11, 2026-11-23).
+    options = dict(module._apply_kernel_options(value_of(q), value_of(k), value_of(v), needs_lse, None))
     options["OUTPUT_LOGSUMEXP"] = shape.training or needs_lse
     return options
 

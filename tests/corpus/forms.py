@@ -78,6 +78,12 @@ def hf_mask(s: int, device: Any = None) -> torch.Tensor:
     return (q.new_ones((), dtype=torch.bool) & (k <= q)).expand(B, -1, s, s)
 
 
+def additive(q: torch.Tensor, s: int) -> torch.Tensor:
+    """The causal mask as a term to add, as transformers' eager attention has it."""
+    zero = torch.zeros((), dtype=q.dtype, device=q.device)
+    return torch.where(hf_mask(s, q.device), zero, torch.finfo(q.dtype).min)
+
+
 # ------------------------------------------------------------------------------------------------- calls of SDPA
 
 
@@ -115,8 +121,7 @@ def sdpa_enable_gqa(q, k, v):
 def hf_eager_llama(q, k, v):
     k, v = repeat_kv(k, H // KV), repeat_kv(v, H // KV)
     weights = torch.matmul(q, k.transpose(2, 3)) * D**-0.5
-    mask = torch.where(hf_mask(q.shape[2], q.device), torch.zeros((), dtype=q.dtype, device=q.device), torch.finfo(q.dtype).min)
-    weights = F.softmax(weights + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.softmax(weights + additive(q, q.shape[2]), dim=-1, dtype=torch.float32).to(q.dtype)
     weights = F.dropout(weights, p=0.0, training=True)
     return torch.matmul(weights, v).transpose(1, 2).contiguous()
 
@@ -131,7 +136,7 @@ def hf_eager_vit(q, k, v):
 @form(6, "causal", qkv)
 def hf_eager_gpt2(q, k, v):
     weights = torch.matmul(q, k.transpose(-1, -2)) * D**-0.5
-    mask = torch.where(hf_mask(q.shape[2], q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    mask = additive(q, q.shape[2])
     weights = F.softmax(weights + mask, dim=-1).type(v.dtype)
     return torch.matmul(weights, v).transpose(1, 2)
 
@@ -190,7 +195,7 @@ def t5_relative_bias(q, k, v, table):
     rows = torch.arange(S, device=q.device)
     buckets = (rows[None, :] - rows[:, None]).clamp(-15, 16) + 15
     bias = F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
-    bias = bias + torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    bias = bias + additive(q, S)
     scores = torch.matmul(q, k.transpose(3, 2))
     scores += bias
     weights = F.softmax(scores.float(), dim=-1).type_as(scores)
@@ -203,7 +208,7 @@ def t5_relative_bias(q, k, v, table):
 @form(11, "causal, 1 bias", lambda dtype: (*folded(dtype), torch.rand(B * H, 1, S, dtype=dtype)))
 def bloom_baddbmm(q, k, v, alibi):
     scores = alibi.baddbmm(batch1=q, batch2=k.transpose(-1, -2), beta=1.0, alpha=D**-0.5).view(B, H, S, -1)
-    scores = scores + torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    scores = scores + additive(q, S)
     probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     probs = F.dropout(probs, 0.0).view(B * H, S, -1)
     context = torch.bmm(probs, v).view(B, H, S, D)
@@ -230,7 +235,7 @@ def mpt_alibi(q, k, v, position_bias):
     ),
 )
 def falcon_multi_query_alibi(q, k, v, alibi):
-    mask = torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    mask = additive(q, S)
     scores = q @ k.transpose(-1, -2)
     scores = scores.view(B, H, S, S) + alibi.view(B, H, 1, -1)
     scores *= 1.0 / math.sqrt(D)
@@ -246,7 +251,7 @@ def gemma2_softcap(q, k, v):
     k, v = repeat_kv(k, H // KV), repeat_kv(v, H // KV)
     weights = torch.matmul(q, k.transpose(2, 3)) * D**-0.5
     weights = torch.tanh(weights / 30.0) * 30.0
-    weights = weights + torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    weights = weights + additive(q, S)
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(weights, v).transpose(1, 2).contiguous()
 
@@ -254,7 +259,7 @@ def gemma2_softcap(q, k, v):
 @form(15, "causal, sink", lambda dtype: (*qkv(dtype), torch.randn(H, dtype=dtype)))
 def gpt_oss_sinks(q, k, v, sinks):
     weights = torch.matmul(q, k.transpose(2, 3)) * D**-0.5
-    weights = weights + torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    weights = weights + additive(q, S)
     sinks = sinks.reshape(1, -1, 1, 1).expand(B, -1, S, -1)
     combined = torch.cat([weights, sinks], dim=-1)
     combined = combined - combined.max(dim=-1, keepdim=True).values
@@ -277,7 +282,7 @@ def qwen3_normed_heads(x, y, v, wq, wk):
 
     q, k, v = norm(x, wq).transpose(1, 2), norm(y, wk).transpose(1, 2), v.transpose(1, 2)
     weights = torch.matmul(q, k.transpose(2, 3)) * D**-0.5
-    weights = weights + torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    weights = weights + additive(q, S)
     return torch.matmul(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
@@ -294,7 +299,7 @@ def qwen3_normed_heads(x, y, v, wq, wk):
 def deepseek_mla(q, k_nope, k_rope, v):
     k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), dim=-1)
     weights = torch.matmul(q, k.transpose(2, 3)) * (D + 8) ** -0.5
-    weights = weights + torch.where(hf_mask(S, q.device), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    weights = weights + additive(q, S)
     return torch.matmul(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
@@ -315,7 +320,7 @@ def fairseq_bmm(x, y, z):
         (t * D**-0.5 if t is x else t).view(B, S, H, D).transpose(1, 2).reshape(B * H, S, D) for t in (x, y, z)
     )
     weights = torch.bmm(q, k.transpose(1, 2))
-    mask = torch.where(hf_mask(S, x.device), 0.0, torch.finfo(x.dtype).min).to(x.dtype)
+    mask = additive(x, S)
     weights = (weights.view(B, H, S, S) + mask).view(B * H, S, S)
     weights = F.softmax(weights, dim=-1)
     out = torch.bmm(F.dropout(weights, p=0.1, training=False), v)
