@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 _MISSING = object()
@@ -354,9 +355,12 @@ def infer(node: Node, mode: Any) -> bool:
 
 
 def trace_fake(node: Node, mode: Any) -> None:
-    """Run one node on its arguments' fake values and keep the result."""
+    """Run one node on its arguments' fake values and keep the result.
+
+    The Python dispatcher decomposes composites such as matmul; their C++ form would turn symbolic sizes into numbers.
+    """
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
-    with mode, torch.enable_grad():
+    with mode, torch.enable_grad(), enable_python_dispatcher():
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
