@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,24 @@ def evaluate(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
     return out.logits.detach().double(), torch.cat(grads)
 
 
-def errors(name: str, seed: int, implementation: str, length: int) -> dict[str, tuple[float, float]]:
-    """Relative error of outputs and gradients: plain bf16 and kp, one seed."""
-    torch.manual_seed(seed)
+def errors(name: str, implementation: str, length: int, seeds: int) -> Iterator[dict[str, tuple[float, ...]]]:
+    """Relative errors of outputs and gradients, plain bf16 and kp, for each seed. One compile serves all of them."""
     cls, config, extra = settings(length)[name]
+    torch._dynamo.reset()
     model = models.build(cls, config)
     model.set_attn_implementation(implementation)
-    ids = torch.randint(0, 512, (1, length), device="cuda")
-    inputs = {"input_ids": ids, "labels": ids, "use_cache": False, **extra}
-    exact = evaluate(copy.deepcopy(model).double(), inputs)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="kp", options={"strict": True})
-    found = {}
-    for arm, run in (("plain", model), ("kp", compiled)):
-        got = evaluate(run, inputs)
-        found[arm] = tuple(float((g - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
-    return found  # type: ignore[return-value]
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model.load_state_dict(models.build(cls, config).state_dict())
+        ids = torch.randint(0, 512, (1, length), device="cuda")
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False, **extra}
+        exact = evaluate(copy.deepcopy(model).double(), inputs)
+        found = {}
+        for arm, run in (("plain", model), ("kp", compiled)):
+            got = evaluate(run, inputs)
+            found[arm] = tuple(float((g - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
+        yield found
 
 
 def main() -> None:
@@ -90,8 +93,8 @@ def main() -> None:
     for name in options.models or settings(options.length):
         for implementation in ("sdpa", "eager"):
             sums = {"plain": [0.0, 0.0], "kp": [0.0, 0.0]}
-            for seed in range(options.seeds):
-                for arm, pair in errors(name, seed, implementation, options.length).items():
+            for found in errors(name, implementation, options.length, options.seeds):
+                for arm, pair in found.items():
                     sums[arm] = [total + value**2 for total, value in zip(sums[arm], pair, strict=True)]
             rms = {arm: [(total / options.seeds) ** 0.5 for total in pair] for arm, pair in sums.items()}
             for index, what in enumerate(("outputs", "gradients")):

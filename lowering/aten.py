@@ -12,21 +12,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from kp_compiler.lowering import mask_render
 from kp_compiler.normalize import tensor_of, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
 _HALF = (torch.float16, torch.bfloat16)
-CAUSAL = "k - q <= 0"
-
-
-def is_causal(spec: AttentionSpec) -> bool:
-    """The mask is `k <= q` and nothing else."""
-    return spec.mask.kind == "causal" and spec.mask.expr.replace("-q + k", "k - q") in (CAUSAL, "k <= q")
-
-
-def _common(spec: AttentionSpec, shape: AttentionShape, target: Target, name: str) -> Rejection | None:
+def common(spec: AttentionSpec, shape: AttentionShape, target: Target, name: str) -> Rejection | None:
     """What the dense kernels need: half precision, CUDA, scores that are plain products."""
     if target.device != "cuda":
         return Rejection("device", f"{name} needs a CUDA device.")
@@ -45,13 +38,13 @@ def _common(spec: AttentionSpec, shape: AttentionShape, target: Target, name: st
     return None
 
 
-def _square(shape: AttentionShape) -> bool:
+def square(shape: AttentionShape) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(shape.queries == shape.keys)
 
 
-def _at_least_two(size: Any) -> bool:
+def at_least_two(size: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(size >= 2)
@@ -60,15 +53,15 @@ def _at_least_two(size: Any) -> bool:
 def _dense_mask(spec: AttentionSpec, shape: AttentionShape, name: str) -> Rejection | None:
     if spec.mask.kind == "full":
         return None
-    if not is_causal(spec):
+    if not mask_render.is_causal(spec.mask):
         return Rejection("mask-kind", f"{name} knows full and causal masks, this one is {spec.mask}.")
-    if not _square(shape):
+    if not square(shape):
         return Rejection("causal-alignment", f"{name} aligns causal masks to equal lengths of queries and keys only.")
     return None
 
 
 def check_cudnn(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
-    refused = _common(spec, shape, target, "cuDNN") or _dense_mask(spec, shape, "cuDNN")
+    refused = common(spec, shape, target, "cuDNN") or _dense_mask(spec, shape, "cuDNN")
     if refused is not None:
         return refused
     if target.cudnn < 90000:
@@ -77,7 +70,7 @@ def check_cudnn(spec: AttentionSpec, shape: AttentionShape, target: Target) -> R
         return Rejection("dropout", "cuDNN's dropout is not used; FlashAttention has one.")
     if shape.head_dim > 128:
         return Rejection("head-dim", f"cuDNN is used up to head size 128, this site has {shape.head_dim}.")
-    if not _at_least_two(shape.queries) or not _at_least_two(shape.keys):
+    if not at_least_two(shape.queries) or not at_least_two(shape.keys):
         return Rejection("decode", "A single query or key gains nothing from cuDNN.")
     return None
 
@@ -86,29 +79,45 @@ def emit_cudnn(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape
     q, k, v = node.args[:3]
     out = emit.call(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        q, k, v, None, shape.training, 0.0, is_causal(spec), False, scale=spec.scale,
+        q, k, v, None, shape.training, 0.0, mask_render.is_causal(spec.mask), False, scale=spec.scale,
     )  # fmt: skip
     return emit.call(operator.getitem, out, 0)
 
 
 def check_flash(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
-    refused = _common(spec, shape, target, "FlashAttention-2")
+    refused = common(spec, shape, target, "FlashAttention-2")
     if refused is not None:
         return refused
     if not target.has_flash:
         return Rejection("library", "This build of PyTorch has no FlashAttention-2.")
     if shape.head_dim > 256:
         return Rejection("head-dim", f"FlashAttention-2 goes up to head size 256, this site has {shape.head_dim}.")
+    if mask_render.is_band(spec.mask):
+        return None if square(shape) else Rejection("causal-alignment", "FlashAttention-2 aligns windows bottom-right.")
     return _dense_mask(spec, shape, "FlashAttention-2")
 
 
 def emit_flash(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
+    if mask_render.is_band(spec.mask):
+        return _emit_flash_window(emit, node, spec)
     q, k, v = node.args[:3]
     out = emit.call(
         torch.ops.aten._scaled_dot_product_flash_attention.default,
-        q, k, v, spec.dropout_p, is_causal(spec), False, scale=spec.scale,
+        q, k, v, spec.dropout_p, mask_render.is_causal(spec.mask), False, scale=spec.scale,
     )  # fmt: skip
     return emit.call(operator.getitem, out, 0)
+
+
+def _emit_flash_window(emit: Any, node: Node, spec: AttentionSpec) -> Node:
+    """The kernel under the dispatcher's op: [B,S,H,D], a window to the left of a causal mask."""
+    q, k, v = (emit.call(torch.transpose, x, 1, 2) for x in node.args[:3])
+    assert spec.mask.window is not None
+    out = emit.call(
+        torch.ops.aten._flash_attention_forward.default,
+        q, k, v, None, None, emit.size(q, 1), emit.size(k, 1), spec.dropout_p, True, False,
+        scale=spec.scale, window_size_left=spec.mask.window - 1, window_size_right=0,
+    )  # fmt: skip
+    return emit.call(torch.transpose, emit.call(operator.getitem, out, 0), 1, 2)
 
 
 def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
@@ -136,7 +145,7 @@ def emit_efficient(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionS
     q, k, v = (node.args[index] for index in range(3))
     if not _equal(shape.heads, shape.kv_heads):
         k, v = (emit.call(torch.repeat_interleave, x, _ratio(emit, q, x), dim=1) for x in (k, v))
-    causal = is_causal(spec) and _square(shape)
+    causal = mask_render.is_causal(spec.mask) and square(shape)
     bias = _merged_bias(emit, node, spec, shape, causal)
     out = emit.call(
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -13,7 +13,6 @@ import operator
 from functools import cache
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -46,14 +45,14 @@ _BACKWARD_SCHEMA = (
 def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
     if not target.has_fa4:
         return Rejection("library", f"{_NAME} is not installed (extra [fa4]).")
-    scores = _scores(spec) or aten._common(spec, shape, target, _NAME)
+    scores = _scores(spec) or aten.common(spec, shape, target, _NAME)
     return scores or _sizes(shape, target) or _mask(spec, shape)
 
 
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """q [B,H,S,D], k and v [B,K,T,D] to out [B,H,S,D], a view of the kernel's [B,S,H,D]."""
     q, k, v = (emit.call(torch.transpose, x, 1, 2) for x in node.args[:3])
-    causal = aten.is_causal(spec)
+    causal = mask_render.is_causal(spec.mask)
     left, right = (_NO_WINDOW, _NO_WINDOW) if causal or spec.mask.kind == "full" else _window(spec.mask)
     both = emit.call(forward(), q, k, v, spec.scale, causal, left, right, fingerprint())
     return emit.call(torch.transpose, emit.call(operator.getitem, both, 0), 1, 2)
@@ -79,7 +78,7 @@ def _sizes(shape: AttentionShape, target: Target) -> Rejection | None:
     if shape.head_dim not in _HEAD_DIMS:
         sizes = ", ".join(map(str, _HEAD_DIMS))
         return Rejection("head-dim", f"{_NAME} is used with head sizes {sizes}, here it is {shape.head_dim}.")
-    if not aten._at_least_two(shape.queries) or not aten._at_least_two(shape.keys):
+    if not aten.at_least_two(shape.queries) or not aten.at_least_two(shape.keys):
         return Rejection("decode", f"{_NAME} does not split the keys of a single query.")
     return None
 
@@ -89,32 +88,20 @@ def _mask(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
     keeps at least the query's own key, so what `dead_rows` says of fully masked rows does not matter here."""
     if spec.mask.kind == "full":
         return None
-    if not aten.is_causal(spec) and not is_band(spec.mask):
+    if not mask_render.is_causal(spec.mask) and not mask_render.is_band(spec.mask):
         return Rejection(
             "mask-kind", f"{_NAME} knows full, causal and sliding window masks, not {spec.mask}."
         )
-    if not aten._square(shape):
+    if not aten.square(shape):
         return Rejection(
             "causal-alignment", f"{_NAME} aligns masks to the last query and key, not the first."
         )
     return None
 
 
-def is_band(mask: MaskSpec) -> bool:
-    """The mask is `k <= q` and `q - k < window`, and nothing else."""
-    if mask.kind != "window" or mask.window is None or mask.window < 1 or mask.tensors or mask.scalars:
-        return False
-    expr = mask_render.parse(mask.expr)
-    if not isinstance(expr, sympy.And) or not all(isinstance(c, sympy.Le | sympy.Ge) for c in expr.args):
-        return False
-    q, k = (mask_render._SYMBOLS[name] for name in ("q", "k"))
-    found = {sympy.expand(c.lts - c.gts) for c in expr.args}  # each at most zero
-    return found == {k - q, q - k + 1 - mask.window}
-
-
 def _window(mask: MaskSpec) -> tuple[int, int]:
     """Keys to the left and to the right of the query's own."""
-    assert is_band(mask)
+    assert mask_render.is_band(mask)
     assert mask.window is not None
     return mask.window - 1, 0
 

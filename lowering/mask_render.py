@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import sympy
 
+from kp_compiler.specs import MaskSpec
+
 INDEX_NAMES = ("b", "h", "q", "k")
 _SYMBOLS = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in INDEX_NAMES}
 
@@ -24,6 +26,29 @@ def parse(text: str) -> Any:
     names |= {f"n{i}": sympy.Symbol(f"n{i}", integer=True) for i in range(16)}
     names |= {f"t{i}": sympy.Function(f"t{i}", integer=True) for i in range(16)}
     return sympy.true if text == "True" else sympy.sympify(text, locals=names)
+
+
+def is_causal(mask: MaskSpec) -> bool:
+    """The mask is `k <= q` and nothing else."""
+    if mask.kind != "causal" or mask.tensors or mask.scalars:
+        return False
+    return _at_most_zero(parse(mask.expr)) == {_SYMBOLS["k"] - _SYMBOLS["q"]}
+
+
+def is_band(mask: MaskSpec) -> bool:
+    """The mask is `k <= q` and `q - k < window`, and nothing else."""
+    if mask.kind != "window" or mask.window is None or mask.window < 1 or mask.tensors or mask.scalars:
+        return False
+    q, k = _SYMBOLS["q"], _SYMBOLS["k"]
+    return _at_most_zero(parse(mask.expr)) == {k - q, q - k + 1 - mask.window}
+
+
+def _at_most_zero(expr: Any) -> set[Any]:
+    """The expressions that a conjunction bounds by zero; empty for anything else."""
+    parts = expr.args if isinstance(expr, sympy.And) else (expr,)
+    if not all(isinstance(part, sympy.Le | sympy.Ge) for part in parts):
+        return set()
+    return {sympy.expand(part.lts - part.gts) for part in parts}
 
 
 class Algebra(Protocol):
