@@ -65,9 +65,14 @@ def steps_of(function: Any, q: Any, k: Any, v: Any) -> dict[str, Callable[[], An
     return {"forward": forward, "forward+backward": both}
 
 
-def measure(kind: str, length: int, heads: int, kv_heads: int, width: int, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    kind: str, length: int, heads: int, kv_heads: int, width: int, repeats: int
+) -> list[dict[str, Any]]:
     q = torch.randn(1, heads, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.randn(1, kv_heads, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    k, v = (
+        torch.randn(1, kv_heads, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
     segments = (packed_positions(length) == 0).cumsum(-1)
     keep = torch.ones(1, length, dtype=torch.bool, device="cuda")
     keep[:, : length // 8] = False
@@ -95,13 +100,17 @@ def measure(kind: str, length: int, heads: int, kv_heads: int, width: int, repea
         ms = times[f"{mode}/{kernel}"]
         tflops = work * (1.0 if mode == "forward" else 3.5) / ms / 1e9
         name = f"{kind} {length} {heads}:{kv_heads} D{width}"
-        rows.append({"setting": name, "mode": mode, "kernel": kernel, "ms": round(ms, 4), "tflops": round(tflops, 1)})
+        rows.append(
+            {"setting": name, "mode": mode, "kernel": kernel, "ms": round(ms, 4), "tflops": round(tflops, 1)}
+        )
         print(f"{name:32s} {mode:18s} {kernel:10s} {ms:8.3f} ms {tflops:7.1f} TFLOP/s", flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--kinds", nargs="*", default=["causal", "window", "document", "padding"])

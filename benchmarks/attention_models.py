@@ -54,7 +54,14 @@ def make_arm(name: str, model: Any, hand: str) -> Any:
 
 
 def measure(
-    label: str, model: Any, inputs: dict[str, Any], *, train: bool, arms: tuple[str, ...], repeats: int, hand: str = models.HAND
+    label: str,
+    model: Any,
+    inputs: dict[str, Any],
+    *,
+    train: bool,
+    arms: tuple[str, ...],
+    repeats: int,
+    hand: str = models.HAND,
 ) -> list[dict[str, Any]]:
     """Rows of one setting."""
     torch._dynamo.reset()
@@ -86,7 +93,10 @@ def measure(
                 "first_call_s": round(compile_s[name], 2) if name in compile_s else None,
             }
         )
-        print(f"{label:28s} {rows[-1]['mode']:8s} {name:15s} {rows[-1]['ms']} ms  {rows[-1]['peak_gib']} GiB  {rows[-1]['first_call_s']} s", flush=True)
+        print(
+            f"{label:28s} {rows[-1]['mode']:8s} {name:15s} {rows[-1]['ms']} ms  {rows[-1]['peak_gib']} GiB  {rows[-1]['first_call_s']} s",
+            flush=True,
+        )
     return rows
 
 
@@ -96,7 +106,11 @@ def tokens(count: int, vocab: int = 32000, batch: int = 1) -> torch.Tensor:
 
 def causal_inputs(count: int, train: bool) -> dict[str, Any]:
     ids = tokens(count)
-    return {"input_ids": ids, "labels": ids, "use_cache": False} if train else {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    return (
+        {"input_ids": ids, "labels": ids, "use_cache": False}
+        if train
+        else {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    )
 
 
 def packed_positions(count: int) -> torch.Tensor:
@@ -104,18 +118,26 @@ def packed_positions(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     lengths: list[int] = []
     while sum(lengths) < count:
-        lengths.append(min(int(torch.randint(256, count // 4 + 1, (), generator=generator)), count - sum(lengths)))
+        lengths.append(
+            min(int(torch.randint(256, count // 4 + 1, (), generator=generator)), count - sum(lengths))
+        )
     return torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).cuda()
 
 
-def run_llama(repeats: int, sizes: tuple[int, ...], train_sizes: tuple[int, ...], arms: tuple[str, ...]) -> list[dict[str, Any]]:
+def run_llama(
+    repeats: int, sizes: tuple[int, ...], train_sizes: tuple[int, ...], arms: tuple[str, ...]
+) -> list[dict[str, Any]]:
     model = models.llama()
     rows = []
     for count in sizes:
-        rows += measure(f"llama {count}", model, causal_inputs(count, False), train=False, arms=arms, repeats=repeats)
+        rows += measure(
+            f"llama {count}", model, causal_inputs(count, False), train=False, arms=arms, repeats=repeats
+        )
     for count in train_sizes:
         few = tuple(a for a in arms if a != "native") if count >= 8192 else arms
-        rows += measure(f"llama {count}", model, causal_inputs(count, True), train=True, arms=few, repeats=repeats)
+        rows += measure(
+            f"llama {count}", model, causal_inputs(count, True), train=True, arms=few, repeats=repeats
+        )
     return rows
 
 
@@ -124,11 +146,20 @@ def run_long(repeats: int) -> list[dict[str, Any]]:
     count, arms = 32768, ("inductor-sdpa", "hand", "kp-sdpa")
     rows = []
     model = models.llama(2, 16, 4)
-    rows += measure("llama-2x16:4 32768", model, causal_inputs(count, False), train=False, arms=arms, repeats=repeats)
+    rows += measure(
+        "llama-2x16:4 32768", model, causal_inputs(count, False), train=False, arms=arms, repeats=repeats
+    )
     packed = causal_inputs(count, False) | {"position_ids": packed_positions(count)}
     rows += measure("packed 32768", model, packed, train=False, arms=arms, repeats=repeats)
     del model
-    rows += measure("mistral-w1024 32768", models.mistral(), causal_inputs(count, False), train=False, arms=arms, repeats=repeats)
+    rows += measure(
+        "mistral-w1024 32768",
+        models.mistral(),
+        causal_inputs(count, False),
+        train=False,
+        arms=arms,
+        repeats=repeats,
+    )
     return rows
 
 
@@ -136,8 +167,12 @@ def run_gpt2(repeats: int, sizes: tuple[int, ...], arms: tuple[str, ...]) -> lis
     model = models.gpt2()
     rows = []
     for count in sizes:
-        rows += measure(f"gpt2 {count}", model, causal_inputs(count, False), train=False, arms=arms, repeats=repeats)
-    rows += measure(f"gpt2 {sizes[0]}", model, causal_inputs(sizes[0], True), train=True, arms=arms, repeats=repeats)
+        rows += measure(
+            f"gpt2 {count}", model, causal_inputs(count, False), train=False, arms=arms, repeats=repeats
+        )
+    rows += measure(
+        f"gpt2 {sizes[0]}", model, causal_inputs(sizes[0], True), train=True, arms=arms, repeats=repeats
+    )
     return rows
 
 
@@ -197,7 +232,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     arms = [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
     for position, arm in enumerate(arms):
         values = {(r["setting"], r["mode"]): r["ms"] for r in rows if r["arm"] == arm}
-        points = [(i + (position - len(arms) / 2) * 0.13, values[s]) for i, s in enumerate(settings) if values.get(s)]
+        points = [
+            (i + (position - len(arms) / 2) * 0.13, values[s])
+            for i, s in enumerate(settings)
+            if values.get(s)
+        ]
         axes.bar([x for x, _ in points], [y for _, y in points], width=0.13, label=arm)
     axes.set_xticks(range(len(settings)), [f"{s}\n{m}" for s, m in settings], fontsize=7, rotation=30)
     axes.set_yscale("log")
@@ -208,7 +247,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suite", default="all", choices=("llama", "long", "gpt2", "bert", "all", "quick"))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -82,7 +82,9 @@ def errors(name: str, implementation: str, length: int, seeds: int) -> Iterator[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -100,11 +102,31 @@ def main() -> None:
             for index, what in enumerate(("outputs", "gradients")):
                 plain, mine = rms["plain"][index], rms["kp"][index]
                 rows.append(
-                    {"model": name, "implementation": implementation, "what": what, "rms_plain": plain, "rms_kp": mine, "seeds": options.seeds}
+                    {
+                        "model": name,
+                        "implementation": implementation,
+                        "what": what,
+                        "rms_plain": plain,
+                        "rms_kp": mine,
+                        "seeds": options.seeds,
+                    }
                 )
-                bars.append(bar(f"{name} {implementation} {what}: RMS error against plain bf16", mine / plain, 1.1, at_least=False))
+                bars.append(
+                    bar(
+                        f"{name} {implementation} {what}: RMS error against plain bf16",
+                        mine / plain,
+                        1.1,
+                        at_least=False,
+                    )
+                )
             print(name, implementation, {k: [f"{x:.2e}" for x in v] for k, v in rms.items()}, flush=True)
-    write("attention_numerics", rows, bars, {"transformers": transformers.__version__, "kp": kp_compiler.__version__}, options.out)
+    write(
+        "attention_numerics",
+        rows,
+        bars,
+        {"transformers": transformers.__version__, "kp": kp_compiler.__version__},
+        options.out,
+    )
 
 
 if __name__ == "__main__":

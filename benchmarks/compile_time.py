@@ -18,7 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SETTINGS = [("llama", "sdpa", False), ("llama", "sdpa", True), ("llama", "eager", True), ("mistral", "sdpa", False)]
+SETTINGS = [
+    ("llama", "sdpa", False),
+    ("llama", "sdpa", True),
+    ("llama", "eager", True),
+    ("mistral", "sdpa", False),
+]
 
 
 def child(model_name: str, implementation: str, train: bool, backend: str) -> None:
@@ -56,14 +61,18 @@ def measure(setting: tuple[str, str, bool], backend: str) -> float:
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
         command = [sys.executable, __file__, "--child", json.dumps([*setting, backend])]
-        out = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        out = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        )
     if out.returncode:
         raise SystemExit(out.stderr[-2000:])
     return float(json.loads(out.stdout.strip().splitlines()[-1])["seconds"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--child")
@@ -84,8 +93,18 @@ def main() -> None:
         median = {backend: statistics.median(values) for backend, values in times.items()}
         name = f"{setting[0]} {setting[1]} {'train' if setting[2] else 'forward'}"
         print(name, {k: round(v, 2) for k, v in median.items()}, flush=True)
-        rows += [{"setting": name, "arm": k, "seconds": round(v, 2), "all": [round(t, 2) for t in times[k]]} for k, v in median.items()]
-        bars.append(bar(f"{name}: cold compile time against Inductor", median["kp"] / median["inductor"], 1.15, at_least=False))
+        rows += [
+            {"setting": name, "arm": k, "seconds": round(v, 2), "all": [round(t, 2) for t in times[k]]}
+            for k, v in median.items()
+        ]
+        bars.append(
+            bar(
+                f"{name}: cold compile time against Inductor",
+                median["kp"] / median["inductor"],
+                1.15,
+                at_least=False,
+            )
+        )
     write("compile_time", rows, bars, {"kp": kp_compiler.__version__}, options.out or RESULTS)
 
 

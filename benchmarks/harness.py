@@ -81,7 +81,13 @@ def bar(name: str, value: float | None, target: float, *, at_least: bool = True)
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], peers: dict[str, str], out: Path | None = None) -> Path:
+def write(
+    name: str,
+    rows: list[dict[str, Any]],
+    bars: list[dict[str, Any]],
+    peers: dict[str, str],
+    out: Path | None = None,
+) -> Path:
     """Write the result file and print its bars."""
     import triton
 
@@ -108,7 +114,11 @@ def write(name: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], pee
 def _commit() -> str:
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

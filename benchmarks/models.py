@@ -14,13 +14,33 @@ transformers.logging.set_verbosity_error()
 HAND = "kp_hand_written"
 
 
-def _causal(module: Any, q: Any, k: Any, v: Any, attention_mask: Any, scaling: Any = None, dropout: float = 0.0, **_: Any) -> Any:
+def _causal(
+    module: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    attention_mask: Any,
+    scaling: Any = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> Any:
     """What a user writes by hand for a causal model: a plain causal call, no mask, K and V not repeated."""
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _bidirectional(module: Any, q: Any, k: Any, v: Any, attention_mask: Any, scaling: Any = None, dropout: float = 0.0, **_: Any) -> Any:
+def _bidirectional(
+    module: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    attention_mask: Any,
+    scaling: Any = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> Any:
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 

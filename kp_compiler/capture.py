@@ -85,7 +85,6 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     return merged(reports)
 
 
-
 def plan(
     model: Any,
     *args: Any,
@@ -105,7 +104,9 @@ def plan(
     whole = Report(target=str(where), versions=versions())
     whole.assumptions.append(f"target {where}")
     if dtype is not None:
-        whole.assumptions.append(f"parameters and floating-point inputs are {str(dtype).removeprefix('torch.')}")
+        whole.assumptions.append(
+            f"parameters and floating-point inputs are {str(dtype).removeprefix('torch.')}"
+        )
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
         from kp_compiler.pipeline import Run, run

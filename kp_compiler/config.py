@@ -30,7 +30,9 @@ Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"
 class PassConfig:
     """Settings every pass has."""
 
-    mode: Mode = "auto"  # auto: where proved and predicted to gain; on: where proved; require: on, or an error
+    mode: Mode = (
+        "auto"  # auto: where proved and predicted to gain; on: where proved; require: on, or an error
+    )
     expect: int | None = None  # raise unless the pass fires at this many sites or more
     skip: tuple[str, ...] = ()  # module paths (substrings) to leave alone
     only: tuple[str, ...] = ()  # if given, module paths (substrings) to work on
@@ -90,7 +92,9 @@ PASS_CONFIGS: dict[str, type[PassConfig]] = {
 }
 GLOBAL_KEYS = ("strict", "verify", "cpu_rewrites", "lowering", "report_dir", "mode", "inductor")
 
-_scoped: contextvars.ContextVar[tuple[Mapping[str, Any], ...]] = contextvars.ContextVar("kp_options", default=())
+_scoped: contextvars.ContextVar[tuple[Mapping[str, Any], ...]] = contextvars.ContextVar(
+    "kp_options", default=()
+)
 
 
 @contextlib.contextmanager
@@ -109,7 +113,10 @@ def options(**settings: Any) -> Iterator[None]:
 
 
 def resolve(
-    settings: Mapping[str, Any] | None = None, *, mode: str | None = None, env: Mapping[str, str] | None = None
+    settings: Mapping[str, Any] | None = None,
+    *,
+    mode: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Config:
     """Merge defaults, environment, `kp.options` scopes and `settings` into a Config, or raise KPConfigError."""
     env = os.environ if env is None else env
@@ -153,7 +160,9 @@ def _pass_settings(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"mode": _checked(name, value, Mode)}
     if not isinstance(value, Mapping):
-        raise KPConfigError(f"{name}: got {value!r}, expected one of {_names(get_args(Mode))}, a bool or a dict")
+        raise KPConfigError(
+            f"{name}: got {value!r}, expected one of {_names(get_args(Mode))}, a bool or a dict"
+        )
     hints = typing.get_type_hints(PASS_CONFIGS[name])
     for key in value:
         if key not in hints:

@@ -14,9 +14,18 @@ from kp_compiler.target import Target
 # Measured on one H100 80GB HBM3, torch 2.11, bf16, causal, 8k tokens, D128: benchmarks/attention_models.py and
 # shared figures of 2026-11-22. Forward FLOP/s by implementation; "masked" is SDPA with a dense boolean mask, "eager" is
 # bound by memory instead.
-RATES = {"fa4": 580e12, "cudnn": 560e12, "flash": 318e12, "flex": 389e12, "efficient": 170e12, "masked": 310e12}
+RATES = {
+    "fa4": 580e12,
+    "cudnn": 560e12,
+    "flash": 318e12,
+    "flex": 389e12,
+    "efficient": 170e12,
+    "masked": 310e12,
+}
 BANDWIDTH = 3.0e12  # bytes/s, device to device copy on the same machine
-EAGER_PASSES = 5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
+EAGER_PASSES = (
+    5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
+)
 
 SB, SH, SK, SQ, ST, SD, SE = sympy.symbols("B H K S T D E", positive=True, integer=True)
 
@@ -38,7 +47,9 @@ class Cost:
 
 def attention(spec: AttentionSpec, width: int = 2) -> Cost:
     """The floor of one forward: each input read once, the output written once, only unmasked pairs computed."""
-    return Cost(2 * SB * SH * area(spec) * (SD + SE), width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE)))
+    return Cost(
+        2 * SB * SH * area(spec) * (SD + SE), width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE))
+    )
 
 
 def area(spec: AttentionSpec) -> sympy.Expr:
@@ -66,7 +77,15 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
     sizes = dict(
         zip(
             (SB, SH, SK, SQ, ST, SD, SE),
-            (shape.batch, shape.heads, shape.kv_heads, shape.queries, shape.keys, shape.head_dim, shape.value_dim),
+            (
+                shape.batch,
+                shape.heads,
+                shape.kv_heads,
+                shape.queries,
+                shape.keys,
+                shape.head_dim,
+                shape.value_dim,
+            ),
             strict=True,
         )
     )
@@ -77,4 +96,8 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
     before = _dense(spec.form, width).seconds(RATES["cudnn" if unmasked else "masked"], sizes)
     if after is None or before is None:
         return None
-    return {"forward_ms": round(after * 1e3, 4), "before_ms": round(before * 1e3, 4), "gain": round(before / after, 2)}
+    return {
+        "forward_ms": round(after * 1e3, 4),
+        "before_ms": round(before * 1e3, 4),
+        "gain": round(before / after, 2),
+    }

@@ -125,7 +125,7 @@ def passes(target: Target, config: Config | None = None) -> Rows:
 
 def kernels(target: Target) -> Rows:
     """Each attention kernel, those in the table's order for the target first: yes, or the reason why not."""
-    first = table.order(target)
+    first = table.order(target, AttentionSpec(0.125, CAUSAL))
     spec = AttentionSpec(0.125, CAUSAL)
     rows: Rows = [("kernel", "available")]
     for entry in (*first, *(e for e in table.ATTENTION if e not in first)):
@@ -151,7 +151,7 @@ def passes_markdown() -> str:
 def kernels_markdown(name: str = "cuda:sm90") -> str:
     """The README's table of kernels: which takes what on a target, yes or the code of the reason why not."""
     target = dataclasses.replace(targets.parse(name), has_fa4=True)
-    order = table.order(target)
+    order = table.order(target, AttentionSpec(0.125, CAUSAL))
     rows: Rows = [("site", *(entry.name for entry in order))]
     for heading, spec, changes in PROBES:
         outcomes = [entry.check(spec, shape(target, **changes), target) for entry in order]

@@ -45,7 +45,9 @@ _FUNCTIONS: dict[Any, tuple[str, str]] = {}
 _METHODS: dict[str, tuple[str, str]] = {}
 
 
-def _define(name: str, signature: str, functions: tuple[Any, ...] = (), methods: tuple[str, ...] = ()) -> None:
+def _define(
+    name: str, signature: str, functions: tuple[Any, ...] = (), methods: tuple[str, ...] = ()
+) -> None:
     for function in functions:
         _FUNCTIONS[function] = (name, signature)
     for method in methods:
@@ -70,11 +72,19 @@ def _define_all() -> None:
         (torch.div, torch.true_divide, torch.divide, operator.truediv, operator.itruediv),
         ("div", "divide", "true_divide", "__truediv__", "__itruediv__"),
     )
-    _define("floordiv", "input other", (operator.floordiv, torch.floor_divide), ("floor_divide", "__floordiv__"))
+    _define(
+        "floordiv", "input other", (operator.floordiv, torch.floor_divide), ("floor_divide", "__floordiv__")
+    )
     _define("mod", "input other", (operator.mod, torch.remainder), ("remainder", "__mod__"))
     for name in ("le", "lt", "ge", "gt", "eq", "ne"):
         _define(name, "input other", (getattr(torch, name), getattr(operator, name)), (name, f"__{name}__"))
-    for name, extra in {"le": "less_equal", "lt": "less", "ge": "greater_equal", "gt": "greater", "ne": "not_equal"}.items():
+    for name, extra in {
+        "le": "less_equal",
+        "lt": "less",
+        "ge": "greater_equal",
+        "gt": "greater",
+        "ne": "not_equal",
+    }.items():
         _define(name, "input other", (getattr(torch, extra),), (extra,))
     for name, symbol in {"and": "and", "or": "or", "xor": "xor"}.items():
         _define(
@@ -88,7 +98,12 @@ def _define_all() -> None:
             ),
             (f"logical_{name}", f"bitwise_{name}", f"__{name}__", f"__i{name}__"),
         )
-    _define("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), ("logical_not", "bitwise_not", "__invert__"))
+    _define(
+        "not",
+        "input",
+        (operator.invert, torch.logical_not, torch.bitwise_not),
+        ("logical_not", "bitwise_not", "__invert__"),
+    )
     for name in ("neg", "abs", "tanh", "exp", "log", "floor", "sigmoid"):
         _define(name, "input", (getattr(torch, name),), (name,))
     _define("neg", "input", (operator.neg,), ("__neg__",))
@@ -113,7 +128,12 @@ def _define_all() -> None:
     _define("linear", "input weight bias=None", (F.linear, torch._C._nn.linear))
     _define("addmm", "input mat1 mat2 beta=1 alpha=1", (torch.addmm,), ("addmm",))
     _define("softmax", "input dim=None _stacklevel=3 dtype=None", (F.softmax,))
-    _define("softmax", "input dim dtype=None", (torch.softmax, torch._C._nn.softmax if hasattr(torch._C._nn, "softmax") else torch.softmax), ("softmax",))
+    _define(
+        "softmax",
+        "input dim dtype=None",
+        (torch.softmax, torch._C._nn.softmax if hasattr(torch._C._nn, "softmax") else torch.softmax),
+        ("softmax",),
+    )
     _define("softmax", "input dim dtype=None", (torch.special.softmax,))
     _define("dropout", "input p=0.5 training=True inplace=False", (F.dropout,))
     _define("dropout", "input p train", (torch.dropout,))
@@ -131,12 +151,22 @@ def _define_all() -> None:
     _define("expand", "input *size", (torch.broadcast_to,))
     _define("expand_as", "input other", (), ("expand_as",))
     _define("permute", "input *dims", (torch.permute,), ("permute",))
-    _define("transpose", "input dim0 dim1", (torch.transpose, torch.swapaxes, torch.swapdims), ("transpose", "swapaxes", "swapdims"))
+    _define(
+        "transpose",
+        "input dim0 dim1",
+        (torch.transpose, torch.swapaxes, torch.swapdims),
+        ("transpose", "swapaxes", "swapdims"),
+    )
     _define("t", "input", (torch.t,), ("t",))
     _define("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",))
     _define("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",))
     _define("repeat", "input *repeats", (torch.tile,), ("repeat", "tile"))
-    _define("repeat_interleave", "input repeats dim=None output_size=None", (torch.repeat_interleave,), ("repeat_interleave",))
+    _define(
+        "repeat_interleave",
+        "input repeats dim=None output_size=None",
+        (torch.repeat_interleave,),
+        ("repeat_interleave",),
+    )
     _define("cat", "tensors dim=0", (torch.cat, torch.concat, torch.concatenate))
     _define("getitem", "input index", (operator.getitem,), ("__getitem__",))
     _define("getattr", "input name", (getattr,))
@@ -227,7 +257,9 @@ def _from_aten(overload: Any) -> Any:
         return F.scaled_dot_product_attention
     if name in ("to", "_to_copy"):
         return torch.ops.aten.to
-    return getattr(torch, {"_softmax": "softmax", "view": "reshape", "expand": "broadcast_to"}.get(name, name), overload)
+    return getattr(
+        torch, {"_softmax": "softmax", "view": "reshape", "expand": "broadcast_to"}.get(name, name), overload
+    )
 
 
 def _bind(signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -275,16 +307,28 @@ def _literal(text: str) -> Any:
 def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
     """Fold the spellings that differ in more than their name."""
     if name == "where_method":
-        return Op("where", {"condition": args["condition"], "input": args["input"], "other": args["other"]}, inplace)
+        return Op(
+            "where", {"condition": args["condition"], "input": args["input"], "other": args["other"]}, inplace
+        )
     if name == "rsub":
         return Op("sub", {"input": args["other"], "other": args["input"], "alpha": args["alpha"]})
     if name == "cast":
-        return Op("cast", {"input": args["input"], "dtype": getattr(torch, args["dtype"].removeprefix("torch."))})
+        return Op(
+            "cast", {"input": args["input"], "dtype": getattr(torch, args["dtype"].removeprefix("torch."))}
+        )
     if name == "type_as":
         other = args["other"]
-        return Op("cast", {"input": args["input"], "dtype": value_of(other).dtype}) if isinstance(other, Node) else None
+        return (
+            Op("cast", {"input": args["input"], "dtype": value_of(other).dtype})
+            if isinstance(other, Node)
+            else None
+        )
     if name == "type":
-        return Op("cast", {"input": args["input"], "dtype": args["dtype"]}) if isinstance(args["dtype"], torch.dtype) else None
+        return (
+            Op("cast", {"input": args["input"], "dtype": args["dtype"]})
+            if isinstance(args["dtype"], torch.dtype)
+            else None
+        )
     if name == "to":
         return _simplify_to(args)
     if name == "flatten" or name == "view_as" or name == "unflatten":
@@ -297,7 +341,11 @@ def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
         if args["name"] in ("T", "mT"):
             return Op("transpose", {"input": args["input"], "dim0": -2, "dim1": -1})
         return Op("getattr", args)
-    if name in ("min", "max") and isinstance(args["dim"], Node) and isinstance(value_of(args["dim"]), torch.Tensor):
+    if (
+        name in ("min", "max")
+        and isinstance(args["dim"], Node)
+        and isinstance(value_of(args["dim"]), torch.Tensor)
+    ):
         return Op(f"{name}imum", {"input": args["input"], "other": args["dim"]})
     if name == "clamp_min":
         return Op("clamp", {"input": args["input"], "min": args["min"], "max": None}, inplace)
@@ -338,7 +386,11 @@ def fill_metadata(gm: GraphModule) -> list[str]:
     """Compute missing `example_value`s under the graph's own fake mode; returns the names that stay without one."""
     from torch._guards import detect_fake_mode
 
-    missing = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method") and "example_value" not in n.meta]
+    missing = [
+        n
+        for n in gm.graph.nodes
+        if n.op in ("call_function", "call_method") and "example_value" not in n.meta
+    ]
     if not missing:
         return []
     mode = detect_fake_mode([v for n in gm.graph.nodes if (v := tensor_of(n)) is not None])
@@ -354,13 +406,13 @@ def infer(node: Node, mode: Any) -> bool:
     return True
 
 
-def trace_fake(node: Node, mode: Any) -> None:
+def trace_fake(node: Node, mode: Any, *, grad: bool = True) -> None:
     """Run one node on its arguments' fake values and keep the result.
 
     The Python dispatcher decomposes composites such as matmul; their C++ form would turn symbolic sizes into numbers.
     """
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
-    with mode, torch.enable_grad(), enable_python_dispatcher():
+    with mode, torch.set_grad_enabled(grad), enable_python_dispatcher():
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
@@ -372,7 +424,11 @@ def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, tuple[Node, ...]]]:
     yield gm, ()
     calls: dict[str, list[Node]] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and str(node.target) in CHECKPOINT_OPS and isinstance(node.args[0], Node):
+        if (
+            node.op == "call_function"
+            and str(node.target) in CHECKPOINT_OPS
+            and isinstance(node.args[0], Node)
+        ):
             calls.setdefault(str(node.args[0].target), []).append(node)
     for name, nodes in calls.items():
         body = gm.get_submodule(name)
@@ -409,14 +465,18 @@ def written(node: Node) -> list[Node]:
     elif isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema
         pairs = zip(schema.arguments, node.args, strict=False)
-        found += [arg for formal, arg in pairs if formal.alias_info is not None and formal.alias_info.is_write]
+        found += [
+            arg for formal, arg in pairs if formal.alias_info is not None and formal.alias_info.is_write
+        ]
         by_name = {f.name for f in schema.arguments if f.alias_info is not None and f.alias_info.is_write}
         found += [arg for name, arg in node.kwargs.items() if name in by_name]
     elif node.target is operator.setitem:
         found.append(node.args[0])
     else:
         name = getattr(node.target, "__name__", "")
-        if name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")):
+        if name in _INPLACE_OPERATORS or (
+            name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")
+        ):
             found.append(node.args[0])
         elif node.target is F.dropout and len(node.args) > 3 and node.args[3] is True:
             found.append(node.args[0])
@@ -470,7 +530,9 @@ class Writes:
 # -------------------------------------------------------------------------------------------------------- clean-up
 
 
-def erase_orphans(graph: Graph, roots: list[Node], *, keep: Callable[[Node], bool] = lambda node: False) -> int:
+def erase_orphans(
+    graph: Graph, roots: list[Node], *, keep: Callable[[Node], bool] = lambda node: False
+) -> int:
     """Erase `roots` and whatever only they used, walking up. Mutations go only with everything that shares their
     storage; nodes with other effects and placeholders stay. Returns the number of nodes erased."""
     erased = 0
@@ -495,9 +557,13 @@ def _removable(node: Node) -> bool:
         return all(_private(target, node) for target in targets)
     op = canonical(node)
     if op is not None:
-        return op.name != "item" and not (op.name == "dropout" and op["p"] > 0.0 and not node.meta.get("kp_replaced"))
+        return op.name != "item" and not (
+            op.name == "dropout" and op["p"] > 0.0 and not node.meta.get("kp_replaced")
+        )
     if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and not torch.Tag.nondeterministic_seeded in node.target.tags
+        return (
+            not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        )
     return getattr(node.target, "__module__", "") in _PURE_MODULES and not node.is_impure()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -11,14 +12,16 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.config import Config
-from kp_compiler.errors import KPRequirementError
-from kp_compiler.normalize import bodies, erase_orphans, fill_metadata
+from kp_compiler.errors import KPError, KPRequirementError
+from kp_compiler.lowering import ops
+from kp_compiler.normalize import bodies, erase_orphans, fill_metadata, tensor_of
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.passes.attention import revert
-from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.passes.base import Context, Match, Pass, module_of, source_of
+from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
 from kp_compiler.target import Target
+from kp_compiler.verify import verify_site
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,6 @@ class Run:
     assumed_dtype: torch.dtype | None = None
     keep_graphs: bool = False
     report: Report = field(default_factory=Report)
-    verified: dict[Node, str] = field(default_factory=dict)
 
 
 def run(task: Run, graph_index: int = 0) -> Report:
@@ -54,7 +56,9 @@ def run(task: Run, graph_index: int = 0) -> Report:
         except _PassFailed as failure:
             if task.config.strict:
                 raise failure.error from None
-            log.warning("kp: pass %s failed and is undone: %s", failure.name, failure.error, exc_info=failure.error)
+            log.warning(
+                "kp: pass %s failed and is undone: %s", failure.name, failure.error, exc_info=failure.error
+            )
             failed[failure.name] = f"{type(failure.error).__name__}: {failure.error}"
             _restore(task.gm, pristine)
             continue
@@ -98,12 +102,13 @@ def _run_pass(each: Pass, units: list[tuple[GraphModule, tuple[Node, ...]]], tas
                 if isinstance(outcome, Rejection):
                     refused += 1
                     _refuse(each, site, outcome, task, index)
-                else:
+                elif _accept(each, site, outcome, ctx, task, index):
                     fired += 1
-                    _accept(each, site, outcome, ctx, task, index)
+                else:
+                    refused += 1
             if sites:
                 gm.graph.lint()
-    except KPRequirementError:
+    except KPError:
         raise
     except Exception as error:
         raise _PassFailed(each.name, error) from error
@@ -112,19 +117,27 @@ def _run_pass(each: Pass, units: list[tuple[GraphModule, tuple[Node, ...]]], tas
     task.report.passes.append(record)
 
 
-def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index: int) -> None:
+def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index: int) -> bool:
+    """Record and rewrite; False where verification refused the site."""
     if each.final:
+        verdict = None
+        if task.config.verify and not task.plan_only:
+            verdict = verify_site(site, match, ctx)
+            if verdict.failure is not None:
+                if task.config.strict:
+                    raise KPError(f"{module_of(site)}: {verdict.failure}")
+                _refuse(each, site, verdict.failure, task, index)
+                return False
         notes = (*site.meta.get("kp_notes", ()), *match.notes)
         record = _record(each, site, "rewritten", index, impl=match.impl, spec=match.spec, shape=match.shape)
-        verified = None
-        if task.config.verify and not task.plan_only:
-            from kp_compiler.verify import verify_site
-
-            verified = verify_site(site, match, ctx)
-        task.report.sites.append(_with(record, notes=notes, predicted=match.predicted, verified=verified))
+        text = None if verdict is None else verdict.text
+        task.report.sites.append(
+            dataclasses.replace(record, notes=notes, predicted=match.predicted, verified=text)
+        )
         if task.plan_only:
-            return
+            return True
     each.rewrite(ctx.gm.graph, match, ctx)
+    return True
 
 
 def _refuse(each: Pass, site: Node, reason: Rejection, task: Run, index: int) -> None:
@@ -137,7 +150,7 @@ def _refuse(each: Pass, site: Node, reason: Rejection, task: Run, index: int) ->
     shape = _shape_text(site)
     if "kp_root" in site.meta:
         record = _record(each, site, "refused", index, reason=first or reason, shape=shape)
-        task.report.sites.append(_with(record, notes=notes))
+        task.report.sites.append(dataclasses.replace(record, notes=notes))
         revert(site)
     else:
         task.report.sites.append(_record(each, site, "refused", index, reason=reason, shape=shape))
@@ -146,15 +159,26 @@ def _refuse(each: Pass, site: Node, reason: Rejection, task: Run, index: int) ->
 _ROOT_CAUSES = ("mask-is-input", "mask-unproved")
 
 
-def _finish(units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int, failed: dict[str, str]) -> None:
+def _finish(
+    units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int, failed: dict[str, str]
+) -> None:
     """Sites that no kernel was chosen for go back; checkpoint bodies lose the arguments that nothing reads."""
-    from kp_compiler.lowering import ops
-
-    code, text = ("pass-failed", "A pass failed and was undone.") if failed else ("flag-off", "The flag attention is off.")
+    code, text = (
+        ("pass-failed", "A pass failed and was undone.")
+        if failed
+        else ("flag-off", "The flag attention is off.")
+    )
     for gm, _ in units:
         for site in [n for n in gm.graph.nodes if ops.is_attention(n)]:
-            if not (task.plan_only and getattr(task.config, "attention").mode != "off"):
-                record = _record(ALL_PASSES[-1], site, "refused", index, reason=Rejection(code, text), shape=_shape_text(site))
+            if not (task.plan_only and task.config.attention.mode != "off"):
+                record = _record(
+                    ALL_PASSES[-1],
+                    site,
+                    "refused",
+                    index,
+                    reason=Rejection(code, text),
+                    shape=_shape_text(site),
+                )
                 task.report.sites.append(record)
             revert(site)
     for gm, calls in units:
@@ -191,7 +215,9 @@ def _check_requirements(task: Run) -> None:
         wanted = settings.expect if settings.expect is not None else 1
         if fired >= wanted:
             continue
-        reasons = {f"{s.module or s.source or '?'}: {s.reason}" for s in task.report.sites if s.reason is not None}
+        reasons = {
+            f"{s.module or s.source or '?'}: {s.reason}" for s in task.report.sites if s.reason is not None
+        }
         reasons |= {f"{s.module}: {note}" for s in task.report.sites for note in s.notes}
         listed = "\n  ".join(sorted(reasons)) or "no candidate site was found in this graph"
         raise KPRequirementError(f"{each.name} fired at {fired} sites, {wanted} required:\n  {listed}")
@@ -204,15 +230,7 @@ def _record(each: Pass, site: Node, status: Any, index: int, **fields: Any) -> S
     return SiteRecord(each.kind, module_of(site), source_of(site), status, each.name, graph=index, **fields)
 
 
-def _with(record: SiteRecord, **fields: Any) -> SiteRecord:
-    import dataclasses
-
-    return dataclasses.replace(record, **fields)
-
-
 def _shape_text(site: Node) -> str:
-    from kp_compiler.normalize import tensor_of
-
     tensor = tensor_of(site)
     return "" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 

@@ -140,7 +140,9 @@ class Report:
         """Unified diff of every graph that the named pass changed."""
         names = sorted({p.name for p in self.passes})
         if pass_name not in names:
-            raise ValueError(f"diff: got {pass_name!r}, expected one of {', '.join(map(repr, names)) or 'nothing'}")
+            raise ValueError(
+                f"diff: got {pass_name!r}, expected one of {', '.join(map(repr, names)) or 'nothing'}"
+            )
         chunks = []
         for record in self.passes:
             if record.name == pass_name and record.before != record.after:
@@ -186,7 +188,10 @@ class Report:
 
 
 def _explain(site: SiteRecord) -> str:
-    lines = [f"{site.kind} at {site.module or '?'} ({site.source or 'no source line'})", f"  shape: {site.shape}"]
+    lines = [
+        f"{site.kind} at {site.module or '?'} ({site.source or 'no source line'})",
+        f"  shape: {site.shape}",
+    ]
     if site.status == "rewritten":
         lines.append(f"  rewritten by {site.pass_name} onto {site.impl}: {site.spec}")
     else:
@@ -201,7 +206,11 @@ def _explain(site: SiteRecord) -> str:
 
 def _span(group: list[SiteRecord]) -> str:
     names = [s.module or s.source or "?" for s in group]
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1].split('.')[-2] if '.' in names[-1] else names[-1]}"
+    return (
+        names[0]
+        if len(names) == 1
+        else f"{names[0]} … {names[-1].split('.')[-2] if '.' in names[-1] else names[-1]}"
+    )
 
 
 def _clip(text: str, width: int = 110) -> str:
@@ -210,5 +219,7 @@ def _clip(text: str, width: int = 110) -> str:
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    out = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return [out[0], "  ".join("-" * width for width in widths), *out[1:]]

@@ -67,7 +67,9 @@ class AttentionSpec:
     sink: int | None = None
     dropout_p: float = 0.0
     dead_rows: DeadRows = "none"
-    fill: Literal["where", "add"] = "where"  # how a finite fill entered the scores: matters to gradients of dead rows
+    fill: Literal["where", "add"] = (
+        "where"  # how a finite fill entered the scores: matters to gradients of dead rows
+    )
     form: str = "sdpa"  # the spelling it was raised from
 
     def to_json(self) -> str:

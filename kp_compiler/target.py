@@ -68,7 +68,9 @@ def parse(text: str) -> Target:
         return Target(device="cpu", name="cpu", assumed=True)
     match = re.fullmatch(r"cuda:sm(\d{2,3})a?", text)
     if match is None:
-        raise KPConfigError(f"target: got {text!r}, expected 'auto', 'cpu' or 'cuda:smNN' such as 'cuda:sm90'")
+        raise KPConfigError(
+            f"target: got {text!r}, expected 'auto', 'cpu' or 'cuda:smNN' such as 'cuda:sm90'"
+        )
     sm = int(match[1])
     return Target(
         device="cuda", sm=sm, cudnn=91900, has_flash=sm >= 80, has_triton=True, has_fa4=False, assumed=True
@@ -96,7 +98,9 @@ def cpp_compiler() -> str | None:
 
     wanted = inductor_config.cpp.cxx
     names = wanted if isinstance(wanted, list | tuple) else (wanted,)
-    return next((found for name in names if name and (found := shutil.which(str(name)))), None) or shutil.which("g++")
+    return next(
+        (found for name in names if name and (found := shutil.which(str(name)))), None
+    ) or shutil.which("g++")
 
 
 def is_available() -> bool:

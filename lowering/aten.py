@@ -19,6 +19,8 @@ from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
 def common(spec: AttentionSpec, shape: AttentionShape, target: Target, name: str) -> Rejection | None:
     """What the dense kernels need: half precision, CUDA, scores that are plain products."""
     if target.device != "cuda":
@@ -32,9 +34,13 @@ def common(spec: AttentionSpec, shape: AttentionShape, target: Target, name: str
     if spec.biases:
         return Rejection("bias", f"{name} is not used with an additive bias.")
     if not isinstance(shape.head_dim, int) or shape.head_dim % 8 or shape.value_dim % 8:
-        return Rejection("head-dim", f"{name} needs head sizes that are multiples of 8, this site has {shape.head_dim}.")
+        return Rejection(
+            "head-dim", f"{name} needs head sizes that are multiples of 8, this site has {shape.head_dim}."
+        )
     if shape.head_dim != shape.value_dim:
-        return Rejection("head-dim", f"{name} needs equal head sizes of k and v, here {shape.head_dim}, {shape.value_dim}.")
+        return Rejection(
+            "head-dim", f"{name} needs equal head sizes of k and v, here {shape.head_dim}, {shape.value_dim}."
+        )
     return None
 
 
@@ -56,7 +62,9 @@ def _dense_mask(spec: AttentionSpec, shape: AttentionShape, name: str) -> Reject
     if not mask_render.is_causal(spec.mask):
         return Rejection("mask-kind", f"{name} knows full and causal masks, this one is {spec.mask}.")
     if not square(shape):
-        return Rejection("causal-alignment", f"{name} aligns causal masks to equal lengths of queries and keys only.")
+        return Rejection(
+            "causal-alignment", f"{name} aligns causal masks to equal lengths of queries and keys only."
+        )
     return None
 
 
@@ -91,9 +99,15 @@ def check_flash(spec: AttentionSpec, shape: AttentionShape, target: Target) -> R
     if not target.has_flash:
         return Rejection("library", "This build of PyTorch has no FlashAttention-2.")
     if shape.head_dim > 256:
-        return Rejection("head-dim", f"FlashAttention-2 goes up to head size 256, this site has {shape.head_dim}.")
+        return Rejection(
+            "head-dim", f"FlashAttention-2 goes up to head size 256, this site has {shape.head_dim}."
+        )
     if mask_render.is_band(spec.mask):
-        return None if square(shape) else Rejection("causal-alignment", "FlashAttention-2 aligns windows bottom-right.")
+        return (
+            None
+            if square(shape)
+            else Rejection("causal-alignment", "FlashAttention-2 aligns windows bottom-right.")
+        )
     return _dense_mask(spec, shape, "FlashAttention-2")
 
 
@@ -127,13 +141,17 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
     if spec.softcap is not None or spec.sink is not None:
         return Rejection("score-mod", "Memory-efficient attention has no soft-cap and no sinks.")
     if shape.dtype not in (*_HALF, torch.float32):
-        return Rejection("dtype", f"Memory-efficient attention takes half and float32, this site is {shape.dtype}.")
+        return Rejection(
+            "dtype", f"Memory-efficient attention takes half and float32, this site is {shape.dtype}."
+        )
     if not all(isinstance(d, int) and d % 8 == 0 for d in (shape.head_dim, shape.value_dim)):
         return Rejection("head-dim", "Memory-efficient attention needs head sizes that are multiples of 8.")
     if spec.mask.kind == "tensor" and spec.form == "sdpa":
         return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
     if spec.dead_rows in ("zero", "nan"):
-        return Rejection("dead-rows", f"Fully masked rows are {spec.dead_rows} here, which this kernel does not keep.")
+        return Rejection(
+            "dead-rows", f"Fully masked rows are {spec.dead_rows} here, which this kernel does not keep."
+        )
     if spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
         return Rejection("dead-rows", "Gradients of fully masked rows would differ.")
     return None
@@ -195,7 +213,15 @@ def _merged_bias(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionSha
 def _align_rows(emit: Any, bias: Any, keys: Any) -> Any:
     if isinstance(keys, int) and keys % 8 == 0:
         tensor = tensor_of(bias)
-        return bias if tensor is not None and tensor.stride(-1) == 1 else emit.call(torch.ops.aten.contiguous.default, bias)
-    pad = 8 - keys % 8 if isinstance(keys, int) else emit.call(operator.sub, 8, emit.call(operator.mod, keys, 8))
+        return (
+            bias
+            if tensor is not None and tensor.stride(-1) == 1
+            else emit.call(torch.ops.aten.contiguous.default, bias)
+        )
+    pad = (
+        8 - keys % 8
+        if isinstance(keys, int)
+        else emit.call(operator.sub, 8, emit.call(operator.mod, keys, 8))
+    )
     padded = emit.call(torch.nn.functional.pad, bias, (0, pad))
     return emit.call(torch.ops.aten.slice.Tensor, padded, 3, 0, keys)

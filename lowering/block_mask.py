@@ -49,7 +49,12 @@ def emit_block_lists(emit: Any, node: Node, spec: AttentionSpec, tensors: tuple[
     maybe, surely = grid.full(maybe), grid.full(surely)
     partial = emit.call(torch.logical_and, maybe, emit.call(torch.logical_not, surely))
     whole = surely
-    return BlockLists(*_ordered(emit, partial), *_ordered(emit, whole), *_ordered(emit, partial, flip=True), *_ordered(emit, whole, flip=True))
+    return BlockLists(
+        *_ordered(emit, partial),
+        *_ordered(emit, whole),
+        *_ordered(emit, partial, flip=True),
+        *_ordered(emit, whole, flip=True),
+    )
 
 
 def _ordered(emit: Any, flags: Node, *, flip: bool = False) -> tuple[Node, Node]:
@@ -156,7 +161,8 @@ class _Intervals:
             size = self.emit.size(tensor, 0)
             shape = [size, *shape[1:]]
         return tuple(
-            call(torch.ops.aten.reshape.default, call(reduce, blocks, dim=-1), shape) for reduce in (torch.amin, torch.amax)
+            call(torch.ops.aten.reshape.default, call(reduce, blocks, dim=-1), shape)
+            for reduce in (torch.amin, torch.amax)
         )
 
     def _by_block(self, tensor: Node, name: str) -> Node:
@@ -179,14 +185,25 @@ class _Intervals:
     def mul(self, a: Any, b: Any) -> Any:
         a, b = _pair(a), _pair(b)
         for constant, other in ((a, b), (b, a)):
-            if constant is not None and other is not None and isinstance(constant[0], int) and constant[0] == constant[1]:
+            if (
+                constant is not None
+                and other is not None
+                and isinstance(constant[0], int)
+                and constant[0] == constant[1]
+            ):
                 ends = [self._mul(end, constant[0]) for end in other]
                 return tuple(ends if constant[0] >= 0 else reversed(ends))
         return None
 
     def floor_div(self, a: Any, divisor: int) -> Any:
         a = _pair(a)
-        return None if a is None else tuple(x // divisor if isinstance(x, int) else self._call(torch.floor_divide, x, divisor) for x in a)
+        return (
+            None
+            if a is None
+            else tuple(
+                x // divisor if isinstance(x, int) else self._call(torch.floor_divide, x, divisor) for x in a
+            )
+        )
 
     def mod(self, a: Any, divisor: int) -> Any:
         return (0, divisor - 1)

@@ -68,10 +68,14 @@ class GraphIndices:
         return self._call(torch.ops.aten.index.Tensor, tensor, places) if places else tensor
 
     def add(self, a: Any, b: Any) -> Any:
-        return a + b if isinstance(a, int) and isinstance(b, int) else self._call(torch.add, *self._first(a, b))
+        return (
+            a + b if isinstance(a, int) and isinstance(b, int) else self._call(torch.add, *self._first(a, b))
+        )
 
     def mul(self, a: Any, b: Any) -> Any:
-        return a * b if isinstance(a, int) and isinstance(b, int) else self._call(torch.mul, *self._first(a, b))
+        return (
+            a * b if isinstance(a, int) and isinstance(b, int) else self._call(torch.mul, *self._first(a, b))
+        )
 
     def floor_div(self, a: Any, divisor: int) -> Any:
         return a // divisor if isinstance(a, int) else self._call(torch.floor_divide, a, divisor)

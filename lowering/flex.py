@@ -47,7 +47,9 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
     if spec.mask.kind == "tensor" and spec.form == "sdpa":
         return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
     if spec.dead_rows == "nan" and shape.training:
-        return Rejection("dead-rows", "Fully masked rows are NaN with NaN gradients, which FlexAttention does not keep.")
+        return Rejection(
+            "dead-rows", "Fully masked rows are NaN with NaN gradients, which FlexAttention does not keep."
+        )
     if spec.mask.kind != "tensor" and not mask_render.renderable(mask_render.parse(spec.mask.expr)):
         return Rejection("mask-render", f"The mask's formula has no rendering: {spec.mask.expr}")
     return None
@@ -68,7 +70,7 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     needs_lse = spec.sink is not None or spec.dead_rows in ("mean", "nan")
     options = _kernel_options(q, k, v, shape, needs_lse)
     block_mask = _block_mask_tuple(emit, q, k, blocks, mask_graph)
-    out = emit.call(
+    out = emit.call_without_grad(
         torch.ops.higher_order.flex_attention,
         q, k, v, score_graph, block_mask, spec.scale, options, tuple(score_buffers), tuple(mask_buffers),
     )  # fmt: skip
@@ -97,7 +99,9 @@ def _add_subgraph(emit: Any, graph: Graph, prefix: str) -> Node:
 class _SubEmitter:
     """Writes scalar operations into a sub-graph, with metadata."""
 
-    def __init__(self, device: Any, mode: Any, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    def __init__(
+        self, device: Any, mode: Any, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> None:
         self.graph = Graph()
         self.mode = mode
         self.inputs: dict[str, Node] = {}
@@ -122,7 +126,11 @@ class _Scalars(GraphIndices):
 
     def lookup(self, index: int, args: list[Any]) -> Any:
         places = [self._call(torch.full_like, self.index["q"], a) if isinstance(a, int) else a for a in args]
-        return self._call(torch.ops.aten.index.Tensor, self.tensors[index], places) if args else self.tensors[index]
+        return (
+            self._call(torch.ops.aten.index.Tensor, self.tensors[index], places)
+            if args
+            else self.tensors[index]
+        )
 
     def truth(self, value: bool) -> Any:
         return self._call(torch.full, (), value, dtype=torch.bool, device=value_of(self.index["q"]).device)
@@ -254,12 +262,18 @@ def _kernel_options(q: Any, k: Any, v: Any, shape: AttentionShape, needs_lse: bo
 # --------------------------------------------------------------------------------------------------------- epilogue
 
 
-def _epilogue(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, out: Node, lse: Node) -> Node:
+def _epilogue(
+    emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, out: Node, lse: Node
+) -> Node:
     """Sinks and dead rows. `lse` [B,H,S] is in base 2, −inf where nothing was kept."""
     column = emit.call(torch.unsqueeze, lse, -1)
     if spec.sink is not None:
         operands: Any = node.args[3]
-        sink = emit.call(torch.reshape, emit.call(torch.ops.aten.to.dtype, operands[spec.sink], torch.float32), [1, -1, 1, 1])
+        sink = emit.call(
+            torch.reshape,
+            emit.call(torch.ops.aten.to.dtype, operands[spec.sink], torch.float32),
+            [1, -1, 1, 1],
+        )
         share = emit.call(torch.sigmoid, emit.call(torch.sub, emit.call(torch.mul, column, _LN2), sink))
         return emit.cast(emit.call(torch.mul, out, share), shape.dtype)
     dead = emit.call(torch.eq, column, -math.inf)

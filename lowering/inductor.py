@@ -74,7 +74,11 @@ def _is_softmax(node: Node) -> bool:
     if not isinstance(top, Node) or not isinstance(bottom, Node):
         return False
     bottom = _skip_views(bottom)
-    return top.target is torch.ops.aten.exp.default and bottom.target is torch.ops.aten.sum.dim_IntList and bottom.args[0] is top
+    return (
+        top.target is torch.ops.aten.exp.default
+        and bottom.target is torch.ops.aten.sum.dim_IntList
+        and bottom.args[0] is top
+    )
 
 
 def _skip_views(node: Node) -> Node:
@@ -83,7 +87,9 @@ def _skip_views(node: Node) -> Node:
     return node
 
 
-def lower(gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool) -> Callable[..., Any]:
+def lower(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool
+) -> Callable[..., Any]:
     """Compile a graph as the options say. `guarded` keeps Inductor's attention patterns away from it."""
     if config.lowering == "eager":
         return gm.forward
@@ -94,7 +100,9 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, gua
     return compile_with_inductor(gm, example_inputs, config, guarded=guarded)
 
 
-def compile_with_inductor(gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool) -> Any:
+def compile_with_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool
+) -> Any:
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -118,5 +126,3 @@ def reset() -> None:
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()
-
-

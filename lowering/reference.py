@@ -12,7 +12,9 @@ from kp_compiler.lowering import mask_render
 from kp_compiler.specs import AttentionSpec, MaskSpec
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: str) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: str
+) -> Tensor:
     """q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] to [B,H,S,E] in q's dtype. Half inputs are computed in float32."""
     from kp_compiler.lowering.ops import parse_spec
 
@@ -48,7 +50,11 @@ def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: Att
     dead = None
     if keep is not None and spec.dead_rows == "mean":
         lowest = torch.finfo(scores.dtype).min
-        scores = torch.where(keep, scores, lowest) if spec.fill == "where" else scores + torch.where(keep, 0.0, lowest)
+        scores = (
+            torch.where(keep, scores, lowest)
+            if spec.fill == "where"
+            else scores + torch.where(keep, 0.0, lowest)
+        )
     elif keep is not None:
         if spec.dead_rows in ("zero", "none"):
             dead = ~keep.any(dim=-1, keepdim=True)

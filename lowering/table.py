@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from kp_compiler.config import AttentionConfig
-from kp_compiler.lowering import aten, fa4, flex
+from kp_compiler.lowering import aten, fa4, flex, mask_render
 from kp_compiler.normalize import tensor_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -57,11 +57,15 @@ ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4)
 BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
 
 
-def order(target: Target) -> tuple[Implementation, ...]:
-    """Fastest first. On sm90, causal 8k, D128, forward / backward TFLOP/s (one H100, torch 2.11, 2026-11-22):
-    FA4 580 / 550, cuDNN 560 / 484, FlexAttention 389 / 383, FlashAttention-2 318 / 287."""
+def order(target: Target, spec: AttentionSpec) -> tuple[Implementation, ...]:
+    """Fastest first. On sm90 (one H100, torch 2.11, 32k tokens, 16:4 heads, D128, 2026-11-23; printed again by
+    benchmarks/attention_kernels.py), forward / forward + backward ms: causal FA4 7.16 / 23.0, cuDNN 7.21 / 25.8,
+    FlexAttention 11.1 / 39.7, FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112; window 1024 FA4 1.14 / 3.84,
+    FlexAttention 1.29 / 3.70, FlashAttention-2 1.39 / 4.69, memory-efficient with a dense bias 66 / 247."""
     if target.reference:
         return (REFERENCE,)
+    if target.sm >= 90 and mask_render.is_band(spec.mask):
+        return (FA4, FLEX, FLASH, EFFICIENT)
     if target.sm >= 90:
         return (FA4, CUDNN, FLASH, FLEX, EFFICIENT)
     return (FLASH, CUDNN, FLEX, EFFICIENT)
@@ -76,7 +80,7 @@ def choose(
         refused = wanted.check(spec, shape, target)
         return wanted if refused is None else refused
     reasons = []
-    for implementation in order(target):
+    for implementation in order(target, spec):
         refused = implementation.check(spec, shape, target)
         if refused is None:
             return implementation

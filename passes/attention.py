@@ -30,7 +30,9 @@ class Attention:
 
     def applies(self, ctx: Context) -> Rejection | None:
         if ctx.target.device == "cpu" and not ctx.target.reference and not ctx.target.assumed:
-            return Rejection("cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway.")
+            return Rejection(
+                "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
+            )
         return None
 
     def sites(self, graph: Graph) -> Iterator[Node]:
@@ -41,7 +43,9 @@ class Attention:
         shape = shape_of(site, ctx)
         config = ctx.config.attention
         module = module_of(site)
-        if any(part in module for part in config.skip) or (config.only and not any(p in module for p in config.only)):
+        if any(part in module for part in config.skip) or (
+            config.only and not any(p in module for p in config.only)
+        ):
             return Rejection("skipped-by-option", f"attention.skip or attention.only leaves {module} out.")
         chosen = table.choose(spec, shape, ctx.target, config)
         if isinstance(chosen, Rejection):
@@ -71,7 +75,11 @@ def shape_of(site: Node, ctx: Context) -> AttentionShape:
     """The site's shape; under `plan` with the dtype that was assumed."""
     shape = table.shape_of(site, ops.spec_of(site), ctx.target)
     assumed = ctx.assumed_dtype
-    return dataclasses.replace(shape, dtype=assumed) if assumed is not None and shape.dtype.is_floating_point else shape
+    return (
+        dataclasses.replace(shape, dtype=assumed)
+        if assumed is not None and shape.dtype.is_floating_point
+        else shape
+    )
 
 
 def revert(site: Node) -> None:

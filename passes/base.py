@@ -90,10 +90,19 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A `call_function` node (methods hide from AOTAutograd's cache)."""
+        return self._add(target, args, kwargs, grad=True)
+
+    def call_without_grad(self, target: Callable[..., Any], *args: Any) -> Node:
+        """The same for a higher-order operator whose autograd traces its sub-graphs under another fake mode."""
+        return self._add(target, args, {}, grad=False)
+
+    def _add(
+        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool
+    ) -> Node:
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
         copy_provenance(self.origin, node)
-        trace_fake(node, self.mode)
+        trace_fake(node, self.mode, grad=grad)
         self.made.append(node)
         return node
 
@@ -102,7 +111,11 @@ class Emitter:
         tensor = tensor_of(node)
         assert tensor is not None
         size = tensor.shape[dim]
-        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim % tensor.dim())
+        return (
+            size
+            if isinstance(size, int)
+            else self.call(torch.ops.aten.sym_size.int, node, dim % tensor.dim())
+        )
 
     def reshape(self, node: Node, sizes: list[Any]) -> Node:
         """`torch.reshape`, left out where the shape is already right."""

@@ -69,7 +69,13 @@ def value_product(op: Op, probs: Node, dims: Dims) -> tuple[Operand, Dims] | Non
         return None
     value = pair[1]
     tensor = tensor_of(value)
-    if tensor is None or tensor.dim() < 2 or tensor.dim() > len(dims) or dims[-1] != ("j",) or dims[-2] != ("i",):
+    if (
+        tensor is None
+        or tensor.dim() < 2
+        or tensor.dim() > len(dims)
+        or dims[-1] != ("j",)
+        or dims[-2] != ("i",)
+    ):
         return None
     return Operand(value, _aligned(tensor.shape, (*dims[:-2], ("j",), ("e",)))), (*dims[:-1], ("e",))
 
@@ -110,7 +116,9 @@ def _parse_einsum(op: Op) -> tuple[list[str], str, list[Node]] | None:
     if not arrow or len(inputs) != 2:
         return None
     if "..." in equation:
-        ranks = [tensor_of(o).dim() - len(t.replace("...", "")) for o, t in zip(operands, inputs, strict=True)]  # type: ignore[union-attr]
+        ranks = [
+            tensor_of(o).dim() - len(t.replace("...", "")) for o, t in zip(operands, inputs, strict=True)
+        ]  # type: ignore[union-attr]
         if len(set(ranks)) != 1 or "..." not in right or any("..." not in t for t in inputs):
             return None
         dots = "ABCDEFGHIJ"[: ranks[0]]
@@ -129,7 +137,13 @@ def _einsum_scores(node: Node, op: Op) -> Product | None:
     summed = [c for c in left if c in shared and c not in out]
     rows = [c for c in left if c not in right]
     columns = [c for c in right if c not in left]
-    if len(summed) != 1 or len(rows) != 1 or len(columns) != 1 or not out or set(out) != set(left + right) - set(summed):
+    if (
+        len(summed) != 1
+        or len(rows) != 1
+        or len(columns) != 1
+        or not out
+        or set(out) != set(left + right) - set(summed)
+    ):
         return None
     if out[-1] == rows[0]:  # 'bjd,bid->bij' and the like: the keys came first
         left, right, rows, columns, operands = right, left, columns, rows, operands[::-1]
@@ -138,9 +152,7 @@ def _einsum_scores(node: Node, op: Op) -> Product | None:
     batch = [c for c in out if c in shared]
     label = {c: (f"b{index}",) for index, c in enumerate(batch)}
     label |= {summed[0]: ("d",), rows[0]: ("i",), columns[0]: ("j",)}
-    lhs, rhs = (
-        Operand(o, _einsum_dims(o, t, label)) for o, t in zip(operands, (left, right), strict=True)
-    )
+    lhs, rhs = (Operand(o, _einsum_dims(o, t, label)) for o, t in zip(operands, (left, right), strict=True))
     return Product(lhs, rhs, tuple(label[c] for c in out))
 
 
@@ -156,7 +168,13 @@ def _einsum_values(op: Op, probs: Node, dims: Dims) -> tuple[Operand, Dims] | No
     label = dict(zip(mine, dims, strict=True))
     free = [c for c in other if c not in mine]
     keys = next((c for c in mine if label[c] == ("j",)), None)
-    if len(free) != 1 or keys is None or keys not in other or keys in out or set(out) != set(mine + other) - {keys}:
+    if (
+        len(free) != 1
+        or keys is None
+        or keys not in other
+        or keys in out
+        or set(out) != set(mine + other) - {keys}
+    ):
         return None
     if any(label[c] == ("i",) for c in other if c in label):
         return None

@@ -58,7 +58,9 @@ def _write(emit: Emitter, a: dict[str, Any]) -> Node:
     attend = _by_hand if a["need_weights"] else _sdpa
     out = attend(emit, a, q, k, v, dropout)
     length, batch = emit.size(a["query"], 0), emit.size(a["query"], 1)
-    flat = emit.call(torch.reshape, emit.call(torch.permute, out, [2, 0, 1, 3]), [length, batch, a["embed_dim_to_check"]])
+    flat = emit.call(
+        torch.reshape, emit.call(torch.permute, out, [2, 0, 1, 3]), [length, batch, a["embed_dim_to_check"]]
+    )
     return emit.call(F.linear, flat, a["out_proj_weight"], a["out_proj_bias"])
 
 

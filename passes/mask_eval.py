@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -168,7 +168,7 @@ class MaskEvaluator:
             top = size - 1
             low = low.subs(symbol, 0 if coeff >= 0 else top)
             high = high.subs(symbol, top if coeff >= 0 else 0)
-        return (None if low.atoms(sympy.Function) else (sympy.expand(low), sympy.expand(high)))
+        return None if low.atoms(sympy.Function) else (sympy.expand(low), sympy.expand(high))
 
     def inside(self, expr: Any, size: Any) -> bool:
         """0 <= expr < size for certain."""
@@ -446,7 +446,9 @@ def _tensor(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
 
 @_rule("arange")
 def _arange(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
-    args = list(op["range"]) + [op.args[key] for key in ("start", "end", "step") if key in op.args and not op["range"]]
+    args = list(op["range"]) + [
+        op.args[key] for key in ("start", "end", "step") if key in op.args and not op["range"]
+    ]
     values = [ev.at(a, (), node) for a in args]
     tensor = tensor_of(node)
     if tensor is None or any(getattr(v, "is_Float", False) for v in values):
@@ -469,7 +471,9 @@ def _ones(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
         return None
     kept = [(size, i) for size, i in zip(result.shape, index, strict=True) if not _is_one(size)]
     wanted = [size for size in source.shape if not _is_one(size)]
-    if len(kept) != len(wanted) or any(not _equal(a, size) for (a, _), size in zip(kept, wanted, strict=True)):
+    if len(kept) != len(wanted) or any(
+        not _equal(a, size) for (a, _), size in zip(kept, wanted, strict=True)
+    ):
         return None
     rest = iter(kept)
     inner = tuple(sympy.Integer(0) if _is_one(size) else next(rest)[1] for size in source.shape)
@@ -532,7 +536,9 @@ def _triangle(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
         return None
     diagonal = ev.at(op["diagonal"], (), node)
     row, column = index[-2], index[-1]
-    inside = compare("le", column - row, diagonal) if op.name == "tril" else compare("ge", column - row, diagonal)
+    inside = (
+        compare("le", column - row, diagonal) if op.name == "tril" else compare("ge", column - row, diagonal)
+    )
     value = ev.at(op["input"], index, node)
     return sympy.And(inside, value) if is_condition(value) else choose(inside, value, sympy.Integer(0))
 
@@ -570,7 +576,9 @@ def _diff(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     if not _is_one(before.shape[dim]):
         return None
     first = as_number(ev.broadcast(op["prepend"], (*index[:dim], sympy.Integer(0), *index[dim + 1 :]), node))
-    return choose(sympy.Eq(n, 0), lift(minus, value(sympy.Integer(0)), first), lift(minus, value(n), value(n - 1)))
+    return choose(
+        sympy.Eq(n, 0), lift(minus, value(sympy.Integer(0)), first), lift(minus, value(n), value(n - 1))
+    )
 
 
 @_rule("cumsum")
@@ -584,7 +592,9 @@ def _cumsum(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     if isinstance(value, sympy.Expr) and value.is_number:
         return sympy.expand(value * (index[dim] + 1))
     monotone = source.dtype == torch.bool and dim == len(index) - 1
-    return ev.leaf(node, index, monotone=monotone, segments=_segments(ev, op["input"], dim) if monotone else None)
+    return ev.leaf(
+        node, index, monotone=monotone, segments=_segments(ev, op["input"], dim) if monotone else None
+    )
 
 
 def _segments(ev: MaskEvaluator, node: Any, dim: int) -> Segments | None:
@@ -614,7 +624,9 @@ def _getitem(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     return None if inner is None else ev.at(op["input"], tuple(inner), node)
 
 
-def _index(ev: MaskEvaluator, node: Node, source: torch.Tensor, items: list[Any], index: list[Any]) -> list[Any] | None:
+def _index(
+    ev: MaskEvaluator, node: Node, source: torch.Tensor, items: list[Any], index: list[Any]
+) -> list[Any] | None:
     """The index into `source` that `source[items]` reads at `index`."""
     tensors = [item for item in items if tensor_of(item) is not None and isinstance(item, Node)]
     if any(_dtype(item) == torch.bool for item in tensors) or any(isinstance(item, bool) for item in items):

@@ -39,7 +39,9 @@ def establish(condition: Boolean, ev: MaskEvaluator) -> MaskFacts:
     expr = sympy.And(*conjuncts)
     for call in expr.atoms(sympy.Function):
         if call.func.__name__ in ev.leaves and {Q, K} <= call.free_symbols:
-            raise Unprovable(f"{ev.leaves[call.func.__name__].node.name} holds one value for every query and key")
+            raise Unprovable(
+                f"{ev.leaves[call.func.__name__].node.name} holds one value for every query and key"
+            )
     parts = [_part(c, ev) for c in conjuncts]
     names = tuple(dict.fromkeys(name for name, _ in parts))
     window = next((size for name, size in parts if name == "window"), None)
@@ -174,7 +176,15 @@ def _kind(names: tuple[str, ...]) -> MaskKind:
     """The most special conjunct names the mask; `parts` has them all."""
     if not names:
         return "full"
-    order: tuple[MaskKind, ...] = ("pointwise", "prefix", "document", "chunked", "padding", "window", "causal")
+    order: tuple[MaskKind, ...] = (
+        "pointwise",
+        "prefix",
+        "document",
+        "chunked",
+        "padding",
+        "window",
+        "causal",
+    )
     return next((kind for kind in order if kind in names), "pointwise")
 
 

@@ -58,7 +58,11 @@ def place(
     if len(frame.batch) == 1 and len(frame.heads) == 1 and _aligns(dims, wanted, term):
         return node
     if any(len(labels) > 1 for labels in dims):
-        sizes = [size for index, labels in enumerate(dims) for size in _atom_sizes(emit, node, index, labels, scores)]
+        sizes = [
+            size
+            for index, labels in enumerate(dims)
+            for size in _atom_sizes(emit, node, index, labels, scores)
+        ]
         node = emit.reshape(node, sizes)
         dims = tuple((label,) for labels in dims for label in (labels or ("",)))
     order = [index for label in wanted for index, labels in enumerate(dims) if labels == label]
@@ -121,7 +125,10 @@ def _product(emit: Emitter, sizes: list[Any]) -> Any:
 def restore(emit: Emitter, node: Node, dims: Dims, frame: Frame, scores: Scores) -> Node:
     """`node` [B, H, S, E] in the layout of the replaced result, whose dimensions are labelled `dims`."""
     dims = scores.split(dims)
-    if dims == tuple((label,) for label in (*frame.labels, "i", "e")) and len(frame.batch) == len(frame.heads) == 1:
+    if (
+        dims == tuple((label,) for label in (*frame.labels, "i", "e"))
+        and len(frame.batch) == len(frame.heads) == 1
+    ):
         return node
     present = [label for label in frame.labels if any(label in labels for labels in dims)]
     sizes = {"i": emit.size(node, 2), "e": emit.size(node, 3)}
@@ -168,7 +175,11 @@ def peel(operand: Operand, reader: Node, head: str | None) -> Peeled:
             node, upcast = op["input"], True
             best = Peeled(Operand(node, dims), above, scale)
             continue
-        elif op.name in ("mul", "div") and tensor.dtype == torch.float32 and (c := constant(op["other"])) is not None:
+        elif (
+            op.name in ("mul", "div")
+            and tensor.dtype == torch.float32
+            and (c := constant(op["other"])) is not None
+        ):
             scale *= c if op.name == "mul" else 1.0 / c
             node = op["input"]
             continue

@@ -168,14 +168,20 @@ def _comes_from_input(node: Any) -> bool:
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
 
 
-def _take(ev: MaskEvaluator, node: Node, coeff: float, reader: Node, parts: _Parts, ctx: Context) -> Rejection | None:
+def _take(
+    ev: MaskEvaluator, node: Node, coeff: float, reader: Node, parts: _Parts, ctx: Context
+) -> Rejection | None:
     """Split an additive term into masks (0 or a large negative fill) and true biases."""
     current = ev.ctx.writes.current(node, reader) if node.graph is ev.ctx.gm.graph else node
     op = canonical(current) if current is not None else None
     if current is not None and op is not None and op.name == "clone" and isinstance(op["input"], Node):
         return _take(ev, op["input"], coeff, current, parts, ctx)
     if current is not None and op is not None and coeff == 1.0:
-        if op.name == "add" and op.get("alpha", 1) == 1 and all(tensor_of(op[x]) is not None for x in ("input", "other")):
+        if (
+            op.name == "add"
+            and op.get("alpha", 1) == 1
+            and all(tensor_of(op[x]) is not None for x in ("input", "other"))
+        ):
             both = [_take(ev, op[key], coeff, current, parts, ctx) for key in ("input", "other")]
             return both[0] or both[1]
         if op.name in ("where", "masked_fill") and _take_filled(ev, current, op, parts, ctx):
@@ -204,10 +210,18 @@ def _take(ev: MaskEvaluator, node: Node, coeff: float, reader: Node, parts: _Par
 def _take_filled(ev: MaskEvaluator, node: Node, op: Any, parts: _Parts, ctx: Context) -> bool:
     """`where(keep, bias, fill)`: a mask on a bias. A bias of zeros is left to the general rule."""
     inner, fill, flag = (
-        (op["input"], op["other"], op["condition"]) if op.name == "where" else (op["input"], op["value"], op["mask"])
+        (op["input"], op["other"], op["condition"])
+        if op.name == "where"
+        else (op["input"], op["value"], op["mask"])
     )
     tensor, number = tensor_of(inner), constant(fill)
-    if tensor is None or tensor.dim() < 2 or number is None or number > _limit(node, ctx) or constant(inner) is not None:
+    if (
+        tensor is None
+        or tensor.dim() < 2
+        or number is None
+        or number > _limit(node, ctx)
+        or constant(inner) is not None
+    ):
         return False
     try:
         condition = as_condition(ev.broadcast(flag, (B, H, Q, K), node))
@@ -233,7 +247,9 @@ def _limit(node: Node, ctx: Context) -> float:
     return limit
 
 
-def _conclude(spec: AttentionSpec, parts: _Parts, facts: MaskFacts, ev: MaskEvaluator, site: Node) -> Proof | Rejection:
+def _conclude(
+    spec: AttentionSpec, parts: _Parts, facts: MaskFacts, ev: MaskEvaluator, site: Node
+) -> Proof | Rejection:
     dead, fill = _dead_rows(spec, parts, facts)
     if isinstance(dead, Rejection):
         return dead
@@ -241,7 +257,9 @@ def _conclude(spec: AttentionSpec, parts: _Parts, facts: MaskFacts, ev: MaskEval
     scalars = _scalars(facts.expr, ev, site)
     if isinstance(scalars, Rejection):
         return scalars
-    rename: dict[Any, Any] = {symbol: sympy.Symbol(f"n{i}", integer=True) for i, (symbol, _) in enumerate(scalars)}
+    rename: dict[Any, Any] = {
+        symbol: sympy.Symbol(f"n{i}", integer=True) for i, (symbol, _) in enumerate(scalars)
+    }
     expr = facts.expr.xreplace(rename)
     for index, (name, _, _) in enumerate(looked_up):
         expr = expr.replace(sympy.Function(name, integer=True), sympy.Function(f"t{index}", integer=True))
@@ -254,7 +272,10 @@ def _conclude(spec: AttentionSpec, parts: _Parts, facts: MaskFacts, ev: MaskEval
         facts.window,
         facts.parts,
     )
-    nodes = tuple((node, ev.leaves[name].reader if ev.overwritten(ev.leaves[name]) else None) for name, node, _ in looked_up)
+    nodes = tuple(
+        (node, ev.leaves[name].reader if ev.overwritten(ev.leaves[name]) else None)
+        for name, node, _ in looked_up
+    )
     return Proof(mask, nodes, tuple(node for _, node in scalars), tuple(parts.biases), dead, fill)
 
 
@@ -266,11 +287,15 @@ def _dead_rows(spec: AttentionSpec, parts: _Parts, facts: MaskFacts) -> tuple[An
     if not finite:
         return ("zero" if spec.form == "sdpa" else "nan"), "where"
     if len(finite) != len(parts.fills) or len(finite) > 1:
-        return Rejection("mixed-fill", "Several fills meet and rows may be fully masked: their meaning is unclear."), ""
+        return Rejection(
+            "mixed-fill", "Several fills meet and rows may be fully masked: their meaning is unclear."
+        ), ""
     value, how = finite[0]
     if how == "add" and value > -1e38 and value != float(torch.finfo(torch.bfloat16).min):
         return (
-            Rejection("weak-fill", f"A fill of {value:g} is added and rows may be fully masked: they would differ."),
+            Rejection(
+                "weak-fill", f"A fill of {value:g} is added and rows may be fully masked: they would differ."
+            ),
             "",
         )
     return "mean", how
@@ -282,10 +307,17 @@ def _scalars(expr: Any, ev: MaskEvaluator, site: Node) -> list[tuple[Any, Node]]
     graphs = [site.graph] + ([ev.ctx.calls[0].graph] if ev.ctx.calls else [])
     for symbol in sorted(expr.free_symbols - {B, H, Q, K}, key=str):
         node = next(
-            (n for g in graphs for n in g.nodes if isinstance(v := value_of(n), torch.SymInt) and v.node.expr == symbol),
+            (
+                n
+                for g in graphs
+                for n in g.nodes
+                if isinstance(v := value_of(n), torch.SymInt) and v.node.expr == symbol
+            ),
             None,
         )
         if node is None:
-            return Rejection("mask-unproved", f"The mask depends on {symbol}, which no node of the graph holds.")
+            return Rejection(
+                "mask-unproved", f"The mask depends on {symbol}, which no node of the graph holds."
+            )
         found.append((symbol, node))
     return found

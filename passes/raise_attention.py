@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -88,6 +87,7 @@ class RaiseAttention:
         node = emit.call(ops.attention(), q, k, v, operands, [], site.spec.to_json())
         out = restore(emit, node, site.out_dims, site.frame, site.scores)
         node.meta["kp_out"], node.meta["kp_root"] = out, site.root
+        node.meta["kp_operands"] = [p.operand.node for p in (site.q, site.k, site.v)]
         copy_provenance(match.site, node)
         site.root.replace_all_uses_with(out, propagate_meta=False)
         site.root.meta["kp_replaced"] = True
@@ -126,8 +126,10 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
     scores = Scores(product=None, dims=dims)  # type: ignore[arg-type]
     for index, labels in enumerate(batch):
         scores.sizes[labels[0]] = (node, index)
-    frame = Frame(tuple(x[0] for x in batch[:-1]), tuple(x[0] for x in batch[-1:])) if len(batch) > 1 else Frame(
-        tuple(x[0] for x in batch), ()
+    frame = (
+        Frame(tuple(x[0] for x in batch[:-1]), tuple(x[0] for x in batch[-1:]))
+        if len(batch) > 1
+        else Frame(tuple(x[0] for x in batch), ())
     )
     head = frame.heads[0] if frame.heads else None
     sides = [
@@ -190,10 +192,14 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
     if isinstance(dtype, Rejection):
         return dtype
     if any(math.isfinite(fill or 0.0) and (fill or 0.0) > _fill_limit(scores, ctx) for fill in fills):
-        return Rejection("mask-fill", f"A fill of {max(f for f in fills if f is not None):g} is too small to mask.")
+        return Rejection(
+            "mask-fill", f"A fill of {max(f for f in fills if f is not None):g} is too small to mask."
+        )
     terms = (*scores.biases, *scores.masks)
     count = len(scores.biases)
-    mask = MaskSpec("tensor", "", tuple(range(count, count + len(scores.masks)))) if scores.masks else MaskSpec()
+    mask = (
+        MaskSpec("tensor", "", tuple(range(count, count + len(scores.masks)))) if scores.masks else MaskSpec()
+    )
     finite = any(math.isfinite(fill or 0.0) for fill in fills)
     spec = AttentionSpec(
         scores.scale * q.scale * k.scale,
@@ -221,7 +227,9 @@ def _kernel_dtype(scores: Scores, q: Peeled, k: Peeled, root: Node) -> torch.dty
     sides = [tensor_of(x.operand.node) for x in (q, k)]
     assert product is not None and out is not None
     dtypes = {t.dtype for t in sides if t is not None}
-    used = product.dtype if len(dtypes) > 1 or product.dtype in (torch.float16, torch.bfloat16) else dtypes.pop()
+    used = (
+        product.dtype if len(dtypes) > 1 or product.dtype in (torch.float16, torch.bfloat16) else dtypes.pop()
+    )
     if used == out.dtype:
         return used
     return Rejection(
@@ -230,7 +238,9 @@ def _kernel_dtype(scores: Scores, q: Peeled, k: Peeled, root: Node) -> torch.dty
     )
 
 
-def _trace_values(softmax: Node, scores: Scores, ctx: Context) -> tuple[Node, Operand, Dims, float] | Rejection:
+def _trace_values(
+    softmax: Node, scores: Scores, ctx: Context
+) -> tuple[Node, Operand, Dims, float] | Rejection:
     """Follow the probabilities to the product with v: (that product, v, its result's labels, dropout)."""
     node, dropout_p, dropped_sink = softmax, 0.0, scores.sink is None
     while True:
@@ -263,7 +273,9 @@ def _trace_values(softmax: Node, scores: Scores, ctx: Context) -> tuple[Node, Op
         elif op.name == "getitem" and not dropped_sink and _drops_last(op):
             dropped_sink = True
         elif op.name in ("mul", "masked_fill", "where"):
-            return Rejection("mask-after-softmax", f"{op.name} acts on the probabilities, after they were normalised.")
+            return Rejection(
+                "mask-after-softmax", f"{op.name} acts on the probabilities, after they were normalised."
+            )
         elif op.name == "div":
             return Rejection("renormalised", "The probabilities are normalised again after the softmax.")
         else:
@@ -273,7 +285,9 @@ def _trace_values(softmax: Node, scores: Scores, ctx: Context) -> tuple[Node, Op
 
 def _is_shape_query(node: Node) -> bool:
     op = canonical(node)
-    return op is not None and (op.name == "size" or (op.name == "getattr" and op["name"] in ("shape", "dtype", "device")))
+    return op is not None and (
+        op.name == "size" or (op.name == "getattr" and op["name"] in ("shape", "dtype", "device"))
+    )
 
 
 def _used_elsewhere(node: Node, users: list[Node]) -> Rejection:
@@ -291,7 +305,9 @@ def _used_elsewhere(node: Node, users: list[Node]) -> Rejection:
 
 
 def value_product_like(op: Op, node: Node) -> bool:
-    return op.name in ("matmul", "bmm", "baddbmm", "einsum") and op.get("input") is node or node in (op.get("operands") or ())
+    return (op.name in ("matmul", "bmm", "baddbmm", "einsum") and op.get("input") is node) or node in (
+        op.get("operands") or ()
+    )
 
 
 def _name(node: Node) -> str:
@@ -316,7 +332,9 @@ def _check_reads(site: Site, ctx: Context) -> Rejection | None:
         reads.append((site.sink, site.sink))
     for node, reader in reads:
         if ctx.writes.between(node, site.root, since=reader):
-            return Rejection("mutation", f"{node.name} is written to before the attention that reads it is finished.")
+            return Rejection(
+                "mutation", f"{node.name} is written to before the attention that reads it is finished."
+            )
     return None
 
 
@@ -349,5 +367,3 @@ def _term(emit: Emitter, term: Term, site: Site) -> Node:
 def _sink(emit: Emitter, sink: Node) -> Node:
     """The sink's logits as [H] (or [1]): the batch, query and key dimensions are 1."""
     return emit.call(torch.reshape, sink, [-1])
-
-

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from kp_compiler.normalize import Op, canonical, tensor_of, value_of
 from kp_compiler.passes.base import Context, same
-from kp_compiler.passes.contraction import Dims, Operand, Product, scores_product
+from kp_compiler.passes.contraction import Dims, Product, scores_product
 from kp_compiler.report import Rejection
 
 _TRANSPARENT = {"cast", "clone", "detach_keep"}
@@ -66,7 +66,11 @@ class Scores:
 
     def reshape(self, node: Node, before: Any, after: Any) -> bool:
         """Follow a reshape of the batch dimensions from shape `before` to `after`."""
-        if len(before) < 2 or len(after) < 2 or not all(same(a, b) for a, b in zip(before[-2:], after[-2:], strict=True)):
+        if (
+            len(before) < 2
+            or len(after) < 2
+            or not all(same(a, b) for a, b in zip(before[-2:], after[-2:], strict=True))
+        ):
             return False
         dims = _regroup(self, list(self.dims[:-2]), list(before[:-2]), list(after[:-2]))
         if dims is None:
@@ -92,7 +96,9 @@ def trace_scores(softmax: Node, op: Op, ctx: Context) -> Scores | Rejection:
     if isinstance(found, Rejection):
         return found
     if dim % value.dim() != value.dim() - 1:
-        return Rejection("softmax-dim", f"Softmax runs over dimension {dim}, not over the keys (the last one).")
+        return Rejection(
+            "softmax-dim", f"Softmax runs over dimension {dim}, not over the keys (the last one)."
+        )
     product, steps = found
     scores = Scores(product, product.dims, scale=product.alpha)
     core = steps[0].through if steps else op["input"]
@@ -102,7 +108,9 @@ def trace_scores(softmax: Node, op: Op, ctx: Context) -> Scores | Rejection:
         scores.biases.append(Term(product.addend, product.dims, core, product.beta))
     refused = _replay(scores, steps) or _independent(scores, ctx)
     if refused is None and not any(labels == ("i",) for labels in scores.dims):
-        refused = Rejection("layout", "The query dimension of the scores was reshaped away before the softmax.")
+        refused = Rejection(
+            "layout", "The query dimension of the scores was reshaped away before the softmax."
+        )
     if refused is None and scores.dims[-1] != ("j",):
         refused = Rejection("softmax-dim", "Softmax runs over a dimension that is not the keys.")
     return refused or scores
@@ -115,7 +123,9 @@ def _find(node: Any, reader: Node, ctx: Context, depth: int) -> tuple[Product, l
         return nothing
     current = ctx.writes.current(node, reader)
     if current is None:
-        return Rejection("mutation", f"{node.name} is written to before it is read.", "Use the out-of-place form.")
+        return Rejection(
+            "mutation", f"{node.name} is written to before it is read.", "Use the out-of-place form."
+        )
     node = current
     op = canonical(node) or _unnamed(node)
     if op is None:
@@ -137,7 +147,11 @@ def _find(node: Any, reader: Node, ctx: Context, depth: int) -> tuple[Product, l
 def _unnamed(node: Node) -> Op | None:
     """An operation kp has no name for: the walk goes on behind it only to say what stands in the way."""
     first = node.args[0] if node.args else None
-    return Op("unnamed", {"input": first}) if tensor_of(node) is not None and tensor_of(first) is not None else None
+    return (
+        Op("unnamed", {"input": first})
+        if tensor_of(node) is not None and tensor_of(first) is not None
+        else None
+    )
 
 
 def _is_weight_product(product: Product) -> bool:
@@ -146,12 +160,25 @@ def _is_weight_product(product: Product) -> bool:
     while (op := canonical(weight)) is not None and op.name in ("transpose", "cast", "permute"):
         weight = op["input"]
     tensor = tensor_of(weight)
-    return weight.op in ("placeholder", "get_attr") and tensor is not None and tensor.dim() == 2 and len(product.dims) > 2
+    return (
+        weight.op in ("placeholder", "get_attr")
+        and tensor is not None
+        and tensor.dim() == 2
+        and len(product.dims) > 2
+    )
 
 
 def _carriers(op: Op) -> list[Any]:
     """The arguments of an operation through which scores may come."""
-    if op.name in _TRANSPARENT or op.name in ("view", "permute", "transpose", "dropout", "tanh", "masked_fill", "expand"):
+    if op.name in _TRANSPARENT or op.name in (
+        "view",
+        "permute",
+        "transpose",
+        "dropout",
+        "tanh",
+        "masked_fill",
+        "expand",
+    ):
         return [op["input"]]
     if op.name in ("unsqueeze", "squeeze", "clamp", "exp", "log", "sigmoid", "neg", "abs", "pow", "unnamed"):
         return [op["input"]]
@@ -174,7 +201,9 @@ def _independent(scores: Scores, ctx: Context) -> Rejection | None:
     while queue:
         node = queue.pop()
         if node in chain:
-            return Rejection("score-dependent", "A mask or bias is computed from the scores, which a kernel does not keep.")
+            return Rejection(
+                "score-dependent", "A mask or bias is computed from the scores, which a kernel does not keep."
+            )
         if node in seen or ctx.writes.position.get(node, -1) < first:
             continue
         seen.add(node)
@@ -218,7 +247,11 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
     if name in _TRANSPARENT:
         return None
     if name == "dropout":
-        return Rejection("dropout-on-scores", "Dropout acts on the scores, before the softmax.") if op["p"] else None
+        return (
+            Rejection("dropout-on-scores", "Dropout acts on the scores, before the softmax.")
+            if op["p"]
+            else None
+        )
     if name in ("view", "permute", "transpose", "expand", "unsqueeze", "squeeze"):
         return _layout(scores, step)
     if scores.sink is not None and not (name == "sub" and _is_own_max(op)):
@@ -226,7 +259,9 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
     if name == "mul" and (factor := constant(_other(step))) is not None:
         return _scaled(state, factor)
     if name == "div" and (factor := constant(op["other"])) is not None:
-        return _scaled(state, 1.0 / factor) if factor else Rejection("scale", "The scores are divided by zero.")
+        return (
+            _scaled(state, 1.0 / factor) if factor else Rejection("scale", "The scores are divided by zero.")
+        )
     if name == "tanh":
         return _tanh(state)
     if state.pending:
@@ -239,14 +274,18 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
         return _masked(scores, step, op["mask"], op["value"], keep=False)
     if name == "where":
         through_input = op["input"] is step.through or value_of(op["input"]) is value_of(step.through)
-        return _masked(scores, step, op["condition"], op["other"] if through_input else op["input"], keep=through_input)
+        return _masked(
+            scores, step, op["condition"], op["other"] if through_input else op["input"], keep=through_input
+        )
     if name == "cat":
         return _sink(scores, step)
     if name in ("mul", "div") and tensor_of(_other(step) if name == "mul" else op["other"]) is not None:
         return Rejection("tensor-scale", "The scores are scaled by a tensor; kernels take one number.")
     if name == "unnamed":
         name = getattr(step.node.target, "__name__", str(step.node.target))
-    return Rejection("unknown-op", f"{name} between the product and the softmax is not part of attention as kp knows it.")
+    return Rejection(
+        "unknown-op", f"{name} between the product and the softmax is not part of attention as kp knows it."
+    )
 
 
 def _other(step: _Step) -> Any:
@@ -300,7 +339,11 @@ def _added(scores: Scores, step: _Step, term: Any, coeff: float) -> Rejection | 
     tensor = tensor_of(term)
     if tensor is None:
         number = constant(term)
-        return None if number is not None and math.isfinite(number) else Rejection("unknown-op", "A scalar is added to the scores.")
+        return (
+            None
+            if number is not None and math.isfinite(number)
+            else Rejection("unknown-op", "A scalar is added to the scores.")
+        )
     if tensor.dim() > len(scores.dims):
         return Rejection("layout", "A term of higher rank is added to the scores.")
     if scores.masks and any(math.isfinite(mask.fill or 0.0) for mask in scores.masks):
@@ -312,7 +355,9 @@ def _added(scores: Scores, step: _Step, term: Any, coeff: float) -> Rejection | 
 def _masked(scores: Scores, step: _Step, mask: Any, fill: Any, *, keep: bool) -> Rejection | None:
     tensor, number = tensor_of(mask), constant(fill)
     if tensor is None or tensor.dtype != torch.bool or tensor.dim() > len(scores.dims):
-        return Rejection("mask-shape", "The mask of the scores is not a boolean tensor that broadcasts to them.")
+        return Rejection(
+            "mask-shape", "The mask of the scores is not a boolean tensor that broadcasts to them."
+        )
     if number is None:
         return Rejection("mask-fill", "Masked scores are replaced by something that is not a constant.")
     scores.masks.append(Term(mask, scores.dims, step.node, fill=number, keep=keep))
@@ -344,12 +389,18 @@ def _is_own_max(op: Op) -> bool:
     if not isinstance(other, Node):
         return False
     found = canonical(other)
-    if found is not None and found.name in ("getitem", "getattr") and found.get("index", found.get("name")) in (0, "values"):
+    if (
+        found is not None
+        and found.name in ("getitem", "getattr")
+        and found.get("index", found.get("name")) in (0, "values")
+    ):
         other = found["input"]
         found = canonical(other) if isinstance(other, Node) else None
     if found is None or found.name not in ("max", "amax") or found["input"] is not op["input"]:
         return False
-    dim = found["dim"][0] if isinstance(found["dim"], tuple | list) and len(found["dim"]) == 1 else found["dim"]
+    dim = (
+        found["dim"][0] if isinstance(found["dim"], tuple | list) and len(found["dim"]) == 1 else found["dim"]
+    )
     tensor = tensor_of(op["input"])
     return tensor is not None and dim in (-1, tensor.dim() - 1) and found["keepdim"] is True
 
@@ -440,5 +491,3 @@ def _label_sizes_match(scores: Scores, labels: tuple[str, ...], sizes: list[Any]
         if known is None or tensor is None or not same(tensor.shape[known[1]], size):
             return False
     return True
-
-

@@ -92,3 +92,36 @@ def captured_graphs(function: Callable[..., Any], *inputs: Any, options: dict[st
     torch._dynamo.reset()
     torch.compile(function, backend=backend)(*inputs)
     return graphs
+
+
+class Recorder(torch.fx.Interpreter):
+    """Runs a rewritten graph and keeps the arguments of every call of an operator whose name contains `name`."""
+
+    def __init__(self, gm: torch.fx.GraphModule, name: str, calls: list[tuple[Any, ...]]) -> None:
+        super().__init__(gm)
+        self.name, self.calls = name, calls
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.name in str(target):
+            self.calls.append(args)
+        return super().call_function(target, args, kwargs)
+
+
+def recorded_calls(
+    function: Callable[..., Any], inputs: tuple[Any, ...], name: str, options: dict[str, Any] | None = None
+) -> list[tuple[Any, ...]]:
+    """Concrete arguments of the lowered operators `name` when the rewritten function runs on `inputs`."""
+    from kp_compiler.config import resolve
+    from kp_compiler.pipeline import Run, run
+    from kp_compiler.target import Target
+
+    calls: list[tuple[Any, ...]] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        run(Run(gm, resolve({"strict": True, **(options or {})}), Target("cpu", reference=True)))
+        return Recorder(gm, name, calls).run
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    return calls

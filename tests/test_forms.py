@@ -44,6 +44,8 @@ def test_form_dynamic(form: Form) -> None:
 
 
 def test_coverage_bar() -> None:
-    recognised = {f.number for f in FORMS} - {f.number for f in FORMS if f.refused not in (None, "already-fused")}
+    recognised = {f.number for f in FORMS} - {
+        f.number for f in FORMS if f.refused not in (None, "already-fused")
+    }
     assert {f.number for f in FORMS} == set(range(1, 31))
     assert len(recognised) >= 28

@@ -34,7 +34,9 @@ class Form:
 FORMS: list[Form] = []
 
 
-def form(number: int, expect: str, inputs: Callable[[torch.dtype], tuple[Any, ...]], refused: str | None = None) -> Any:
+def form(
+    number: int, expect: str, inputs: Callable[[torch.dtype], tuple[Any, ...]], refused: str | None = None
+) -> Any:
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         FORMS.append(Form(function.__name__, number, function, inputs, expect, refused))
         return function
@@ -95,17 +97,25 @@ def sdpa_is_causal(q, k, v):
 @form(2, "causal", qkv_gqa)
 def sdpa_mask_built_in_graph(q, k, v):
     k, v = repeat_kv(k, H // KV), repeat_kv(v, H // KV)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=hf_mask(q.shape[2], q.device)).transpose(1, 2).contiguous()
+    return (
+        F.scaled_dot_product_attention(q, k, v, attn_mask=hf_mask(q.shape[2], q.device))
+        .transpose(1, 2)
+        .contiguous()
+    )
 
 
-@form(2, "causal+document", lambda dtype: (*qkv(dtype), torch.arange(S).remainder(10).expand(B, S).contiguous()))
+@form(
+    2, "causal+document", lambda dtype: (*qkv(dtype), torch.arange(S).remainder(10).expand(B, S).contiguous())
+)
 def sdpa_packed_documents(q, k, v, position_ids):
     s = q.shape[2]
     lead = torch.arange(B, device=q.device)[:, None, None, None]
     rows = torch.arange(s, device=q.device)[None, None, :, None]
     columns = torch.arange(s, device=q.device)[None, None, None, :]
     segments = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-    mask = (segments[lead, rows] == segments[lead, columns]) & (position_ids[lead, columns] <= position_ids[lead, rows])
+    mask = (segments[lead, rows] == segments[lead, columns]) & (
+        position_ids[lead, columns] <= position_ids[lead, rows]
+    )
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -317,7 +327,8 @@ def llama4_query_temperature(q, k, v):
 @form(20, "causal", hidden)
 def fairseq_bmm(x, y, z):
     q, k, v = (
-        (t * D**-0.5 if t is x else t).view(B, S, H, D).transpose(1, 2).reshape(B * H, S, D) for t in (x, y, z)
+        (t * D**-0.5 if t is x else t).view(B, S, H, D).transpose(1, 2).reshape(B * H, S, D)
+        for t in (x, y, z)
     )
     weights = torch.bmm(q, k.transpose(1, 2))
     mask = additive(x, S)
@@ -355,7 +366,14 @@ def einsum_sequence_first(q, k, v):
 
 def _xlnet_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
     q, k, v = (torch.randn(S, B, H, D, dtype=dtype) for _ in range(3))
-    return q, k, v, torch.randn(2 * S, B, H, D, dtype=dtype), torch.randn(H, D, dtype=dtype), torch.randn(H, D, dtype=dtype)
+    return (
+        q,
+        k,
+        v,
+        torch.randn(2 * S, B, H, D, dtype=dtype),
+        torch.randn(H, D, dtype=dtype),
+        torch.randn(H, D, dtype=dtype),
+    )
 
 
 @form(23, "full, 1 bias", _xlnet_inputs)
@@ -400,7 +418,11 @@ def sam_decomposed_positions(q, k, v, rel_h, rel_w):
 
 
 def _deberta(dtype: torch.dtype) -> tuple[Any, ...]:
-    return (*folded(dtype), torch.randn(B * H, 2 * S, D, dtype=dtype), torch.ones(B, 1, S, S, dtype=torch.bool))
+    return (
+        *folded(dtype),
+        torch.randn(B * H, 2 * S, D, dtype=dtype),
+        torch.ones(B, 1, S, S, dtype=torch.bool),
+    )
 
 
 @form(26, "tensor, 1 bias", _deberta)
@@ -410,7 +432,9 @@ def deberta_disentangled(q, k, v, positions, mask):
     rows = torch.arange(S, device=q.device)
     index = (rows[:, None] - rows[None, :] + S).clamp(0, 2 * S - 1).expand(B * H, S, S)
     c2p = torch.gather(torch.bmm(q, positions.transpose(-1, -2)), dim=-1, index=index) / scale
-    p2c = torch.gather(torch.bmm(k, positions.transpose(-1, -2)), dim=-1, index=index).transpose(-1, -2) / scale
+    p2c = (
+        torch.gather(torch.bmm(k, positions.transpose(-1, -2)), dim=-1, index=index).transpose(-1, -2) / scale
+    )
     scores = (scores + (c2p + p2c)).view(-1, H, S, S)
     scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
     probs = F.softmax(scores, dim=-1)
@@ -419,7 +443,11 @@ def deberta_disentangled(q, k, v, positions, mask):
 
 
 def _mha(dtype: torch.dtype) -> tuple[Any, ...]:
-    return (*hidden(dtype), torch.randn(3 * H * D, H * D, dtype=dtype) / 8, torch.randn(H * D, H * D, dtype=dtype) / 8)
+    return (
+        *hidden(dtype),
+        torch.randn(3 * H * D, H * D, dtype=dtype) / 8,
+        torch.randn(H * D, H * D, dtype=dtype) / 8,
+    )
 
 
 @form(27, "full", _mha)
@@ -442,7 +470,12 @@ def flex_attention(q, k, v):
     return flex(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s, -float("inf")))
 
 
-@form(29, "", lambda dtype: tuple(torch.randn(B * H, 4, S, D, dtype=dtype) for _ in range(3)), refused="no-qk-product")
+@form(
+    29,
+    "",
+    lambda dtype: tuple(torch.randn(B * H, 4, S, D, dtype=dtype) for _ in range(3)),
+    refused="no-qk-product",
+)
 def longformer_banded(q, k, v):
     scores = torch.einsum("bcxd,bcyd->bcxy", q, k)
     padded = F.pad(scores, (0, 0, 0, 1)).view(B * H, 4, S, S + 1)[..., :-1]

@@ -121,7 +121,14 @@ def moe_router_matmul(x, weight):
     return F.softmax(x @ weight, dim=-1).topk(2).values
 
 
-@twin("no-qk-product", inputs=lambda dtype: (*hidden(dtype)[:1], torch.randn(H * D, 8, dtype=dtype), torch.randn(8, 5, dtype=dtype)))
+@twin(
+    "no-qk-product",
+    inputs=lambda dtype: (
+        *hidden(dtype)[:1],
+        torch.randn(H * D, 8, dtype=dtype),
+        torch.randn(8, 5, dtype=dtype),
+    ),
+)
 def moe_soft_mixture(x, weight, experts):
     return F.softmax(x @ weight, dim=-1) @ experts
 

@@ -18,13 +18,22 @@ pytestmark = pytest.mark.gpu
 
 def _cuda(inputs, dtype=torch.bfloat16):
     return tuple(
-        x.to("cuda", dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x.cuda() if isinstance(x, torch.Tensor) else x
+        x.to("cuda", dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x.cuda()
+        if isinstance(x, torch.Tensor)
+        else x
         for x in inputs
     )
 
 
 def _leaves(inputs, train):
-    return [x.detach().clone().requires_grad_(train and x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
+    return [
+        x.detach().clone().requires_grad_(train and x.is_floating_point())
+        if isinstance(x, torch.Tensor)
+        else x
+        for x in inputs
+    ]
 
 
 def _run(function, inputs, train):
@@ -33,7 +42,11 @@ def _run(function, inputs, train):
     out = out[0] if isinstance(out, tuple) else out
     results = [out.detach()]
     if train:
-        weights = torch.linspace(0.5, 1.5, out.numel(), device="cuda", dtype=torch.float32).view(out.shape).to(out.dtype)
+        weights = (
+            torch.linspace(0.5, 1.5, out.numel(), device="cuda", dtype=torch.float32)
+            .view(out.shape)
+            .to(out.dtype)
+        )
         (out * weights).sum().backward()
         results += [x.grad for x in leaves if isinstance(x, torch.Tensor) and x.grad is not None]
     return results
@@ -62,7 +75,11 @@ def test_form(form: Form, train: bool) -> None:
         plain = _run(form.function, inputs, train)
         _poison()
         with kp_compiler.capture_reports() as reports:
-            got = _run(torch.compile(form.function, backend="kp", fullgraph=True, options={"strict": True}), inputs, train)
+            got = _run(
+                torch.compile(form.function, backend="kp", fullgraph=True, options={"strict": True}),
+                inputs,
+                train,
+            )
     report = merged(reports)
     for mine, theirs, exact in zip(got, plain, want, strict=True):
         assert mine.dtype == theirs.dtype
@@ -104,13 +121,18 @@ def _mask(kind: str, batch: int, length: int):
 def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
     """One kernel asked for by name, ragged lengths and grouped heads, forward and backward."""
     q = torch.randn(batch, heads, length, width, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(batch, kv_heads, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (
+        torch.randn(batch, kv_heads, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
     keep = torch.ones(batch, length, dtype=torch.bool, device="cuda")
     keep[0, :37] = False
     segments = (torch.arange(length, device="cuda") // 150).expand(batch, length).contiguous()
 
     def attend(q, k, v):
-        rows, columns = torch.arange(length, device=q.device)[:, None], torch.arange(length, device=q.device)[None, :]
+        rows, columns = (
+            torch.arange(length, device=q.device)[:, None],
+            torch.arange(length, device=q.device)[None, :],
+        )
         mask = columns <= rows
         if kind == "full":
             mask = None
@@ -142,16 +164,23 @@ def test_dead_rows_keep_their_meaning() -> None:
     keep[0, :40] = False
 
     def by_hand(q, k, v):
-        rows, columns = torch.arange(300, device=q.device)[:, None], torch.arange(300, device=q.device)[None, :]
+        rows, columns = (
+            torch.arange(300, device=q.device)[:, None],
+            torch.arange(300, device=q.device)[None, :],
+        )
         mask = ((columns <= rows) & keep[:, None, None, :]).expand(2, 1, 300, 300)
-        bias = torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), torch.finfo(torch.bfloat16).min)
+        bias = torch.where(
+            mask, torch.zeros((), dtype=q.dtype, device=q.device), torch.finfo(torch.bfloat16).min
+        )
         scores = torch.matmul(q, k.transpose(2, 3)) * 0.125 + bias
         return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
     inputs = tuple(torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     want, plain = _double(by_hand, inputs, True), _run(by_hand, inputs, True)
     with kp_compiler.capture_reports() as reports:
-        got = _run(torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, True)
+        got = _run(
+            torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, True
+        )
     assert merged(reports).rewritten()[0].impl == "flex"
     for mine, theirs, exact in zip(got, plain, want, strict=True):
         assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
@@ -161,7 +190,9 @@ def test_dead_rows_keep_their_meaning() -> None:
 
 def test_dropout_has_a_kernel() -> None:
     """Dropout in training goes to FlashAttention: unbiased, reproducible from the seed, gone in eval."""
-    q, k, v = (torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
 
     def attend(q, k, v):
         probs = F.softmax(torch.matmul(q, k.transpose(2, 3)) * 0.125, dim=-1)
@@ -185,16 +216,16 @@ def test_dropout_has_a_kernel() -> None:
 def test_autocast_and_dynamic_lengths() -> None:
     """float32 inputs under autocast, three lengths, one compile."""
 
-    def attend(q, k, v):
+    def attend(x):
+        q, k, v = x.unbind(0)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     with kp_compiler.capture_reports() as reports, torch.autocast("cuda", dtype=torch.bfloat16):
         compiled = torch.compile(attend, backend="kp", fullgraph=True)
         for length in (300, 512, 777):
-            inputs = [torch.randn(2, 4, length, 64, device="cuda") for _ in range(3)]
-            for x in inputs:
-                torch._dynamo.mark_dynamic(x, 2)
-            got, want = compiled(*inputs), attend(*inputs)
+            x = torch.randn(3, 2, 4, length, 64, device="cuda")
+            torch._dynamo.mark_dynamic(x, 3)
+            got, want = compiled(x), attend(x)
             assert got.dtype == want.dtype == torch.bfloat16
             assert relative_error(got, want) < 1e-2
     assert len(reports) == 1
@@ -206,7 +237,12 @@ def test_no_quadratic_memory() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
     )
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
@@ -223,4 +259,6 @@ def test_no_quadratic_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         compiled(**inputs)
-    assert torch.cuda.max_memory_allocated() - before < length * length  # a boolean N² alone would be this many bytes
+    assert (
+        torch.cuda.max_memory_allocated() - before < length * length
+    )  # a boolean N² alone would be this many bytes
