@@ -1,9 +1,10 @@
-"""One attention site at a time: every kernel of the lowering table that takes it, forward and forward + backward.
+"""One attention site at a time: every kernel of the lowering table that takes it, forward and forward +
+backward.
 
     python benchmarks/attention_kernels.py [--length 32768] [--out DIR]
 
-These figures order `kp_compiler.lowering.table`. Masks are written as user code and proved by kp; kernels are asked for
-by name. TFLOP/s count unmasked pairs only (4·D per pair forward, 2.5 times that backward).
+These figures order `kp_compiler.lowering.table`. Masks are written as user code and proved by kp; kernels are
+asked for by name. TFLOP/s count unmasked pairs only (4·D per pair forward, 2.5 times that backward).
 """
 
 from __future__ import annotations

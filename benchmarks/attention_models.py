@@ -2,8 +2,8 @@
 
     python benchmarks/attention_models.py [--suite llama|long|gpt2|bert|all] [--repeats N] [--out DIR]
 
-Every arm has the same weights and inputs (random), all run interleaved in one process; medians of CUDA-event times,
-peak memory above the weights. Bars are those of the issue that asked for this benchmark.
+Every arm has the same weights and inputs (random), all run interleaved in one process; medians of CUDA-event
+times, peak memory above the weights. Bars are those of the issue that asked for this benchmark.
 """
 
 from __future__ import annotations
@@ -93,10 +93,8 @@ def measure(
                 "first_call_s": round(compile_s[name], 2) if name in compile_s else None,
             }
         )
-        print(
-            f"{label:28s} {rows[-1]['mode']:8s} {name:15s} {rows[-1]['ms']} ms  {rows[-1]['peak_gib']} GiB  {rows[-1]['first_call_s']} s",
-            flush=True,
-        )
+        ms, gib, first = (rows[-1][key] for key in ("ms", "peak_gib", "first_call_s"))
+        print(f"{label:24s} {rows[-1]['mode']:8s} {name:15s} {ms} ms  {gib} GiB  {first} s", flush=True)
     return rows
 
 

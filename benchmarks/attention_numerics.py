@@ -35,17 +35,24 @@ def settings(length: int) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
         "llama": (llama, transformers.LlamaConfig(**common), {}),
         "llama packed": (llama, transformers.LlamaConfig(**common), {"position_ids": positions}),
         "llama left-padded": (llama, transformers.LlamaConfig(**common), {"attention_mask": padding}),
-        "mistral window": (transformers.MistralForCausalLM, transformers.MistralConfig(**common, sliding_window=100), {}),
+        "mistral window": (
+            transformers.MistralForCausalLM,
+            transformers.MistralConfig(**common, sliding_window=100),
+            {},
+        ),
         "gpt2": (
             transformers.GPT2LMHeadModel,
             transformers.GPT2Config(
-                n_embd=512, n_layer=2, n_head=8, n_positions=length, vocab_size=512, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+                n_embd=512, n_layer=2, n_head=8, n_positions=length, vocab_size=512,
+                attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
             ),
             {},
         ),
         "t5": (
             transformers.T5ForConditionalGeneration,
-            transformers.T5Config(d_model=512, d_kv=64, d_ff=1024, num_layers=2, num_heads=8, vocab_size=512, dropout_rate=0.0),
+            transformers.T5Config(
+                d_model=512, d_kv=64, d_ff=1024, num_layers=2, num_heads=8, vocab_size=512, dropout_rate=0.0
+            ),
             {},
         ),
     }  # fmt: skip
@@ -62,7 +69,8 @@ def evaluate(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
 
 
 def errors(name: str, implementation: str, length: int, seeds: int) -> Iterator[dict[str, tuple[float, ...]]]:
-    """Relative errors of outputs and gradients, plain bf16 and kp, for each seed. One compile serves all of them."""
+    """Relative errors of outputs and gradients, plain bf16 and kp, for each seed. One compile serves all of
+    them."""
     cls, config, extra = settings(length)[name]
     torch._dynamo.reset()
     model = models.build(cls, config)

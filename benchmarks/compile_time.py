@@ -2,8 +2,8 @@
 
     python benchmarks/compile_time.py [--rounds 3] [--out DIR]
 
-A process builds the model, runs one uncompiled step (so that libraries are loaded), then times the first compiled call
-(training: forward and backward) with caches in an empty folder. Arms alternate; medians.
+A process builds the model, runs one uncompiled step (so that libraries are loaded), then times the first
+compiled call (training: forward and backward) with caches in an empty folder. Arms alternate; medians.
 """
 
 from __future__ import annotations

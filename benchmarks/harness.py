@@ -24,8 +24,8 @@ def synchronise() -> None:
 
 
 def time_interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each step. Every round calls each once, in a new order: clocks and heat hit all alike,
-    and no arm always follows the hottest one."""
+    """Median milliseconds of each step. Every round calls each once, in a new order: clocks and heat hit all
+    alike, and no arm always follows the hottest one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle

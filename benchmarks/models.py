@@ -1,4 +1,5 @@
-"""The Hugging Face models the benchmarks run: random weights, one copy of them, several spellings of attention."""
+"""The Hugging Face models the benchmarks run: random weights, one copy of them, several spellings of
+attention."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def register_hand_written() -> None:
 def llama(layers: int = 4, heads: int = 32, kv_heads: int = 8, vocab: int = 32000, **extra: Any) -> Any:
     """Llama with d 2048 and ffn 8192."""
     config = transformers.LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=heads,
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=131072, **extra,
     )  # fmt: skip
     return build(transformers.LlamaForCausalLM, config)
@@ -67,23 +69,25 @@ def llama(layers: int = 4, heads: int = 32, kv_heads: int = 8, vocab: int = 3200
 
 def mistral(window: int = 1024) -> Any:
     config = transformers.MistralConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=32000, max_position_embeddings=131072, sliding_window=window,
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=32000, max_position_embeddings=131072, sliding_window=window,
     )  # fmt: skip
     return build(transformers.MistralForCausalLM, config)
 
 
 def gpt2() -> Any:
     config = transformers.GPT2Config(
-        n_embd=2048, n_layer=4, n_head=32, n_positions=16384, vocab_size=32000, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+        n_embd=2048, n_layer=4, n_head=32, n_positions=16384, vocab_size=32000,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
     )  # fmt: skip
     return build(transformers.GPT2LMHeadModel, config)
 
 
 def bert() -> Any:
     config = transformers.BertConfig(
-        hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, intermediate_size=4096, max_position_embeddings=16384,
-        vocab_size=32000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, intermediate_size=4096,
+        max_position_embeddings=16384, vocab_size=32000, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return build(transformers.BertForMaskedLM, config)
 

@@ -1,4 +1,5 @@
-"""kp: a torch.compile backend that proves attention masks and rewrites attention onto the fastest exact kernels.
+"""kp: a torch.compile backend that proves attention masks and rewrites attention onto the fastest exact
+kernels.
 
     import torch
     model = torch.compile(model, backend="kp")

@@ -69,8 +69,8 @@ def _graph_record(gm: GraphModule, config: Config, where: Target, active: bool, 
     record = GraphRecord(0, len(gm.graph.nodes), where.device, mode, took, config.lowering)
     if mode == "cpu":
         record.notes.append(
-            "cpu: no accelerator among the tensors, so nothing was rewritten; options={'cpu_rewrites': True} rewrites "
-            "onto the reference kernels."
+            "cpu: no accelerator among the tensors, so nothing was rewritten; options={'cpu_rewrites': True} "
+            "rewrites onto the reference kernels."
         )
     elif mode == "disabled":
         record.notes.append("KP_DISABLE is set: kp did nothing.")

@@ -93,16 +93,17 @@ def plan(
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Report:
-    """What kp would do for `model(*args, **kwargs)` on `target`, on any machine: nothing is computed or changed.
+    """What kp would do for `model(*args, **kwargs)` on `target`, on any machine: nothing is computed or
+    changed.
 
-    `target` is "auto", "cpu" or a name such as "cuda:sm90" (the default where this machine has no GPU). `dtype` is
-    assumed for the model's floating-point parameters and inputs. The model is captured on fake tensors; code that
-    needs values (`.item()`, data-dependent branches) ends the capture there, and the report says so.
+    `target` is "auto", "cpu" or a name such as "cuda:sm90" (the default where this machine has no GPU).
+    `dtype` is assumed for the model's floating-point parameters and inputs. The model is captured on fake
+    tensors; code that needs values (`.item()`, data-dependent branches) ends the capture there, and the
+    report says so.
     """
     where = targets.parse(target or ("auto" if targets.is_available() else "cuda:sm90"))
     config = resolve(options)
     whole = Report(target=str(where), versions=versions())
-    whole.assumptions.append(f"target {where}")
     if dtype is not None:
         whole.assumptions.append(
             f"parameters and floating-point inputs are {str(dtype).removeprefix('torch.')}"
@@ -134,8 +135,8 @@ def plan(
 def _to_fake(value: Any, dtype: torch.dtype | None) -> Any:
     """A copy with every tensor fake and on the CPU; no data is copied.
 
-    Not on the meta device: Dynamo keeps a `torch.tensor(0.0, device=x.device)` there as a real meta tensor and then
-    refuses to mix it with fake ones (transformers builds its masks and caches with such constants).
+    Not on the meta device: Dynamo keeps a `torch.tensor(0.0, device=x.device)` there as a real meta tensor
+    and then refuses to mix it with fake ones (transformers builds its masks and caches with such constants).
     """
     memo: dict[int, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)

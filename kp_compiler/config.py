@@ -1,8 +1,8 @@
 """Options: what exists, where a value came from, and one clear error for everything else.
 
 Precedence, strongest first: `torch.compile(options=...)`, `with kp.options(...)`, the environment variable
-`KP_PASSES="+name,-name"`, defaults. `KP_DISABLE=1` bypasses kp. This is the only module that reads the environment
-for options.
+`KP_PASSES="+name,-name"`, defaults. `KP_DISABLE=1` bypasses kp. This is the only module that reads the
+environment for options.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ _scoped: contextvars.ContextVar[tuple[Mapping[str, Any], ...]] = contextvars.Con
 def options(**settings: Any) -> Iterator[None]:
     """Options for every compilation that happens inside the block, on this thread.
 
-    They are read when the backend runs, that is at a model's first call and at recompiles. Compiled code is not
-    guarded on them: leaving the block recompiles nothing.
+    They are read when the backend runs, that is at a model's first call and at recompiles. Compiled code is
+    not guarded on them: leaving the block recompiles nothing.
     """
     resolve(settings, env={})  # errors belong here, not at the first call of a model
     token = _scoped.set((*_scoped.get(), settings))
@@ -118,7 +118,8 @@ def resolve(
     mode: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Config:
-    """Merge defaults, environment, `kp.options` scopes and `settings` into a Config, or raise KPConfigError."""
+    """Merge defaults, environment, `kp.options` scopes and `settings` into a Config, or raise
+    KPConfigError."""
     env = os.environ if env is None else env
     layers: list[tuple[str, Mapping[str, Any]]] = [("KP_PASSES", _from_env(env.get("KP_PASSES", "")))]
     layers += [("kp.options", scope) for scope in _scoped.get()]
@@ -174,7 +175,8 @@ def _pass_settings(name: str, value: Any) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it is of the hinted type, else KPConfigError. A single string serves where several may stand."""
+    """`value` if it is of the hinted type, else KPConfigError. A single string serves where several may
+    stand."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value in args and not isinstance(value, bool):

@@ -1,4 +1,5 @@
-"""A roofline in sympy: FLOPs, bytes and seconds of attention as formulas of the (possibly symbolic) shapes."""
+"""A roofline in sympy: FLOPs, bytes and seconds of attention as formulas of the (possibly symbolic)
+shapes."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import sympy
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
-# Measured on one H100 80GB HBM3, torch 2.11, bf16, causal, 8k tokens, D128: benchmarks/attention_models.py and
-# shared figures of 2026-11-22. Forward FLOP/s by implementation; "masked" is SDPA with a dense boolean mask, "eager" is
-# bound by memory instead.
+# Measured on one H100 80GB HBM3, torch 2.11, bf16, causal, 8k tokens, D128: benchmarks/attention_models.py
+# and shared figures of 2026-11-22. Forward FLOP/s by implementation; "masked" is SDPA with a dense boolean
+# mask, "eager" is bound by memory instead.
 RATES = {
     "fa4": 580e12,
     "cudnn": 560e12,
@@ -38,7 +39,8 @@ class Cost:
     bytes: sympy.Expr
 
     def seconds(self, rate: float, sizes: dict[Any, Any]) -> float | None:
-        """Whichever takes longer, arithmetic at `rate` or bytes at the device's bandwidth; None if sizes are symbolic."""
+        """Whichever takes longer, arithmetic at `rate` or bytes at the device's bandwidth; None if sizes are
+        symbolic."""
         flops, moved = (expr.subs(sizes) for expr in (self.flops, self.bytes))
         if flops.free_symbols or moved.free_symbols:
             return None
@@ -46,14 +48,16 @@ class Cost:
 
 
 def attention(spec: AttentionSpec, width: int = 2) -> Cost:
-    """The floor of one forward: each input read once, the output written once, only unmasked pairs computed."""
+    """The floor of one forward: each input read once, the output written once, only unmasked pairs
+    computed."""
     return Cost(
         2 * SB * SH * area(spec) * (SD + SE), width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE))
     )
 
 
 def area(spec: AttentionSpec) -> sympy.Expr:
-    """Unmasked pairs of one head. Document and padding masks depend on data: counted as if they masked nothing."""
+    """Unmasked pairs of one head. Document and padding masks depend on data: counted as if they masked
+    nothing."""
     if spec.mask.window is not None and "causal" in spec.mask.parts:
         return SQ * sympy.Min(ST, spec.mask.window)
     if "causal" in spec.mask.parts:
@@ -63,8 +67,8 @@ def area(spec: AttentionSpec) -> sympy.Expr:
 
 @cache
 def _dense(form: str, width: int) -> Cost:
-    """What the site costs unrewritten: SDPA with a dense mask computes everything and reads the mask; eager attention
-    also moves the score matrix several times."""
+    """What the site costs unrewritten: SDPA with a dense mask computes everything and reads the mask; eager
+    attention also moves the score matrix several times."""
     flops = 2 * SB * SH * SQ * ST * (SD + SE)
     passes = 1 if form == "sdpa" else EAGER_PASSES * width * SH
     return Cost(flops, SB * SQ * ST * passes)

@@ -1,11 +1,12 @@
 """One spelling per operation: a canonical, read-only view of Dynamo's graph, and what its mutations do to it.
 
-Dynamo writes the same operation as a method, an operator, a function of `torch`, of `torch.nn.functional` or of
-`torch._C._nn`. `canonical(node)` gives each one name and named arguments. The graph itself is left as it came: what kp
-does not rewrite reaches Inductor untouched.
+Dynamo writes the same operation as a method, an operator, a function of `torch`, of `torch.nn.functional` or
+of `torch._C._nn`. `canonical(node)` gives each one name and named arguments. The graph itself is left as it
+came: what kp does not rewrite reaches Inductor untouched.
 
-Dynamo's graph is not functional. `Writes` knows every write per storage (fake tensors of views share theirs), so that
-a reader can tell whether a value is still what its node computed, and can follow a value through in-place updates.
+Dynamo's graph is not functional. `Writes` knows every write per storage (fake tensors of views share theirs),
+so that a reader can tell whether a value is still what its node computed, and can follow a value through
+in-place updates.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Op:
         return self.args.get(key, default)
 
 
-# ---------------------------------------------------------------------------------------------- the table of names
+# ---------------------------------------------------------------------------------------------- the table of
+# names
 
 _FUNCTIONS: dict[Any, tuple[str, str]] = {}
 _METHODS: dict[str, tuple[str, str]] = {}
@@ -368,7 +370,8 @@ def _simplify_to(args: dict[str, Any]) -> Op:
     return Op("cast", {"input": args["input"], "dtype": dtype})
 
 
-# ------------------------------------------------------------------------------------------------------- metadata
+# -------------------------------------------------------------------------------------------------------
+# metadata
 
 
 def value_of(node: Any) -> Any:
@@ -383,7 +386,8 @@ def tensor_of(node: Any) -> torch.Tensor | None:
 
 
 def fill_metadata(gm: GraphModule) -> list[str]:
-    """Compute missing `example_value`s under the graph's own fake mode; returns the names that stay without one."""
+    """Compute missing `example_value`s under the graph's own fake mode; returns the names that stay without
+    one."""
     from torch._guards import detect_fake_mode
 
     missing = [
@@ -398,7 +402,8 @@ def fill_metadata(gm: GraphModule) -> list[str]:
 
 
 def infer(node: Node, mode: Any) -> bool:
-    """Like `trace_fake`, for a node that may be one that fakes can't run: sites that need its value are refused."""
+    """Like `trace_fake`, for a node that may be one that fakes can't run: sites that need its value are
+    refused."""
     try:
         trace_fake(node, mode)
     except Exception:
@@ -409,7 +414,8 @@ def infer(node: Node, mode: Any) -> bool:
 def trace_fake(node: Node, mode: Any, *, grad: bool = True) -> None:
     """Run one node on its arguments' fake values and keep the result.
 
-    The Python dispatcher decomposes composites such as matmul; their C++ form would turn symbolic sizes into numbers.
+    The Python dispatcher decomposes composites such as matmul; their C++ form would turn symbolic sizes into
+    numbers.
     """
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     with mode, torch.set_grad_enabled(grad), enable_python_dispatcher():
@@ -439,7 +445,8 @@ def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, tuple[Node, ...]]]:
 CHECKPOINT_OPS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
 
-# ---------------------------------------------------------------------------------------------------------- writes
+# ----------------------------------------------------------------------------------------------------------
+# writes
 
 _INPLACE_OPERATORS = {
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor", "ipow", "imatmul",
@@ -506,7 +513,8 @@ class Writes:
                     self.by_storage.setdefault(storage, []).append(node)
 
     def between(self, value: Node, reader: Node, *, since: Node | None = None) -> list[Node]:
-        """Writes to `value`'s storage before `reader` runs and after `since` did (default: after it was computed)."""
+        """Writes to `value`'s storage before `reader` runs and after `since` did (default: after it was
+        computed)."""
         storage = storage_of(value)
         if storage is None or storage not in self.by_storage:
             return []
@@ -527,14 +535,15 @@ class Writes:
         return value
 
 
-# -------------------------------------------------------------------------------------------------------- clean-up
+# --------------------------------------------------------------------------------------------------------
+# clean-up
 
 
 def erase_orphans(
     graph: Graph, roots: list[Node], *, keep: Callable[[Node], bool] = lambda node: False
 ) -> int:
-    """Erase `roots` and whatever only they used, walking up. Mutations go only with everything that shares their
-    storage; nodes with other effects and placeholders stay. Returns the number of nodes erased."""
+    """Erase `roots` and whatever only they used, walking up. Mutations go only with everything that shares
+    their storage; nodes with other effects and placeholders stay. Returns the number of nodes erased."""
     erased = 0
     queue = list(roots)
     while queue:

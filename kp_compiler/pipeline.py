@@ -42,7 +42,8 @@ class Run:
 def run(task: Run, graph_index: int = 0) -> Report:
     """Rewrite `task.gm` in place (or, under `plan_only`, decide only) and return the records.
 
-    A pass that raises is undone: the graph goes back to how it came, and everything runs again without that pass.
+    A pass that raises is undone: the graph goes back to how it came, and everything runs again without that
+    pass.
     """
     fill_metadata(task.gm)
     for gm, _ in bodies(task.gm):
@@ -162,7 +163,8 @@ _ROOT_CAUSES = ("mask-is-input", "mask-unproved")
 def _finish(
     units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int, failed: dict[str, str]
 ) -> None:
-    """Sites that no kernel was chosen for go back; checkpoint bodies lose the arguments that nothing reads."""
+    """Sites that no kernel was chosen for go back; checkpoint bodies lose the arguments that nothing
+    reads."""
     code, text = (
         ("pass-failed", "A pass failed and was undone.")
         if failed
@@ -223,7 +225,8 @@ def _check_requirements(task: Run) -> None:
         raise KPRequirementError(f"{each.name} fired at {fired} sites, {wanted} required:\n  {listed}")
 
 
-# --------------------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------------------
+# records
 
 
 def _record(each: Pass, site: Node, status: Any, index: int, **fields: Any) -> SiteRecord:
@@ -241,7 +244,8 @@ def _text(task: Run) -> str:
     return "\n".join(str(gm.graph) for gm, _ in bodies(task.gm))
 
 
-# --------------------------------------------------------------------------------------------------------- undoing
+# ---------------------------------------------------------------------------------------------------------
+# undoing
 
 
 def _snapshot(gm: GraphModule) -> list[tuple[GraphModule, Graph]]:

@@ -109,10 +109,14 @@ class Report:
         """One row per group of equal sites, then the notes of each graph."""
         if not self.graphs:
             return (
-                "kp: the backend was not called. Either nothing was compiled in this scope, or Dynamo has reached "
-                "its recompile limit for this code (see torch._dynamo.config.recompile_limit) and runs it eagerly."
+                "kp: the backend was not called. Either nothing was compiled in this scope, or Dynamo has "
+                "reached its recompile limit for this code (see torch._dynamo.config.recompile_limit) and runs "
+                "it eagerly."
             )
-        lines = [f"target: {self.target}", *(f"assumed: {text}" for text in self.assumptions)]
+        lines = [
+            f"target: {self.target}",
+            *(f"assumed: {a}" for a in self.assumptions if a not in self.target),
+        ]
         rows = [("sites", "kind", "where", "shape", "result", "spec or reason")]
         for group in self._groups():
             first = group[0]

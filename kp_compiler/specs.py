@@ -29,10 +29,10 @@ MaskKind = Literal[
 class MaskSpec:
     """Which (query i, key j) pairs take part.
 
-    `expr` is a sympy expression over the symbols b, h, q, k, scalars n0, n1, … and look-ups t0(b, k), t1(b, q), …
-    written as a string; "True" keeps everything. `tensors` and `scalars` say which operand each name reads.
-    A mask that could not be proved has kind "tensor": then `expr` is empty and `tensors` holds the operands whose
-    conjunction is the mask (True keeps).
+    `expr` is a sympy expression over the symbols b, h, q, k, scalars n0, n1, … and look-ups t0(b, k), t1(b,
+    q), … written as a string; "True" keeps everything. `tensors` and `scalars` say which operand each name
+    reads. A mask that could not be proved has kind "tensor": then `expr` is empty and `tensors` holds the
+    operands whose conjunction is the mask (True keeps).
     """
 
     kind: MaskKind = "full"

@@ -1,7 +1,7 @@
 """What the hardware and the installed libraries can do, detected or assumed.
 
-The only module that asks `torch.cuda` or looks for optional packages. Passes and lowering consult a Target, so that
-`plan` can decide for a machine that is not there.
+The only module that asks `torch.cuda` or looks for optional packages. Passes and lowering consult a Target,
+so that `plan` can decide for a machine that is not there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Run a matched site beside its replacement, before the replacement is used: outputs and gradients, against float64.
+"""Run a matched site beside its replacement, before the replacement is used: outputs and gradients, against
+float64.
 
-The site's original nodes and its `kp.attention` node are copied into a graph of their own, the chosen kernel is written
-there, and both run on the real device at the site's own sizes with random inputs and the real mask code. The
-replacement may be at most TOLERANCE times as far from a float64 run of the original as the original itself is.
+The site's original nodes and its `kp.attention` node are copied into a graph of their own, the chosen kernel
+is written there, and both run on the real device at the site's own sizes with random inputs and the real mask
+code. The replacement may be at most TOLERANCE times as far from a float64 run of the original as the original
+itself is.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
 
 
 def _extract(site: Node) -> tuple[Graph, list[Node], Node]:
-    """The site's nodes, original and recognised, as a graph of two outputs; boundaries become placeholders."""
+    """The site's nodes, original and recognised, as a graph of two outputs; boundaries become
+    placeholders."""
     root, out = site.meta["kp_root"], site.meta["kp_out"]
     edge = set(site.meta["kp_operands"])
     needed: set[Node] = set()
@@ -126,7 +129,8 @@ def _run(module: GraphModule, values: list[Any], training: bool) -> list[list[to
 
 
 def _widened(module: GraphModule) -> GraphModule:
-    """The original in float64: every floating-point dtype the code names becomes float64; the replacement is left out."""
+    """The original in float64: every floating-point dtype the code names becomes float64; the replacement is
+    left out."""
     graph = Graph()
     env: dict[Node, Node] = {}
     for node in module.graph.nodes:

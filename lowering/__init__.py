@@ -1,1 +1,2 @@
-"""Lowering: from a proved spec to a kernel. Nothing here imports Triton or Transformer Engine until it is executed."""
+"""Lowering: from a proved spec to a kernel. Nothing here imports Triton or Transformer Engine until it is
+executed."""

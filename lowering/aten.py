@@ -1,7 +1,7 @@
 """PyTorch's own attention kernels, called by name so that the choice is ours.
 
-Called by name they skip the checks of F.scaled_dot_product_attention: head size, dtype, alignment and masks are
-checked here. All have autograd formulas.
+Called by name they skip the checks of F.scaled_dot_product_attention: head size, dtype, alignment and masks
+are checked here. All have autograd formulas.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
 
 
 def emit_efficient(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
-    """Biases and any mask but the plain causal one are summed into one tensor, whose rows start at multiples of 16
-    bytes as the kernel wants; K and V heads are repeated."""
+    """Biases and any mask but the plain causal one are summed into one tensor, whose rows start at multiples
+    of 16 bytes as the kernel wants; K and V heads are repeated."""
     q, k, v = (node.args[index] for index in range(3))
     if not _equal(shape.heads, shape.kv_heads):
         k, v = (emit.call(torch.repeat_interleave, x, _ratio(emit, q, x), dim=1) for x in (k, v))

@@ -1,9 +1,9 @@
 """Block lists for FlexAttention from a mask's formula, as graph nodes: interval arithmetic over blocks.
 
-For every pair of a query block and a key block the formula is evaluated on intervals of indices. A block where it can
-nowhere hold is skipped, one where it surely holds everywhere needs no mask, the rest is masked element by element.
-Intervals are conservative: a block is never skipped or left unmasked wrongly, whatever the tensors hold. The work is
-O((S/128) · (T/128)) on the device, once per distinct mask.
+For every pair of a query block and a key block the formula is evaluated on intervals of indices. A block
+where it can nowhere hold is skipped, one where it surely holds everywhere needs no mask, the rest is masked
+element by element. Intervals are conservative: a block is never skipped or left unmasked wrongly, whatever
+the tensors hold. The work is O((S/128) · (T/128)) on the device, once per distinct mask.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class BlockLists:
-    """What FlexAttention's block mask holds, all int32: counts [Bm,1,nQ] and indices [Bm,1,nQ,nK] of the partly
-    masked and of the full key blocks of each query block, and the same by key block (q_…)."""
+    """What FlexAttention's block mask holds, all int32: counts [Bm,1,nQ] and indices [Bm,1,nQ,nK] of the
+    partly masked and of the full key blocks of each query block, and the same by key block (q_…)."""
 
     kv_num: Node
     kv_indices: Node
@@ -96,7 +96,8 @@ class _Grid:
     def lines(self, name: str) -> tuple[Node, Node]:
         """First and last index of each block of a dimension, flat."""
         first, last = self.spans[name]
-        return tuple(self.emit.call(torch.ops.aten.reshape.default, x, [-1]) for x in (first, last))  # type: ignore[return-value]
+        # type: ignore[return-value]
+        return tuple(self.emit.call(torch.ops.aten.reshape.default, x, [-1]) for x in (first, last))
 
     def full(self, value: Any) -> Node:
         """A boolean or a flag per block as a tensor [Bm,1,nQ,nK]."""
@@ -235,7 +236,8 @@ class _Intervals:
     def negate(self, a: Any) -> Any:
         return (self._not(a[1]), self._not(a[0]))
 
-    # ------------------------------------------------------------------------------------------------------- helpers
+    # -------------------------------------------------------------------------------------------------------
+    # helpers
 
     def _call(self, target: Any, *args: Any) -> Any:
         return self.emit.call(target, *args)

@@ -21,7 +21,8 @@ def emit_mask(emit: Any, node: Node, spec: AttentionSpec) -> Node:
             out = emit.call(torch.logical_and, out, operands[index])
         return out
     tensors = [operands[index] for index in spec.mask.tensors]
-    algebra = GraphIndices(emit, tensors, list(node.args[4]), index_nodes(emit, node))  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    algebra = GraphIndices(emit, tensors, list(node.args[4]), index_nodes(emit, node))
     return mask_render.render(mask_render.parse(spec.mask.expr), algebra)
 
 

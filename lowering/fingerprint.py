@@ -1,5 +1,5 @@
-"""A digest of kp's own code. AOTAutograd's and Inductor's cache keys do not contain it, so it travels in the spec
-string of kp's ops and in the uuid of kp's Inductor pass: a changed formula is never served stale."""
+"""A digest of kp's own code. AOTAutograd's and Inductor's cache keys do not contain it, so it travels in the
+spec string of kp's ops and in the uuid of kp's Inductor pass: a changed formula is never served stale."""
 
 from __future__ import annotations
 

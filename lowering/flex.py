@@ -1,8 +1,8 @@
 """FlexAttention, written into the graph as its higher-order operator with a block mask made of graph nodes.
 
-The mask function and the score function are sub-GraphModules rendered from the spec; the lists of key blocks that a
-query block visits come from interval arithmetic over the same formula (`block_mask`). One adapter per layout of the
-operator's private block-mask tuple: 13 entries in torch 2.11, 17 from 2.13 on.
+The mask function and the score function are sub-GraphModules rendered from the spec; the lists of key blocks
+that a query block visits come from interval arithmetic over the same formula (`block_mask`). One adapter per
+layout of the operator's private block-mask tuple: 13 entries in torch 2.11, 17 from 2.13 on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- sub-graphs
+# -------------------------------------------------------------------------------------------------------
+# sub-graphs
 
 
 def _add_subgraph(emit: Any, graph: Graph, prefix: str) -> Node:
@@ -197,7 +198,8 @@ def _broadcast_lookup(sub: _SubEmitter, tensor: Node) -> Node:
     return sub.call(torch.ops.aten.index.Tensor, tensor, places) if places else tensor
 
 
-# ------------------------------------------------------------------------------------------------------- block mask
+# -------------------------------------------------------------------------------------------------------
+# block mask
 
 
 def _block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
@@ -207,7 +209,8 @@ def _block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
     q, k = tensor_of(node.args[0]), tensor_of(node.args[1])
     assert q is not None and k is not None
     tensors = tuple(operands[index] for index in spec.mask.tensors) if spec.mask.kind != "tensor" else ()
-    key = (spec.mask.expr, tensors, tuple(node.args[4]), str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    key = (spec.mask.expr, tensors, tuple(node.args[4]), str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))
     if key not in memo:
         memo[key] = emit_block_lists(emit, node, spec, tensors)
     return memo[key]
@@ -252,14 +255,16 @@ def _tuple_layout() -> tuple[str, ...]:
 def _kernel_options(q: Any, k: Any, v: Any, shape: AttentionShape, needs_lse: bool) -> dict[str, Any]:
     from torch.nn.attention import flex_attention as module
 
-    # ROWS_GUARANTEED_SAFE stays off: the kernel needs it per visited block, not per row. The first block of a window
-    # leaves rows without a key, and with it on they turned into NaN (one H100, torch 2.11, 2026-11-23).
+    # ROWS_GUARANTEED_SAFE stays off: the kernel needs it per visited block, not per row. The first block of a
+    # window leaves rows without a key, and with it on they turned into NaN (one H100, torch 2.11,
+    # 2026-11-23).
     options = dict(module._apply_kernel_options(value_of(q), value_of(k), value_of(v), needs_lse, None))
     options["OUTPUT_LOGSUMEXP"] = shape.training or needs_lse
     return options
 
 
-# --------------------------------------------------------------------------------------------------------- epilogue
+# ---------------------------------------------------------------------------------------------------------
+# epilogue
 
 
 def _epilogue(
@@ -285,9 +290,9 @@ def _epilogue(
 def _mean_rows(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """The mean of all values, [B,H,1 or S,E]: what a softmax over equal fills gives.
 
-    Where the fill was added, the scores still have a gradient there. With p = 1/T the output is, to first order,
-    mean(v) + q · C with C = scale/T · Σ_j k_j (v_j − mean(v)); the value of q · C is taken out again, its gradient to q
-    and k stays.
+    Where the fill was added, the scores still have a gradient there. With p = 1/T the output is, to first
+    order, mean(v) + q · C with C = scale/T · Σ_j k_j (v_j − mean(v)); the value of q · C is taken out again,
+    its gradient to q and k stays.
     """
     q, k, v = (node.args[index] for index in range(3))
     if not _known_equal(shape.heads, shape.kv_heads):

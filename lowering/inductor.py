@@ -1,10 +1,10 @@
 """Hand a graph to Inductor, AOTAutograd or plain eager.
 
-Inductor has attention patterns of its own. On torch 2.13 they mis-fuse at least two spellings (softmax over the heads;
-K through `permute(0, 2, 3, 1)` where B = 1 and S = H), and they would replace what kp refused with a reason. They all
-run in one matcher pass over the joint graph and need the softmax's last division to feed the next operation directly.
-`_Barrier` puts an exact no-op there before the matchers run and takes it out after: the other patterns still apply, and
-no configuration outside this compilation changes.
+Inductor has attention patterns of its own. On torch 2.13 they mis-fuse at least two spellings (softmax over
+the heads; K through `permute(0, 2, 3, 1)` where B = 1 and S = H), and they would replace what kp refused with
+a reason. They all run in one matcher pass over the joint graph and need the softmax's last division to feed
+the next operation directly. `_Barrier` puts an exact no-op there before the matchers run and takes it out
+after: the other patterns still apply, and no configuration outside this compilation changes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class _Pass(CustomGraphPass):
 
 
 class _Barrier(_Pass):
-    """exp / sum(exp) ─▶ x          exp / sum(exp) ─▶ clamp_min(0) ─▶ x     (a probability is never below 0)"""
+    """exp / sum(exp) ─▶ x          exp / sum(exp) ─▶ clamp_min(0) ─▶ x     (a probability is never below
+    0)"""
 
     def apply(self, graph: Graph) -> None:
         for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor)):

@@ -1,8 +1,8 @@
 """A proved mask's formula as tensor operations.
 
-One walk over the sympy expression serves three readers: the reference (index tensors), FlexAttention's mask function
-(scalars in a graph), and block lists (intervals of indices). A reader supplies the values of b, h, q, k and the
-look-ups, and the few operations formulas are made of.
+One walk over the sympy expression serves three readers: the reference (index tensors), FlexAttention's mask
+function (scalars in a graph), and block lists (intervals of indices). A reader supplies the values of b, h,
+q, k and the look-ups, and the few operations formulas are made of.
 """
 
 from __future__ import annotations
@@ -81,6 +81,13 @@ def renderable(expr: Any) -> bool:
     return all(_known(part) for part in sympy.preorder_traversal(expr))
 
 
+_KINDS = (
+    sympy.Integer, sympy.Symbol, sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Not, sympy.Xor,
+    sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne, sympy.Min, sympy.Max,
+    sympy.logic.boolalg.BooleanAtom,
+)  # fmt: skip
+
+
 def _known(part: Any) -> bool:
     if isinstance(part, sympy.floor):
         return part.args[0].as_numer_denom()[1].is_Integer
@@ -90,11 +97,7 @@ def _known(part: Any) -> bool:
         return True  # only inside a floor, which is checked above
     if isinstance(part, sympy.Function):
         return part.func.__name__.startswith("t") or isinstance(part, sympy.Min | sympy.Max | sympy.Abs)
-    kinds = (
-        sympy.Integer, sympy.Symbol, sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Not, sympy.Xor, sympy.Le,
-        sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne, sympy.Min, sympy.Max, sympy.logic.boolalg.BooleanAtom,
-    )  # fmt: skip
-    return isinstance(part, kinds)
+    return isinstance(part, _KINDS)
 
 
 class _Renderer:

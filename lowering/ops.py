@@ -1,7 +1,7 @@
 """Contracts of kp's operators: schema and meaning. Torch only; kernels are imported when first used.
 
-`kp::attention` is the operator that recognisers produce and passes work on. It is composite: run as it stands, it
-computes the reference. Lowering replaces it before AOTAutograd sees the graph.
+`kp::attention` is the operator that recognisers produce and passes work on. It is composite: run as it
+stands, it computes the reference. Lowering replaces it before AOTAutograd sees the graph.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _library() -> Any:
 
 
 def attention() -> Any:
-    """`kp::attention`: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E], operands and scalars as `spec` (JSON) numbers them;
-    returns [B,H,S,E] in q's dtype."""
+    """`kp::attention`: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E], operands and scalars as `spec` (JSON) numbers
+    them; returns [B,H,S,E] in q's dtype."""
     _library()
     return torch.ops.kp.attention.default
 
@@ -57,7 +57,8 @@ def spec_of(node: Node) -> AttentionSpec:
 
 
 def import_node(node: Any, site: Node, calls: tuple[Node, ...]) -> Any:
-    """`node` as usable in `site`'s graph: a node of the graph around a checkpoint body becomes one more argument."""
+    """`node` as usable in `site`'s graph: a node of the graph around a checkpoint body becomes one more
+    argument."""
     if not isinstance(node, Node) or node.graph is site.graph:
         return node
     graph = site.graph

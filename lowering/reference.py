@@ -1,5 +1,5 @@
-"""Attention from its definition, in plain PyTorch: the meaning of an AttentionSpec, the oracle of every test, and the
-kernel on a CPU. O(S·T) memory."""
+"""Attention from its definition, in plain PyTorch: the meaning of an AttentionSpec, the oracle of every test,
+and the kernel on a CPU. O(S·T) memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kp_compiler.specs import AttentionSpec, MaskSpec
 def attention(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: str
 ) -> Tensor:
-    """q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] to [B,H,S,E] in q's dtype. Half inputs are computed in float32."""
+    """q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] to [B,H,S,E] in q's dtype. Half inputs are computed in
+    float32."""
     from kp_compiler.lowering.ops import parse_spec
 
     parsed = parse_spec(spec)

@@ -1,7 +1,7 @@
 """Which kernel serves an attention site: an ordered table, each entry saying yes or why not.
 
-An implementation has a `check(spec, shape, target)` and an `emit(emit, node, spec, shape)` that writes nodes in place
-of `kp.attention`. The first entry that says yes wins; the order is by measured speed on the target.
+An implementation has a `check(spec, shape, target)` and an `emit(emit, node, spec, shape)` that writes nodes
+in place of `kp.attention`. The first entry that says yes wins; the order is by measured speed on the target.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
 
 
 def order(target: Target, spec: AttentionSpec) -> tuple[Implementation, ...]:
-    """Fastest first. On sm90 (one H100, torch 2.11, 32k tokens, 16:4 heads, D128, 2026-11-23; printed again by
-    benchmarks/attention_kernels.py), forward / forward + backward ms: causal FA4 7.16 / 23.0, cuDNN 7.21 / 25.8,
-    FlexAttention 11.1 / 39.7, FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112; window 1024 FA4 1.14 / 3.84,
-    FlexAttention 1.29 / 3.70, FlashAttention-2 1.39 / 4.69, memory-efficient with a dense bias 66 / 247."""
+    """Fastest first. On sm90 (one H100, torch 2.11, 32k tokens, 16:4 heads, D128, 2026-11-23; printed again
+    by benchmarks/attention_kernels.py), forward / forward + backward ms: causal FA4 7.16 / 23.0, cuDNN 7.21 /
+    25.8, FlexAttention 11.1 / 39.7, FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112; window 1024
+    FA4 1.14 / 3.84, FlexAttention 1.29 / 3.70, FlashAttention-2 1.39 / 4.69, memory-efficient with a dense
+    bias 66 / 247."""
     if target.reference:
         return (REFERENCE,)
     if target.sm >= 90 and mask_render.is_band(spec.mask):

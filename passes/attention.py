@@ -1,9 +1,10 @@
 """Choose a kernel for every recognised attention site and write it into the graph.
 
-    kp.attention(q, k, v, [], causal) ─▶ aten._scaled_dot_product_cudnn_attention(q, k, v, None, …, is_causal=True)[0]
+    kp.attention(q, k, v, [], causal) ─▶ aten._scaled_dot_product_cudnn_attention(q, k, v, None, …,
+    is_causal=True)[0]
 
-Fires where the lowering table has a kernel for the spec on the target. Refuses where none has, or where a kernel asked
-for by name can't serve the site; the original nodes then come back.
+Fires where the lowering table has a kernel for the spec on the target. Refuses where none has, or where a
+kernel asked for by name can't serve the site; the original nodes then come back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a pass is, and the tools every pass edits graphs with.
 
-A pass names its candidate sites, inspects each without touching the graph, and rewrites the ones that match. The
-runner (`kp_compiler.pipeline`) does the rest: flags, timing, records, undoing.
+A pass names its candidate sites, inspects each without touching the graph, and rewrites the ones that match.
+The runner (`kp_compiler.pipeline`) does the rest: flags, timing, records, undoing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Emitter:
         return self._add(target, args, kwargs, grad=True)
 
     def call_without_grad(self, target: Callable[..., Any], *args: Any) -> Node:
-        """The same for a higher-order operator whose autograd traces its sub-graphs under another fake mode."""
+        """The same for a higher-order operator whose autograd traces its sub-graphs under another fake
+        mode."""
         return self._add(target, args, {}, grad=False)
 
     def _add(

@@ -1,7 +1,7 @@
 """Matrix products as contractions over labelled dimensions, whatever they are spelt as.
 
-A *label* names a dimension: "i" queries, "j" keys, "d" head size, "e" value size, and batch labels "b0", "b1", ….
-A dimension of a tensor carries a tuple of labels (several where a reshape merged them).
+A *label* names a dimension: "i" queries, "j" keys, "d" head size, "e" value size, and batch labels "b0",
+"b1", …. A dimension of a tensor carries a tuple of labels (several where a reshape merged them).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Product:
 
 
 def scores_product(node: Node, op: Op) -> Product | None:
-    """The product as scores: rows "i" from one operand, columns "j" (last) from the other, summed over "d"."""
+    """The product as scores: rows "i" from one operand, columns "j" (last) from the other, summed over
+    "d"."""
     if op.name == "einsum":
         return _einsum_scores(node, op)
     pair = _matmul_pair(op)
@@ -99,7 +100,8 @@ def _batch_labels(count: int) -> tuple[tuple[str, ...], ...]:
 
 
 def _aligned(shape: Any, dims: Dims) -> Dims:
-    """Labels for a tensor that broadcasts against `dims` from the right; batch dimensions of size 1 get none."""
+    """Labels for a tensor that broadcasts against `dims` from the right; batch dimensions of size 1 get
+    none."""
     own = dims[len(dims) - len(shape) :]
     return tuple(
         () if index < len(shape) - 2 and same(size, 1) else labels

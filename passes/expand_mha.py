@@ -4,9 +4,9 @@ Dynamo keeps it as one node. Before the passes run it becomes projections, atten
 
     multi_head_attention_forward(q, k, v, …)[0] ─▶ linear ×3, SDPA (or matmul, softmax, matmul), linear
 
-With `need_weights=True` PyTorch computes the softmax by hand, so rows with every key masked are NaN; with False it calls
-SDPA, where they are 0. Each is written out as what it is. Calls whose weights are used, and the rare arguments (bias_k,
-add_zero_attn, static keys), stay as they are.
+With `need_weights=True` PyTorch computes the softmax by hand, so rows with every key masked are NaN; with
+False it calls SDPA, where they are 0. Each is written out as what it is. Calls whose weights are used, and
+the rare arguments (bias_k, add_zero_attn, static keys), stay as they are.
 """
 
 from __future__ import annotations

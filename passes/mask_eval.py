@@ -1,9 +1,9 @@
 """Symbolic evaluation of the subgraph that builds a mask: the value at an index, as a formula of that index.
 
-`MaskEvaluator.at(node, index)` returns a sympy expression, a sympy condition, or `Cases` (values by condition) for the
-element of `node` at `index`. What it has no rule for becomes a look-up t(index) into that node, so every formula is
-exact; only what the formula is made of decides whether a mask counts as proved. sympy expands and compares; nothing
-is ever handed to `simplify`.
+`MaskEvaluator.at(node, index)` returns a sympy expression, a sympy condition, or `Cases` (values by
+condition) for the element of `node` at `index`. What it has no rule for becomes a look-up t(index) into that
+node, so every formula is exact; only what the formula is made of decides whether a mask counts as proved.
+sympy expands and compares; nothing is ever handed to `simplify`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class MaskEvaluator:
         self.leaves: dict[str, Leaf] = {}
         self.budget = _MAX_NODES
 
-    # ------------------------------------------------------------------------------------------------ entry points
+    # ------------------------------------------------------------------------------------------------ entry
+    # points
 
     def at(self, node: Any, index: Index, reader: Node | None = None) -> Value:
         """The element of `node` (or a constant) at `index`, as `reader` sees it."""
@@ -124,7 +125,8 @@ class MaskEvaluator:
         looked_up = sympy.Function(name, integer=True)(*index)
         return sympy.Ne(looked_up, 0) if tensor.dtype == torch.bool else looked_up
 
-    # ----------------------------------------------------------------------------------------------- checkpoint bodies
+    # -----------------------------------------------------------------------------------------------
+    # checkpoint bodies
 
     @property
     def _writes(self) -> Any:
@@ -153,7 +155,8 @@ class MaskEvaluator:
             raise Unprovable(f"{leaf.node.name} is written to after the mask was built from it")
         return changed
 
-    # ------------------------------------------------------------------------------------------------------- bounds
+    # -------------------------------------------------------------------------------------------------------
+    # bounds
 
     def bounds(self, expr: sympy.Expr) -> tuple[Any, Any] | None:
         """Smallest and largest value of an integer formula that is affine in the index symbols."""
@@ -195,7 +198,8 @@ class _Outer:
         return evaluator.at(node, index, call)
 
 
-# ----------------------------------------------------------------------------------------------------------- values
+# -----------------------------------------------------------------------------------------------------------
+# values
 
 
 def sympify_size(size: Any) -> sympy.Expr:
@@ -302,7 +306,8 @@ def lift(function: Callable[..., Value], *values: Value) -> Value:
     return function(*values)
 
 
-# ------------------------------------------------------------------------------------------------------------ rules
+# ------------------------------------------------------------------------------------------------------------
+# rules
 
 Rule = Callable[[MaskEvaluator, Node, Op, Index], Value]
 _RULES: dict[str, Rule] = {}

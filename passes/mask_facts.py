@@ -80,8 +80,8 @@ def _decide(condition: Boolean, ev: MaskEvaluator) -> Boolean:
 def _apply_segments(conjuncts: list[Boolean], ev: MaskEvaluator) -> list[Boolean]:
     """Inside one segment of consecutive positions, `pos[q] - pos[k]` is `q - k`.
 
-    If seg = cumsum(diff(pos) != 1) and seg[q] == seg[k], every step between q and k is 1. So in a conjunction with
-    that equality the difference of positions may be replaced by the difference of indices.
+    If seg = cumsum(diff(pos) != 1) and seg[q] == seg[k], every step between q and k is 1. So in a conjunction
+    with that equality the difference of positions may be replaced by the difference of indices.
     """
     for equality in conjuncts:
         pair = _segment_pair(equality, ev)
@@ -137,7 +137,8 @@ def _tightest(conjuncts: list[Boolean]) -> list[Boolean]:
     return [sympy.Le(variable + constant, 0) for variable, constant in best.items()] + rest
 
 
-# ----------------------------------------------------------------------------------------------------------- naming
+# -----------------------------------------------------------------------------------------------------------
+# naming
 
 
 def _part(condition: Boolean, ev: MaskEvaluator) -> tuple[str, int | None]:

@@ -1,7 +1,7 @@
 """Bringing q, k, v, masks and biases into one layout: [B, H, S, D] and broadcastable to [B, H, S, T].
 
-Everything here emits views: permutes and reshapes that only split or merge batch dimensions. K and V are taken from
-before a repetition of their heads where there is one.
+Everything here emits views: permutes and reshapes that only split or merge batch dimensions. K and V are
+taken from before a repetition of their heads where there is one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def place(
 ) -> Node:
     """`node`, labelled `dims`, as [B, H, *tail].
 
-    A missing label becomes size 1. A `term` (mask or bias) has its partly present groups expanded; an operand (k or v)
-    keeps fewer heads instead, which is grouped-query attention.
+    A missing label becomes size 1. A `term` (mask or bias) has its partly present groups expanded; an operand
+    (k or v) keeps fewer heads instead, which is grouped-query attention.
     """
     dims = scores.split(dims)
     wanted = [(label,) for label in (*frame.labels, *tail)]
@@ -142,13 +142,14 @@ def restore(emit: Emitter, node: Node, dims: Dims, frame: Frame, scores: Scores)
     return emit.reshape(node, [_product(emit, [sizes[label] for label in labels]) for labels in dims])
 
 
-# --------------------------------------------------------------------------------------------------------- peeling
+# ---------------------------------------------------------------------------------------------------------
+# peeling
 
 
 @dataclass(frozen=True)
 class Peeled:
-    """An operand without the copies, upcasts and head repetitions above it. `scale` was multiplied in on the way;
-    `reader` is the node that read the operand before."""
+    """An operand without the copies, upcasts and head repetitions above it. `scale` was multiplied in on the
+    way; `reader` is the node that read the operand before."""
 
     operand: Operand
     reader: Node
@@ -156,7 +157,8 @@ class Peeled:
 
 
 def peel(operand: Operand, reader: Node, head: str | None) -> Peeled:
-    """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half tensor."""
+    """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half
+    tensor."""
     best = Peeled(operand, reader)
     node, dims, scale, upcast = operand.node, operand.dims, 1.0, False
     while (op := canonical(node)) is not None:

@@ -2,10 +2,11 @@
 
     kp.attention(q, k, v, [mask: bool[B,1,S,T]], tensor) ─▶ kp.attention(q, k, v, [], causal)
 
-Fires when the subgraph that builds a mask (boolean, or additive with 0 and a large negative fill) evaluates to a
-formula over the query and key index, per-token vectors and scalars. The formula replaces the tensor; per-token vectors
-(segments, padding) stay as operands. Refuses, with the reason, masks that arrive as inputs, that are indexed by
-unknown values, or whose fully masked rows would change their meaning. Biases that are no masks stay biases.
+Fires when the subgraph that builds a mask (boolean, or additive with 0 and a large negative fill) evaluates
+to a formula over the query and key index, per-token vectors and scalars. The formula replaces the tensor;
+per-token vectors (segments, padding) stay as operands. Refuses, with the reason, masks that arrive as inputs,
+that are indexed by unknown values, or whose fully masked rows would change their meaning. Biases that are no
+masks stay biases.
 """
 
 from __future__ import annotations
@@ -280,7 +281,8 @@ def _conclude(
 
 
 def _dead_rows(spec: AttentionSpec, parts: _Parts, facts: MaskFacts) -> tuple[Any, Any]:
-    """What fully masked rows mean, or why that can't be kept: (meaning or Rejection, how a finite fill entered)."""
+    """What fully masked rows mean, or why that can't be kept: (meaning or Rejection, how a finite fill
+    entered)."""
     if facts.no_dead_row:
         return "none", "where"
     finite = [(value, how) for value, how in parts.fills if math.isfinite(value)]

@@ -1,12 +1,13 @@
 """Recognise attention, however it is spelt, and put one `kp.attention` node in its place.
 
-    matmul ─▶ * scale ─▶ + mask ─▶ softmax ─▶ dropout ─▶ matmul ─▶ …          kp.attention(q, k, v, [mask], spec) ─▶ …
-    F.scaled_dot_product_attention(q, k, v, mask) ─▶ …
+    matmul ─▶ * scale ─▶ + mask ─▶ softmax ─▶ dropout ─▶ matmul ─▶ …          kp.attention(q, k, v, [mask],
+    spec) ─▶ … F.scaled_dot_product_attention(q, k, v, mask) ─▶ …
 
-Fires when the walk from a softmax back to a product of two activations, and forward to one product with the values,
-meets only operations that an AttentionSpec can express; on every F.scaled_dot_product_attention. Refuses, with the
-reason, whatever else the probabilities are used for, masks after the softmax, other softmax dimensions, writes in
-between. The original nodes stay until a kernel has been chosen: a site that is not lowered goes back to them.
+Fires when the walk from a softmax back to a product of two activations, and forward to one product with the
+values, meets only operations that an AttentionSpec can express; on every F.scaled_dot_product_attention.
+Refuses, with the reason, whatever else the probabilities are used for, masks after the softmax, other softmax
+dimensions, writes in between. The original nodes stay until a kernel has been chosen: a site that is not
+lowered goes back to them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def is_flex(node: Node) -> bool:
     return node.op == "call_function" and str(node.target) == "flex_attention"
 
 
-# ------------------------------------------------------------------------------------------------------ recognition
+# ------------------------------------------------------------------------------------------------------
+# recognition
 
 
 def from_sdpa(node: Node, op: Op) -> Site | Rejection:
@@ -215,7 +217,8 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
 
 
 def _fill_limit(scores: Scores, ctx: Context) -> float:
-    """Fills at or below this leave an element out: the most negative number of the scores' dtype, or the threshold."""
+    """Fills at or below this leave an element out: the most negative number of the scores' dtype, or the
+    threshold."""
     tensor = tensor_of(scores.chain[0])
     limit = ctx.config.prove_masks.fill_threshold
     return max(limit, torch.finfo(tensor.dtype).min) if tensor is not None else limit
@@ -338,7 +341,8 @@ def _check_reads(site: Site, ctx: Context) -> Rejection | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------- emission
+# ---------------------------------------------------------------------------------------------------------
+# emission
 
 
 def _operand(emit: Emitter, operand: Operand, site: Site, tail: tuple[str, str]) -> Node:

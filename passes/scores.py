@@ -1,7 +1,8 @@
-"""The walk from a softmax back to `q kᵀ`: what happened to the scores on the way, or why this is not attention.
+"""The walk from a softmax back to `q kᵀ`: what happened to the scores on the way, or why this is not
+attention.
 
-`trace_scores` first finds the chain of nodes between the product and the softmax, then replays it forwards, keeping
-track of scale, soft-cap, additive terms, masks, sinks and of what each dimension means.
+`trace_scores` first finds the chain of nodes between the product and the softmax, then replays it forwards,
+keeping track of scale, soft-cap, additive terms, masks, sinks and of what each dimension means.
 """
 
 from __future__ import annotations
@@ -212,14 +213,16 @@ def _independent(scores: Scores, ctx: Context) -> Rejection | None:
 
 
 def _value_inputs(node: Node) -> list[Node]:
-    """The arguments whose elements a node reads: `x.reshape_as(y)` and the like only ask `y` for its shape."""
+    """The arguments whose elements a node reads: `x.reshape_as(y)` and the like only ask `y` for its
+    shape."""
     if node.op == "call_method" and str(node.target) in ("view_as", "reshape_as", "expand_as", "type_as"):
         return node.all_input_nodes[:1]
     op = canonical(node)
     return [] if op is not None and op.name in ("full", "full_like", "size") else node.all_input_nodes
 
 
-# ---------------------------------------------------------------------------------------------------------- replay
+# ----------------------------------------------------------------------------------------------------------
+# replay
 
 
 class _Replay:
@@ -405,7 +408,8 @@ def _is_own_max(op: Op) -> bool:
     return tensor is not None and dim in (-1, tensor.dim() - 1) and found["keepdim"] is True
 
 
-# --------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------------------------
+# helpers
 
 
 def permutation(op: Op, rank: int) -> list[int] | None:
@@ -445,7 +449,8 @@ def constant(value: Any) -> float | None:
 
 
 def _regroup(scores: Scores, dims: list[Any], before: list[Any], after: list[Any]) -> list[Any] | None:
-    """Labels of the batch dimensions `after` a reshape, splitting labels where one dimension becomes several."""
+    """Labels of the batch dimensions `after` a reshape, splitting labels where one dimension becomes
+    several."""
     out: list[Any] = []
     while before and after:
         if same(before[0], after[0]):

@@ -44,11 +44,16 @@ def run_both(
     dynamic: bool | None = None,
     fullgraph: bool = True,
 ) -> Outcome:
-    """The function compiled with kp (reference kernels) and as it is: outputs, then gradients of floating inputs."""
+    """The function compiled with kp (reference kernels) and as it is: outputs, then gradients of floating
+    inputs."""
     want = evaluate(function, inputs, train)
     with kp_compiler.capture_reports() as reports:
         compiled = torch.compile(
-            function, backend="kp", options={**REFERENCE, **(options or {})}, dynamic=dynamic, fullgraph=fullgraph
+            function,
+            backend="kp",
+            options={**REFERENCE, **(options or {})},
+            dynamic=dynamic,
+            fullgraph=fullgraph,
         )
         got = evaluate(compiled, inputs, train)
     return Outcome(merged(reports), got, want)
@@ -76,7 +81,9 @@ def _leaf(value: Any, train: bool) -> Any:
     return copy.requires_grad_() if train and copy.is_floating_point() else copy
 
 
-def captured_graphs(function: Callable[..., Any], *inputs: Any, options: dict[str, Any] | None = None) -> list[Any]:
+def captured_graphs(
+    function: Callable[..., Any], *inputs: Any, options: dict[str, Any] | None = None
+) -> list[Any]:
     """The graphs as kp hands them on, after rewriting (nothing is lowered)."""
     from kp_compiler.config import resolve
     from kp_compiler.pipeline import Run, run
@@ -95,7 +102,8 @@ def captured_graphs(function: Callable[..., Any], *inputs: Any, options: dict[st
 
 
 class Recorder(torch.fx.Interpreter):
-    """Runs a rewritten graph and keeps the arguments of every call of an operator whose name contains `name`."""
+    """Runs a rewritten graph and keeps the arguments of every call of an operator whose name contains
+    `name`."""
 
     def __init__(self, gm: torch.fx.GraphModule, name: str, calls: list[tuple[Any, ...]]) -> None:
         super().__init__(gm)

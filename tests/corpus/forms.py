@@ -1,8 +1,8 @@
 """The thirty ways real models write attention, each reduced to its core.
 
-Every form is a function of tensors and returns what its model returns. Sizes differ pairwise (B 2, H 4, S 24, D 16) so
-that no dimension can be mistaken for another. `expect` is the recognised mask (`str(MaskSpec)`), with what stands
-beside it, or, for the one form kp does not take, the code of the reason.
+Every form is a function of tensors and returns what its model returns. Sizes differ pairwise (B 2, H 4, S 24,
+D 16) so that no dimension can be mistaken for another. `expect` is the recognised mask (`str(MaskSpec)`),
+with what stands beside it, or, for the one form kp does not take, the code of the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NEG = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class Form:
-    """One spelling. `inputs(dtype)` makes fresh random tensors; floating-point ones get gradients in training tests."""
+    """One spelling. `inputs(dtype)` makes fresh random tensors; floating-point ones get gradients in training
+    tests."""
 
     name: str
     number: int
@@ -86,7 +87,8 @@ def additive(q: torch.Tensor, s: int) -> torch.Tensor:
     return torch.where(hf_mask(s, q.device), zero, torch.finfo(q.dtype).min)
 
 
-# ------------------------------------------------------------------------------------------------- calls of SDPA
+# ------------------------------------------------------------------------------------------------- calls of
+# SDPA
 
 
 @form(1, "causal", qkv)
@@ -124,7 +126,8 @@ def sdpa_enable_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-# ----------------------------------------------------------------------------------------------- Hugging Face eager
+# ----------------------------------------------------------------------------------------------- Hugging Face
+# eager
 
 
 @form(4, "causal", qkv_gqa)
@@ -212,7 +215,8 @@ def t5_relative_bias(q, k, v, table):
     return torch.matmul(weights, v)
 
 
-# ------------------------------------------------------------------------------------------------------------ ALiBi
+# ------------------------------------------------------------------------------------------------------------
+# ALiBi
 
 
 @form(11, "causal, 1 bias", lambda dtype: (*folded(dtype), torch.rand(B * H, 1, S, dtype=dtype)))
@@ -253,7 +257,8 @@ def falcon_multi_query_alibi(q, k, v, alibi):
     return (probs @ v).view(B, H, S, D).permute(0, 2, 1, 3).reshape(B, S, H * D)
 
 
-# --------------------------------------------------------------------------------------------- changes of the scores
+# --------------------------------------------------------------------------------------------- changes of the
+# scores
 
 
 @form(14, "causal, softcap 30", qkv_gqa)
@@ -321,7 +326,8 @@ def llama4_query_temperature(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=hf_mask(S, q.device))
 
 
-# -------------------------------------------------------------------------------------------- folded heads and einsum
+# -------------------------------------------------------------------------------------------- folded heads
+# and einsum
 
 
 @form(20, "causal", hidden)
@@ -453,8 +459,8 @@ def _mha(dtype: torch.dtype) -> tuple[Any, ...]:
 @form(27, "full", _mha)
 def multi_head_attention_module(x, y, z, w_in, w_out):
     out, _ = F.multi_head_attention_forward(
-        x.transpose(0, 1), y.transpose(0, 1), z.transpose(0, 1), H * D, H, w_in, None, None, None, False, 0.0, w_out,
-        None, need_weights=False,
+        x.transpose(0, 1), y.transpose(0, 1), z.transpose(0, 1), H * D, H, w_in, None, None, None, False, 0.0,
+        w_out, None, need_weights=False,
     )  # fmt: skip
     return out
 

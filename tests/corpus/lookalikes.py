@@ -1,4 +1,5 @@
-"""What looks like attention and is not, or is attention that no kernel computes: each with the code of the reason."""
+"""What looks like attention and is not, or is attention that no kernel computes: each with the code of the
+reason."""
 
 from __future__ import annotations
 

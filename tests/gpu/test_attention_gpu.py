@@ -1,4 +1,5 @@
-"""Every lowered kernel on the device: the forms, outputs and gradients against float64, ragged sizes, poisoned memory."""
+"""Every lowered kernel on the device: the forms, outputs and gradients against float64, ragged sizes,
+poisoned memory."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def _mask(kind: str, batch: int, length: int):
     return keep[:, None, None, :] & (columns <= rows)
 
 
-@pytest.mark.parametrize("impl,kind,batch,heads,kv_heads,length,width", CASES)
+@pytest.mark.parametrize(("impl", "kind", "batch", "heads", "kv_heads", "length", "width"), CASES)
 def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
     """One kernel asked for by name, ragged lengths and grouped heads, forward and backward."""
     q = torch.randn(batch, heads, length, width, device="cuda", dtype=torch.bfloat16)
@@ -159,7 +160,8 @@ def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
 
 
 def test_dead_rows_keep_their_meaning() -> None:
-    """A left-padded row is zero through SDPA, and the mean of all values through a finite fill, with its gradient."""
+    """A left-padded row is zero through SDPA, and the mean of all values through a finite fill, with its
+    gradient."""
     keep = torch.ones(2, 300, dtype=torch.bool, device="cuda")
     keep[0, :40] = False
 
