@@ -250,6 +250,8 @@ def main() -> None:
     )
     parser.add_argument("--suite", default="all", choices=("llama", "long", "gpt2", "bert", "all", "quick"))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[2048, 4096, 8192, 16384], help="tokens, forward")
+    parser.add_argument("--train-sizes", type=int, nargs="*", default=[2048, 8192], help="tokens, training")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="attention_models")
     parser.add_argument("--merge", type=Path, nargs="*", help="result files of partial runs to put together")
@@ -265,13 +267,13 @@ def main() -> None:
     elif suite == "quick":
         rows += run_llama(options.repeats, (8192,), (8192,), tuple(a for a in ARMS if a != "native"))
     if suite in ("llama", "all") and not options.merge:
-        rows += run_llama(options.repeats, (2048, 4096, 8192, 16384), (2048, 8192), ARMS)
+        rows += run_llama(options.repeats, tuple(options.sizes), tuple(options.train_sizes), ARMS)
     if suite in ("long", "all", "quick") and not options.merge:
         rows += run_long(options.repeats)
     if suite in ("gpt2", "all") and not options.merge:
-        rows += run_gpt2(options.repeats, (2048, 8192), ARMS)
+        rows += run_gpt2(options.repeats, tuple(options.sizes), ARMS)
     if suite in ("bert", "all") and not options.merge:
-        rows += run_bert(options.repeats, (2048, 8192), ARMS)
+        rows += run_bert(options.repeats, tuple(options.sizes), ARMS)
     path = write(options.name, rows, bars_of(rows), peers, options.out)
     plot(rows, path.with_suffix(".png"))
 

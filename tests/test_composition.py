@@ -212,20 +212,21 @@ def test_require_is_met_by_one_of_two_graphs() -> None:
 
 
 class Layer(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, ffn: int) -> None:
         super().__init__()
         self.projection = torch.nn.Linear(H * D, 3 * H * D)
+        self.ffn = torch.nn.Sequential(torch.nn.Linear(H * D, ffn), torch.nn.Tanh(), torch.nn.Linear(ffn, H * D))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.view(*x.shape[:2], H, D).transpose(1, 2) for t in self.projection(x).chunk(3, dim=-1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return x + out.transpose(1, 2).reshape(x.shape)
+        return self.ffn(x + out.transpose(1, 2).reshape(x.shape))
 
 
 class Stack(torch.nn.Module):
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, ffn: int = 8) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(Layer() for _ in range(layers))
+        self.layers = torch.nn.ModuleList(Layer(ffn) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = causal(x.shape[1])
@@ -260,12 +261,12 @@ def process_group(tmp_path: Any) -> Any:
 
 def test_ddp_buckets(process_group: Any) -> None:
     """Dynamo cuts the model at bucket boundaries: only the first graph holds the mask's code."""
-    model = Stack(3)
+    model = Stack(3, ffn=2600)  # a little over a megabyte each, the smallest bucket that Dynamo takes
     x = torch.randn(B, S, H * D)
     model(x).sin().sum().backward()
     want = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.03, broadcast_buffers=False)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1, broadcast_buffers=False)
     with kp_compiler.capture_reports() as reports:
         torch.compile(wrapped, backend="kp", options=REFERENCE)(x).sin().sum().backward()
     for a, b in zip(model.parameters(), want, strict=True):
@@ -351,8 +352,8 @@ def test_dropout(spelling: str, train: bool) -> None:
             assert outcome.error < 1e-6
     if train:
         compiled = torch.compile(function, backend="kp", options=REFERENCE)
-        mean = torch.stack([compiled(q, k, v) for _ in range(300)]).mean(0)
-        assert relative_error(mean, exact) < 0.1
+        mean = torch.stack([compiled(q, k, v) for _ in range(80)]).mean(0)
+        assert relative_error(mean, exact) < 0.2
 
 
 WRITES: list[Callable[..., torch.Tensor]] = []
