@@ -69,6 +69,48 @@ class _Unbarrier(_Pass):
                 graph.erase_node(node)
 
 
+class _GradLayout(_Pass):
+    """grad ─▶ cudnn_backward          grad ─▶ permute ─▶ clone ─▶ permute ─▶ cudnn_backward     (where layouts differ)
+
+    PyTorch keeps cuDNN's backward plans by the sizes and strides of q, k and v, and not by those of the incoming
+    gradient: a plan made for one layout of it then reads another one wrongly. Seen on an H100, torch 2.11, cuDNN
+    9.19, 2026-11-23: B2 H4 S24 D16, gradient [B,H,S,D] first and [B,S,H,D] second, relative error 1.4. So kp always
+    hands the gradient over in the layout of the output, which follows q's.
+    """
+
+    def apply(self, graph: Graph) -> None:
+        backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+        for node in graph.find_nodes(op="call_function", target=backward):
+            _match_layout(graph, node, node.args[0], node.args[4])
+
+
+def _match_layout(graph: Graph, user: Node, grad: Any, out: Any) -> None:
+    """Give `user` its first argument in the order of strides that `out` has."""
+    order, have = _stride_order(out.meta["val"]), grad.meta["val"]
+    if _stride_order(have) == order and have.is_contiguous() == out.meta["val"].is_contiguous():
+        return
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    aten = torch.ops.aten
+    node = grad
+    with graph.inserting_before(user), have.fake_mode:
+        for target, args in (
+            (aten.permute.default, (order,)),
+            (aten.clone.default, ()),
+            (aten.permute.default, (inverse,)),
+        ):
+            kwargs = {"memory_format": torch.contiguous_format} if target is aten.clone.default else {}
+            value = target(node.meta["val"], *args, **kwargs)
+            node = graph.call_function(target, (node, *args), kwargs)
+            node.meta["val"] = value
+    user.replace_input_with(grad, node)
+
+
+def _stride_order(value: torch.Tensor) -> list[int]:
+    """Dimensions from the widest stride to the narrowest; sizes seen by this compilation decide."""
+    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    return sorted(range(value.dim()), key=lambda dim: (-hints[dim], dim))
+
+
 def _is_softmax(node: Node) -> bool:
     """`e / sum(e)` with `e = exp(…)`, casts aside."""
     top, bottom = node.args[0], node.args[1]
@@ -113,8 +155,12 @@ def compile_with_inductor(
         patches.update(list_mode_options(config.mode))
     patches.update({key.replace("-", "_"): value for key, value in config.inductor.items()})
     if guarded:
-        for key, cls in (("joint_custom_pre_pass", _Barrier), ("joint_custom_post_pass", _Unbarrier)):
-            patches[key] = cls(patches.get(key, getattr(inductor_config, key)), config)
+        for key, passes in (
+            ("joint_custom_pre_pass", (_Barrier,)),
+            ("joint_custom_post_pass", (_Unbarrier, _GradLayout)),
+        ):
+            for each in passes:
+                patches[key] = each(patches.get(key, getattr(inductor_config, key)), config)
     return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 

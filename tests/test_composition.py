@@ -1,4 +1,4 @@
-"""kp beside the rest of PyTorch: checkpointing, autocast, graph breaks, per-layer compile, DDP, lengths, caches, writes."""
+"""Beside the rest of PyTorch: checkpointing, autocast, graph breaks, DDP, lengths, caches, writes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def note_codes(report: Report) -> list[str]:
     return [note.code for site in report.sites for note in site.notes]
 
 
-# ------------------------------------------------------------------------------------------------------- checkpointing
+# ---------------------------------------------------------------------------------------------- checkpointing
 
 
 def checkpointed(q, k, v):
@@ -58,7 +58,9 @@ def test_checkpoint_body_is_rewritten() -> None:
     (graph,) = captured_graphs(checkpointed, *(x.requires_grad_() for x in qkv()))
     (call,) = [n for n in graph.graph.nodes if "checkpoint" in str(n.target)]
     assert len(call.args) == 4, "body, q, k and v"
-    assert not [n for n in graph.graph.nodes if tuple(getattr(n.meta.get("example_value"), "shape", ())) == (S, S)]
+    assert not [
+        n for n in graph.graph.nodes if tuple(getattr(n.meta.get("example_value"), "shape", ())) == (S, S)
+    ]
 
 
 @pytest.mark.zoo
@@ -126,13 +128,13 @@ def test_checkpoint_operand_written_to_before_the_call() -> None:
     assert note_codes(outcome.report) == ["mask-unproved"]
 
 
-# ------------------------------------------------------------------------------------------------ autocast and no_grad
+# --------------------------------------------------------------------------------------- autocast and no_grad
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["ambient", "inside"])
 @pytest.mark.parametrize("function", ["sdpa", "by_hand"])
 def test_autocast(function: str, inside: bool) -> None:
-    """float32 inputs under autocast: the result has the dtype of the original, and its values to bf16 rounding."""
+    """float32 inputs under autocast: the result has the original's dtype, and its values to bf16 rounding."""
 
     def attend(q, k, v):
         if function == "sdpa":
@@ -184,7 +186,7 @@ def test_no_grad_then_grad() -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-# ------------------------------------------------------------------------------------------- masks from other graphs
+# ------------------------------------------------------------------------------------ masks from other graphs
 
 
 def test_graph_break_between_mask_and_attention() -> None:
@@ -200,7 +202,7 @@ def test_graph_break_between_mask_and_attention() -> None:
 
 
 def test_require_is_met_by_one_of_two_graphs() -> None:
-    """`require` asks that a pass fires somewhere in what is compiled; the graph before the break holds no attention."""
+    """`require` asks that a pass fires somewhere; the graph before the break holds no attention."""
 
     def function(q, k, v):
         q = q.cos()
@@ -215,7 +217,9 @@ class Layer(torch.nn.Module):
     def __init__(self, ffn: int) -> None:
         super().__init__()
         self.projection = torch.nn.Linear(H * D, 3 * H * D)
-        self.ffn = torch.nn.Sequential(torch.nn.Linear(H * D, ffn), torch.nn.Tanh(), torch.nn.Linear(ffn, H * D))
+        self.ffn = torch.nn.Sequential(
+            torch.nn.Linear(H * D, ffn), torch.nn.Tanh(), torch.nn.Linear(ffn, H * D)
+        )
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.view(*x.shape[:2], H, D).transpose(1, 2) for t in self.projection(x).chunk(3, dim=-1))
@@ -278,7 +282,7 @@ def test_ddp_buckets(process_group: Any) -> None:
     assert {site.spec for site in report.rewritten()} == {"causal", "tensor"}
 
 
-# ------------------------------------------------------------------------------------------------- lengths and caches
+# ----------------------------------------------------------------------------------------- lengths and caches
 
 
 @pytest.mark.zoo
@@ -305,7 +309,7 @@ def test_lengths_share_one_graph(kind: str) -> None:
 @pytest.mark.zoo
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_static_cache_decode(implementation: str) -> None:
-    """Prefill and three steps with a cache of fixed length: the offset is a tensor that the forward advances."""
+    """Prefill and three steps with a cache of fixed length: the offset is a tensor that is advanced."""
     from transformers import StaticCache
 
     model, ids = zoo.llama(implementation).eval(), zoo.ids(16)
@@ -323,7 +327,7 @@ def test_static_cache_decode(implementation: str) -> None:
     assert merged(reports).sites
 
 
-# ------------------------------------------------------------------------------------------------- dropout and writes
+# ----------------------------------------------------------------------------------------- dropout and writes
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
@@ -405,7 +409,7 @@ def test_value_scaled_on_the_way_to_another_dtype() -> None:
     assert outcome.error < 1e-3, outcome.report.why("")
 
 
-@pytest.mark.parametrize("key_heads,value_heads", [(2, 4), (4, 2), (2, 1), (1, 4)])
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(2, 4), (4, 2), (2, 1), (1, 4)])
 def test_keys_and_values_repeated_differently(key_heads: int, value_heads: int) -> None:
     """One operand with repeated heads and one without, or repeated by another factor."""
 

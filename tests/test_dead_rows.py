@@ -1,4 +1,4 @@
-"""Rows with every key masked: zero, NaN or the mean of all values, as the original says, with their gradients."""
+"""Rows with every key masked: zero, NaN or the mean of all values, as in the original, gradients too."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_meanings_themselves() -> None:
 
 
 def test_twin_without_dead_rows_needs_no_special_kernel() -> None:
-    """Right padding leaves every row a key, but nothing in the graph says so: the meaning is kept all the same."""
+    """Right padding leaves every row a key, but nothing in the graph says so: the meaning is kept."""
     q, k, v, keep = inputs()
     keep[0], keep[0, -DEAD:] = 1, 0
     outcome = run_both(lowest_added, (q, k, v, keep), train=True, options={"attention": {"impl": "flex"}})

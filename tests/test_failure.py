@@ -1,4 +1,4 @@
-"""When things go wrong: a pass that fails is undone, a kernel by name is never replaced, reports stay readable."""
+"""When things go wrong: a pass that fails is undone, a kernel by name is never replaced, reports read well."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kp_compiler.capture import merged
 from kp_compiler.errors import KPConfigError
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.report import Report
-from tests.helpers import REFERENCE, captured_graphs, relative_error, run_both
+from tests.helpers import REFERENCE, captured_graphs, run_both
 
 S = 24
 LENIENT = {"strict": False}
@@ -39,7 +39,9 @@ def raising(*_: Any) -> Any:
     raise ZeroDivisionError("a bug in a pass")
 
 
-PASSES = [(index, each.name, step) for index, each in enumerate(ALL_PASSES) for step in ("inspect", "rewrite")]
+PASSES = [
+    (index, each.name, step) for index, each in enumerate(ALL_PASSES) for step in ("inspect", "rewrite")
+]
 
 
 @pytest.mark.parametrize(("index", "name", "step"), PASSES, ids=[f"{n}-{s}" for _, n, s in PASSES])
@@ -86,7 +88,10 @@ def test_failing_kernel_emission_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     assert not outcome.report.rewritten()
 
 
-@pytest.mark.parametrize(("kernel", "code"), [("cudnn", "device"), ("flash", "device"), ("efficient", "device"), ("fa4", "library")])
+@pytest.mark.parametrize(
+    ("kernel", "code"),
+    [("cudnn", "device"), ("flash", "device"), ("efficient", "device"), ("fa4", "library")],
+)
 def test_kernel_by_name_is_not_replaced(kernel: str, code: str) -> None:
     outcome = run_both(attend, qkv(), options={"attention": {"impl": kernel}})
     (site,) = outcome.report.sites
@@ -124,7 +129,7 @@ def test_verify_option() -> None:
     assert site.verified
 
 
-# -------------------------------------------------------------------------------------------------------------- reports
+# ---------------------------------------------------------------------------------------------------- reports
 
 
 def test_report_of_both_kinds_of_sites() -> None:
@@ -167,7 +172,9 @@ def test_capture_reports_sees_past_the_recompile_limit() -> None:
     """Twelve compiles of one code object before the capture do not make it empty."""
     with torch.no_grad():
         for length in range(8, 20):
-            torch.compile(attend, backend="kp", options=REFERENCE, dynamic=False)(*(torch.randn(1, 2, length, 16) for _ in range(3)))
+            torch.compile(attend, backend="kp", options=REFERENCE, dynamic=False)(
+                *(torch.randn(1, 2, length, 16) for _ in range(3))
+            )
         with kp_compiler.capture_reports() as reports:
             torch.compile(attend, backend="kp", options=REFERENCE)(*qkv())
     assert len(reports) == 1
@@ -187,14 +194,18 @@ def test_report_dir(tmp_path: Any) -> None:
     assert json.loads(path.read_text())["sites"][0]["status"] == "rewritten"
 
 
-# ----------------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------- plan
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("name", "kernel", "spec"),
-    [("llama", "cudnn", "causal"), ("mistral", "flex", "causal+window(8)"), ("llama_packed", "flex", "causal+document")],
+    [
+        ("llama", "cudnn", "causal"),
+        ("mistral", "flex", "causal+window(8)"),
+        ("llama_packed", "flex", "causal+document"),
+    ],
 )
 def test_plan_for_a_gpu_that_is_not_there(name: str, kernel: str, spec: str, implementation: str) -> None:
     from tests.zoo.models import FAMILIES, LAYERS
@@ -206,9 +217,9 @@ def test_plan_for_a_gpu_that_is_not_there(name: str, kernel: str, spec: str, imp
         report = kp_compiler.plan(model, target="cuda:sm90", dtype=torch.bfloat16, **inputs)
     assert [(site.impl, site.spec) for site in report.sites] == [(kernel, spec)] * LAYERS
     assert all(site.predicted for site in report.sites)
-    assumed = "\n".join(report.assumptions)
-    assert "sm90" in assumed
-    assert "bfloat16" in assumed
+    assert "sm90" in report.target
+    assert "assumed" in report.target
+    assert any("bfloat16" in text for text in report.assumptions)
     for key, p in model.named_parameters():
         address, device, dtype, value = before[key]
         assert (id(p), p.device, p.dtype) == (address, device, dtype)
@@ -232,8 +243,8 @@ def test_plan_stops_where_values_are_needed() -> None:
         return out
 
     report = kp_compiler.plan(function, *qkv(torch.bfloat16), target="cuda:sm90")
-    assert [site.impl for site in report.sites][0] == "cudnn"
-    assert relative_error(*(function(*qkv()) * 0 + 1 for _ in range(2))) == 0.0
+    assert next(site.impl for site in report.sites) == "cudnn"
+    assert any(graph.notes for graph in report.graphs)
 
 
 def test_plan_decides_only() -> None:

@@ -1,4 +1,4 @@
-"""FlexAttention as kp writes it into a graph: results at ragged lengths, and block lists that skip nothing needed."""
+"""FlexAttention as kp writes it into a graph: results at ragged lengths, block lists that skip nothing needed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def document(q, k, v, position_ids, *_):
 
 def unordered_document(q, k, v, _, label):
     """Labels in any order: nothing but equality may be assumed of them."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=(label[:, :, None] == label[:, None, :])[:, None])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(label[:, :, None] == label[:, None, :])[:, None]
+    )
 
 
 def padding(q, k, v, _, label):
@@ -118,8 +120,8 @@ def bias(q, k, v, *_):
 
 
 MASKS = [
-    causal, window, symmetric_window, document, unordered_document, padding, slice_of_a_longer_padding, prefix,
-    prefix_of_each_batch, chunked, strided, not_a_window,
+    causal, window, symmetric_window, document, unordered_document, padding, slice_of_a_longer_padding,
+    prefix, prefix_of_each_batch, chunked, strided, not_a_window,
 ]  # fmt: skip
 SCORES = [softcap, sink, alibi, bias]
 
@@ -137,12 +139,16 @@ def test_flex(function: Callable[..., torch.Tensor], length: int, train: bool) -
     if train and length != 129:
         pytest.skip("gradients at one ragged length")
     outcome = run_both(function, inputs(length), train=train, options=FLEX)
-    assert [(s.status, s.impl) for s in outcome.report.sites] == [("rewritten", "flex")], outcome.report.why("")
+    assert [(s.status, s.impl) for s in outcome.report.sites] == [("rewritten", "flex")], outcome.report.why(
+        ""
+    )
     assert len(outcome.got) == (4 if train else 1)
     assert outcome.error < 1e-5
 
 
-@pytest.mark.parametrize("function", [window, document, padding, prefix, softcap, sink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [window, document, padding, prefix, softcap, sink], ids=lambda f: f.__name__
+)
 def test_nothing_of_size_n_squared_is_left(function: Callable[..., torch.Tensor]) -> None:
     """No mask and no scores; block lists are of size (N / 128)²."""
     length = 389
@@ -199,7 +205,7 @@ def test_bias_with_gradient_is_refused() -> None:
     assert outcome.error < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------- block lists
+# ------------------------------------------------------------------------------------------------ block lists
 
 
 def dense_mask(call: tuple[Any, ...], length: int) -> torch.Tensor:
@@ -224,10 +230,12 @@ def listed(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("length", [256, 300])
 @pytest.mark.parametrize("function", MASKS, ids=lambda f: f.__name__)
 def test_block_lists(function: Callable[..., torch.Tensor], length: int) -> None:
-    """A block with anything to see is visited, a full one is full, and the lists by key block say the same."""
+    """A block with anything to see is visited, a full one is full, the lists by key block say the same."""
     tensors = inputs(length)
     (call,) = recorded_calls(function, tensors, "flex_attention", FLEX)
-    _, _, kv_num, kv_indices, full_num, full_indices, q_num, q_indices, full_q_num, full_q_indices = call[4][:10]
+    _, _, kv_num, kv_indices, full_num, full_indices, q_num, q_indices, full_q_num, full_q_indices = call[4][
+        :10
+    ]
     partial, full = listed(kv_num, kv_indices), listed(full_num, full_indices)
     mask = dense_mask(call, length)
     count = -(-length // BLOCK)
@@ -244,7 +252,7 @@ def test_block_lists(function: Callable[..., torch.Tensor], length: int) -> None
 
 
 def test_windows_visit_few_blocks() -> None:
-    """The lists are there to skip: a window of 20 at 1024 keys visits two blocks a row, a document its own."""
+    """The lists are there to skip: a window of 20 visits two blocks a row, a document its own."""
     tensors = inputs(1024)
     (call,) = recorded_calls(window, tensors, "flex_attention", FLEX)
     assert int((call[4][2] + call[4][4]).max()) <= 2

@@ -1,4 +1,4 @@
-"""Real model classes: every attention site is rewritten, outputs and every gradient are the uncompiled model's."""
+"""Real model classes: every attention site is rewritten, outputs and gradients are the uncompiled model's."""
 
 from __future__ import annotations
 
@@ -57,14 +57,18 @@ def compile_and_compare(
 def test_every_site(family: Family, implementation: str, train: bool) -> None:
     torch.manual_seed(0)
     report = compile_and_compare(family.make(implementation), family.inputs(), train)
-    assert tuple(site.reason.code for site in report.refused() if site.reason) == family.refused, report.why("")
+    assert tuple(site.reason.code for site in report.refused() if site.reason) == family.refused, report.why(
+        ""
+    )
     assert len(report.rewritten()) == family.sites, report.table()
     assert {site.spec for site in report.rewritten()} == family.specs[implementation]
     assert all(site.module and site.impl == "reference" for site in report.rewritten())
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "llama_left_padded", "llama_packed", "mistral", "qwen2", "gpt2", "bert_padded"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_left_padded", "llama_packed", "mistral", "qwen2", "gpt2", "bert_padded"]
+)
 def test_nothing_quadratic_is_left(name: str, implementation: str) -> None:
     """No mask and no scores: no node of the rewritten graphs has two dimensions of the sequence's length."""
     family = BY_NAME[name]
@@ -76,7 +80,10 @@ def test_nothing_quadratic_is_left(name: str, implementation: str) -> None:
     for gm in graphs:
         for node in gm.graph.nodes:
             value = node.meta.get("example_value")
-            square = isinstance(value, torch.Tensor) and sum(size >= LENGTH for size in value.shape if size < 64) >= 2
+            square = (
+                isinstance(value, torch.Tensor)
+                and sum(size >= LENGTH for size in value.shape if size < 64) >= 2
+            )
             assert not square, f"{node.format_node()} {tuple(value.shape)}"
             assert "softmax" not in str(node.target)
             assert "scaled_dot_product_attention" not in str(node.target)
@@ -104,13 +111,16 @@ def test_flex_serves_what_the_dense_kernels_do_not(implementation: str) -> None:
         torch._dynamo.reset()
         family = BY_NAME[name]
         report = compile_and_compare(
-            family.make(implementation), family.inputs(), True, {"attention": {"impl": "flex", "expect": LAYERS}}
+            family.make(implementation),
+            family.inputs(),
+            True,
+            {"attention": {"impl": "flex", "expect": LAYERS}},
         )
         assert {site.impl for site in report.rewritten()} == {"flex"}
 
 
 def test_twin_that_returns_its_probabilities() -> None:
-    """`output_attentions=True` needs the probabilities: every site is refused for that, and the model is right."""
+    """`output_attentions=True` needs the probabilities: every site is refused for that reason."""
     family = BY_NAME["llama"]
     inputs = {**family.inputs(), "output_attentions": True}
     report = compile_and_compare(family.make("eager"), inputs, False)

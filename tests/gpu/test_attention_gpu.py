@@ -53,6 +53,15 @@ def _run(function, inputs, train):
     return results
 
 
+def _run_plain(function, inputs, train):
+    """The original in eager mode, without cuDNN: PyTorch keeps cuDNN's backward plans regardless of the gradient's
+    layout (lowering/inductor.py, _GradLayout), so an eager run of another layout would spoil ours."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return _run(function, inputs, train)
+
+
 def _poison() -> None:
     """Fill the caching allocator's free blocks with NaN, so that unwritten output shows."""
     blocks = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]
@@ -73,7 +82,7 @@ def test_form(form: Form, train: bool) -> None:
     with torch.device("cuda"):
         inputs = _cuda(form.inputs(torch.float32))
         want = _double(form.function, inputs, train)
-        plain = _run(form.function, inputs, train)
+        plain = _run_plain(form.function, inputs, train)
         _poison()
         with kp_compiler.capture_reports() as reports:
             got = _run(
@@ -149,7 +158,7 @@ def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
         )
 
     want = _double(attend, (q, k, v), True)
-    plain = _run(attend, (q, k, v), True)
+    plain = _run_plain(attend, (q, k, v), True)
     _poison()
     options = {"strict": True, "attention": {"impl": impl, "expect": 1}}
     with kp_compiler.capture_reports() as reports:
@@ -178,7 +187,7 @@ def test_dead_rows_keep_their_meaning() -> None:
         return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
     inputs = tuple(torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    want, plain = _double(by_hand, inputs, True), _run(by_hand, inputs, True)
+    want, plain = _double(by_hand, inputs, True), _run_plain(by_hand, inputs, True)
     with kp_compiler.capture_reports() as reports:
         got = _run(
             torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, True
@@ -264,3 +273,21 @@ def test_no_quadratic_memory() -> None:
     assert (
         torch.cuda.max_memory_allocated() - before < length * length
     )  # a boolean N² alone would be this many bytes
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["heads-first-gradient", "sequence-first-gradient"])
+def test_gradient_layouts_do_not_disturb_each_other(first: bool) -> None:
+    """Two graphs of equal sizes whose gradients arrive in different layouts, in either order."""
+
+    def heads_first(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def sequence_first(q, k, v):
+        return heads_first(q, k, v).transpose(1, 2).contiguous()
+
+    inputs = tuple(torch.randn(2, 4, 40, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    functions = [sequence_first, heads_first] if first else [heads_first, sequence_first]
+    for function in functions:
+        got = _run(torch.compile(function, backend="kp", fullgraph=True), inputs, True)
+        for mine, exact in zip(got, _double(function, inputs, True), strict=True):
+            assert relative_error(mine, exact) < 1e-2

@@ -1,4 +1,4 @@
-"""Tiny real `transformers` models: what each is fed, how many attention sites it has and which masks they get."""
+"""Tiny real `transformers` models: what each is fed, its number of attention sites, the masks they get."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LENGTH, LAYERS, VOCAB, WINDOW = 37, 2, 96, 8  # an odd length that no other size
 
 @dataclass(frozen=True)
 class Family:
-    """`make(implementation)` builds the model, `inputs()` its keyword arguments. `sites` is the number of attention
-    sites, `specs` what they are recognised as, by implementation where they differ."""
+    """`make(implementation)` builds the model, `inputs()` its keyword arguments. `sites` is the number of
+    attention sites, `specs` what they are recognised as, by implementation where they differ."""
 
     name: str
     make: Callable[[str], torch.nn.Module]
@@ -61,7 +61,9 @@ def encoder_and_decoder() -> dict[str, Any]:
     return {"input_ids": ids(29), "decoder_input_ids": ids(), "use_cache": False}
 
 
-def build(model: str, config: str, *, pooler: bool = True, **settings: Any) -> Callable[[str], torch.nn.Module]:
+def build(
+    model: str, config: str, *, pooler: bool = True, **settings: Any
+) -> Callable[[str], torch.nn.Module]:
     """A model of random weights. `initializer_range` is wide, so that a wrong mask or scale shows."""
 
     def make(implementation: str) -> torch.nn.Module:
@@ -91,22 +93,22 @@ llama = build("LlamaForCausalLM", "LlamaConfig", **_DECODER)
 mistral = build("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=WINDOW)
 qwen2 = build("Qwen2ForCausalLM", "Qwen2Config", **_DECODER)
 gemma2 = build(
-    "Gemma2ForCausalLM", "Gemma2Config", **_DECODER, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16,
-    attn_logit_softcapping=20.0,
+    "Gemma2ForCausalLM", "Gemma2Config", **_DECODER, head_dim=16, sliding_window=WINDOW,
+    query_pre_attn_scalar=16, attn_logit_softcapping=20.0,
 )  # fmt: skip
 gpt_oss = build(
     "GptOssForCausalLM", "GptOssConfig", **_DECODER, head_dim=16, sliding_window=WINDOW, num_local_experts=2,
     num_experts_per_tok=1,
 )  # fmt: skip
 gpt2 = build(
-    "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB, initializer_range=0.2,
-    attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False,
+    "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB,
+    initializer_range=0.2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False,
 )  # fmt: skip
 bert = build("BertModel", "BertConfig", pooler=False, **_ENCODER, vocab_size=VOCAB)
 vit = build("ViTModel", "ViTConfig", pooler=False, **_ENCODER, image_size=24, patch_size=8)
 bloom = build(
-    "BloomForCausalLM", "BloomConfig", hidden_size=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB, use_cache=False,
-    hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2,
+    "BloomForCausalLM", "BloomConfig", hidden_size=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB,
+    use_cache=False, hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2,
 )  # fmt: skip
 t5 = build(
     "T5ForConditionalGeneration", "T5Config", d_model=64, d_kv=16, d_ff=96, num_layers=LAYERS, num_heads=4,
@@ -126,7 +128,8 @@ FAMILIES = [
     Family("vit", vit, images, LAYERS, both("full")),
     Family("t5", t5, encoder_and_decoder, 3 * LAYERS, both("full, 1 bias", "causal, 1 bias", "full")),
     Family(
-        "gemma2", gemma2, tokens, LAYERS, both("causal, softcap 20", f"{CAUSAL_WINDOW}, softcap 20"), ("eager",)
+        "gemma2", gemma2, tokens, LAYERS, both("causal, softcap 20", f"{CAUSAL_WINDOW}, softcap 20"),
+        ("eager",),
     ),
     Family(
         "gpt_oss", gpt_oss, tokens, LAYERS, both("causal, sink", f"{CAUSAL_WINDOW}, sink"), ("eager",),
