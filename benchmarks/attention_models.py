@@ -250,8 +250,10 @@ def main() -> None:
     )
     parser.add_argument("--suite", default="all", choices=("llama", "long", "gpt2", "bert", "all", "quick"))
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[2048, 4096, 8192, 16384], help="tokens, forward")
-    parser.add_argument("--train-sizes", type=int, nargs="*", default=[2048, 8192], help="tokens, training")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[2048, 4096, 8192, 16384], help="tokens, forward"
+    )
+    parser.add_argument("--train-sizes", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="attention_models")
     parser.add_argument("--merge", type=Path, nargs="*", help="result files of partial runs to put together")
@@ -262,8 +264,12 @@ def main() -> None:
     models.register_hand_written()
     rows: list[dict[str, Any]] = []
     suite = options.suite
+    stamp = None
     if options.merge:
-        rows = [row for path in options.merge for row in json.loads(path.read_text())["rows"]]
+        parts = [json.loads(path.read_text()) for path in options.merge]
+        rows = [row for part in parts for row in part["rows"]]
+        stamp = {key: parts[0][key] for key in ("date", "commit", "device", "torch", "triton")}
+        peers = parts[0]["peers"]
     elif suite == "quick":
         rows += run_llama(options.repeats, (8192,), (8192,), tuple(a for a in ARMS if a != "native"))
     if suite in ("llama", "all") and not options.merge:
@@ -274,7 +280,7 @@ def main() -> None:
         rows += run_gpt2(options.repeats, tuple(options.sizes), ARMS)
     if suite in ("bert", "all") and not options.merge:
         rows += run_bert(options.repeats, tuple(options.sizes), ARMS)
-    path = write(options.name, rows, bars_of(rows), peers, options.out)
+    path = write(options.name, rows, bars_of(rows), peers, options.out, stamp)
     plot(rows, path.with_suffix(".png"))
 
 

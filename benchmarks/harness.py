@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ def synchronise() -> None:
     torch.cuda.synchronize()
 
 
-def time_interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each step. Every round calls each once, in a new order: clocks and heat hit all
-    alike, and no arm always follows the hottest one."""
+def time_interleaved(steps: dict[str, Step], repeats: int, pause: float = 0.05) -> dict[str, float]:
+    """Median milliseconds of each step. Every round calls each once, in a new order, `pause` seconds apart:
+    an arm that follows a power-hungry one would otherwise run at its lower clocks."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
@@ -35,6 +37,7 @@ def time_interleaved(steps: dict[str, Step], repeats: int) -> dict[str, float]:
             step = steps[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             synchronise()
+            time.sleep(pause)
             start.record()
             step()
             end.record()
@@ -87,28 +90,30 @@ def write(
     bars: list[dict[str, Any]],
     peers: dict[str, str],
     out: Path | None = None,
+    stamp: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the result file and print its bars."""
-    import triton
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    data = {
-        "benchmark": name,
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "device": device,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peers": peers,
-        "rows": rows,
-        "bars": bars,
-    }
+    """Write the result file and print its bars. `stamp` says where and when rows of earlier runs were
+    measured."""
+    data = {"benchmark": name, **(stamp or here()), "peers": peers, "rows": rows, "bars": bars}
     path = (out or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
     for each in bars:
         print(f"{'ok  ' if each['ok'] else 'MISS'} {each['name']}: {each['value']} (target {each['target']})")
     return path
+
+
+def here() -> dict[str, Any]:
+    """Date, commit, device and versions of this run."""
+    import triton
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("KP_COMMIT") or _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 def _commit() -> str:

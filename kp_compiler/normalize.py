@@ -80,26 +80,17 @@ def _define_all() -> None:
     _define("mod", "input other", (operator.mod, torch.remainder), ("remainder", "__mod__"))
     for name in ("le", "lt", "ge", "gt", "eq", "ne"):
         _define(name, "input other", (getattr(torch, name), getattr(operator, name)), (name, f"__{name}__"))
-    for name, extra in {
-        "le": "less_equal",
-        "lt": "less",
-        "ge": "greater_equal",
-        "gt": "greater",
-        "ne": "not_equal",
+    words = {"le": "less_equal", "lt": "less", "ge": "greater_equal", "gt": "greater", "ne": "not_equal"}
+    for name, word in words.items():
+        _define(name, "input other", (getattr(torch, word),), (word,))
+    for name, symbols in {
+        "and": (operator.and_, operator.iand),
+        "or": (operator.or_, operator.ior),
+        "xor": (operator.xor, operator.ixor),
     }.items():
-        _define(name, "input other", (getattr(torch, extra),), (extra,))
-    for name, symbol in {"and": "and", "or": "or", "xor": "xor"}.items():
-        _define(
-            name,
-            "input other",
-            (
-                getattr(operator, f"{symbol}_") if symbol != "xor" else operator.xor,
-                getattr(operator, f"i{symbol}"),
-                getattr(torch, f"logical_{name}"),
-                getattr(torch, f"bitwise_{name}"),
-            ),
-            (f"logical_{name}", f"bitwise_{name}", f"__{name}__", f"__i{name}__"),
-        )
+        spelt = (f"logical_{name}", f"bitwise_{name}")
+        functions = (*symbols, *(getattr(torch, each) for each in spelt))
+        _define(name, "input other", functions, (*spelt, f"__{name}__", f"__i{name}__"))
     _define(
         "not",
         "input",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -110,8 +111,8 @@ class Report:
         if not self.graphs:
             return (
                 "kp: the backend was not called. Either nothing was compiled in this scope, or Dynamo has "
-                "reached its recompile limit for this code (see torch._dynamo.config.recompile_limit) and runs "
-                "it eagerly."
+                "reached its recompile limit for this code (torch._dynamo.config.recompile_limit) and runs it "
+                "eagerly."
             )
         lines = [
             f"target: {self.target}",
@@ -147,7 +148,7 @@ class Report:
             raise ValueError(
                 f"diff: got {pass_name!r}, expected one of {', '.join(map(repr, names)) or 'nothing'}"
             )
-        chunks = []
+        chunks: list[str] = []
         for record in self.passes:
             if record.name == pass_name and record.before != record.after:
                 chunks += difflib.unified_diff(
@@ -221,7 +222,7 @@ def _clip(text: str, width: int = 110) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     out = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

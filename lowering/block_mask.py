@@ -134,7 +134,7 @@ class _Intervals:
     def lookup(self, index: int, args: list[Any]) -> Any:
         """Smallest and largest element that a block reads: tensors indexed by symbols and constants only."""
         tensor = self.tensors[index]
-        names = []
+        names: list[str] = []
         for dim in reversed(range(len(args))):
             arg = args[dim]
             if isinstance(arg, _Span) and arg.name != "h":

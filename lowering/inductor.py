@@ -70,12 +70,12 @@ class _Unbarrier(_Pass):
 
 
 class _GradLayout(_Pass):
-    """grad ─▶ cudnn_backward          grad ─▶ permute ─▶ clone ─▶ permute ─▶ cudnn_backward     (where layouts differ)
+    """grad ─▶ cudnn_backward    to    grad ─▶ permute ─▶ clone ─▶ permute ─▶ cudnn_backward
 
-    PyTorch keeps cuDNN's backward plans by the sizes and strides of q, k and v, and not by those of the incoming
-    gradient: a plan made for one layout of it then reads another one wrongly. Seen on an H100, torch 2.11, cuDNN
-    9.19, 2026-11-23: B2 H4 S24 D16, gradient [B,H,S,D] first and [B,S,H,D] second, relative error 1.4. So kp always
-    hands the gradient over in the layout of the output, which follows q's.
+    PyTorch keeps cuDNN's backward plans by the sizes and strides of q, k and v, and not by those of the
+    incoming gradient: a plan made for one layout of it then reads another one wrongly. Seen on an H100, torch
+    2.11, cuDNN 9.19, 2026-11-23: B2 H4 S24 D16, gradient [B,H,S,D] first and [B,S,H,D] second, relative error
+    1.4. So kp always hands the gradient over in the layout of the output, which follows q's.
     """
 
     def apply(self, graph: Graph) -> None:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from kp_compiler import cost
 from kp_compiler.lowering import ops, table
 from kp_compiler.normalize import erase_orphans
-from kp_compiler.passes.base import Context, Emitter, Match, Rejection, module_of
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, module_of
 from kp_compiler.specs import AttentionShape
 
 
@@ -25,8 +25,8 @@ class Attention:
     """See the module docstring."""
 
     name = "attention"
-    tier = "exact"
-    kind = "attention"
+    tier: Tier = "exact"
+    kind: Kind = "attention"
     final = True
 
     def applies(self, ctx: Context) -> Rejection | None:

@@ -19,6 +19,7 @@ from kp_compiler.report import Rejection
 from kp_compiler.target import Target
 
 Tier = Literal["exact", "approximate", "distributed"]
+Kind = Literal["attention", "linear"]
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Pass(Protocol):
 
     name: str
     tier: Tier
-    kind: Literal["attention", "linear"]
+    kind: Kind
     final: bool  # a record of this pass settles the site
 
     def applies(self, ctx: Context) -> Rejection | None:

@@ -118,9 +118,11 @@ def _parse_einsum(op: Op) -> tuple[list[str], str, list[Node]] | None:
     if not arrow or len(inputs) != 2:
         return None
     if "..." in equation:
+        tensors = [tensor_of(operand) for operand in operands]
         ranks = [
-            tensor_of(o).dim() - len(t.replace("...", "")) for o, t in zip(operands, inputs, strict=True)
-        ]  # type: ignore[union-attr]
+            -1 if tensor is None else tensor.dim() - len(term.replace("...", ""))
+            for tensor, term in zip(tensors, inputs, strict=True)
+        ]
         if len(set(ranks)) != 1 or "..." not in right or any("..." not in t for t in inputs):
             return None
         dots = "ABCDEFGHIJ"[: ranks[0]]
@@ -152,7 +154,7 @@ def _einsum_scores(node: Node, op: Op) -> Product | None:
     if out[-1] != columns[0]:
         return None
     batch = [c for c in out if c in shared]
-    label = {c: (f"b{index}",) for index, c in enumerate(batch)}
+    label: dict[str, tuple[str, ...]] = {c: (f"b{index}",) for index, c in enumerate(batch)}
     label |= {summed[0]: ("d",), rows[0]: ("i",), columns[0]: ("j",)}
     lhs, rhs = (Operand(o, _einsum_dims(o, t, label)) for o, t in zip(operands, (left, right), strict=True))
     return Product(lhs, rhs, tuple(label[c] for c in out))

@@ -97,9 +97,9 @@ def _group(
     """Merge the batch labels and the head labels into one dimension each."""
     sizes = {label: emit.size(node, num_spare + index) for index, label in enumerate(present)}
     groups: list[list[str]] = []
-    for group in (frame.batch, frame.heads):
-        have = [label for label in group if label in present]
-        groups.append(list(group) if term and have and len(have) < len(group) else have)
+    for labels in (frame.batch, frame.heads):
+        have = [label for label in labels if label in present]
+        groups.append(list(labels) if term and have and len(have) < len(labels) else have)
     full = [label for group in groups for label in group]
     if term and any(label not in present for label in full):
         node = emit.reshape(node, [sizes.get(label, 1) for label in full] + [sizes.get(t, 1) for t in tail])

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from kp_compiler.lowering import ops
 from kp_compiler.normalize import canonical, tensor_of, value_of
-from kp_compiler.passes.base import Context, Emitter, Match, Rejection
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
 from kp_compiler.passes.mask_eval import (
     B,
     Cases,
@@ -71,8 +71,8 @@ class ProveMasks:
     """See the module docstring."""
 
     name = "prove_masks"
-    tier = "exact"
-    kind = "attention"
+    tier: Tier = "exact"
+    kind: Kind = "attention"
     final = False
 
     def applies(self, ctx: Context) -> Rejection | None:

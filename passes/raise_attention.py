@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from kp_compiler.lowering import ops
 from kp_compiler.normalize import Op, canonical, tensor_of
-from kp_compiler.passes.base import Context, Emitter, Match, Rejection, copy_provenance, same
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, copy_provenance, same
 from kp_compiler.passes.contraction import Dims, Operand, value_product
 from kp_compiler.passes.operands import Frame, Peeled, frame_of, peel, place, restore
 from kp_compiler.passes.scores import Scores, Term, constant, trace_scores
@@ -49,8 +50,8 @@ class RaiseAttention:
     """See the module docstring."""
 
     name = "raise_attention"
-    tier = "exact"
-    kind = "attention"
+    tier: Tier = "exact"
+    kind: Kind = "attention"
     final = False
 
     def applies(self, ctx: Context) -> Rejection | None:
@@ -71,7 +72,7 @@ class RaiseAttention:
         found = from_sdpa(site, op) if op.name == "sdpa" else from_softmax(site, op, ctx)
         if isinstance(found, Rejection):
             return found
-        refused = _check_reads(found, ctx)
+        refused = _check_reads(found, ctx) or _check_heads(found)
         return refused or Match(site, found, spec=str(found.spec))
 
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
@@ -81,6 +82,7 @@ class RaiseAttention:
             _operand(emit, peeled.operand, site, tail)
             for peeled, tail in ((site.q, ("i", "d")), (site.k, ("j", "d")), (site.v, ("j", "e")))
         )
+        q = _match_batch(emit, k, q)
         k, v = _match_batch(emit, q, k), _match_batch(emit, q, v)
         operands = [_term(emit, term, site) for term in site.terms]
         if site.sink is not None:
@@ -134,11 +136,12 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         else Frame(tuple(x[0] for x in batch), ())
     )
     head = frame.heads[0] if frame.heads else None
-    sides = [
+    q_side, k_side, v_side = (
         peel(Operand(x, _sdpa_dims(x, (*batch, *tail))), node, head if x is not q else None)
         for x, tail in ((q, (("i",), ("d",))), (k, (("j",), ("d",))), (v, (("j",), ("e",))))
-    ]
-    mask, terms = MaskSpec(), ()
+    )
+    mask = MaskSpec()
+    terms: tuple[Term, ...] = ()
     biases: tuple[BiasSpec, ...] = ()
     if op["is_causal"]:
         mask = MaskSpec("causal", "k <= q", parts=("causal",))
@@ -153,21 +156,22 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         else:
             biases = (BiasSpec(0),)
     spec = AttentionSpec(
-        scale * sides[0].scale * sides[1].scale,
+        scale * q_side.scale * k_side.scale,
         mask,
         biases,
         dropout_p=float(op["dropout_p"]),
         dead_rows="zero" if terms else "none",
         form="sdpa",
     )
-    return Site(node, scores, frame, *sides, (*batch, ("i",), ("e",)), out.dtype, spec, terms)
+    out_dims: Dims = (*batch, ("i",), ("e",))
+    return Site(node, scores, frame, q_side, k_side, v_side, out_dims, out.dtype, spec, terms)
 
 
 def _sdpa_dims(node: Node, dims: Dims) -> Dims:
     tensor = tensor_of(node)
     assert tensor is not None
     return tuple(
-        () if index < len(dims) - 2 and index < len(dims) - 3 and same(size, 1) else labels
+        () if index < len(dims) - 3 and same(size, 1) else labels
         for index, (labels, size) in enumerate(zip(dims, tensor.shape, strict=True))
     )
 
@@ -325,6 +329,26 @@ def _drops_last(op: Op) -> bool:
     rest, last = index[:-1], index[-1]
     whole = all(item is Ellipsis or item == slice(None) for item in rest)
     return whole and last == slice(None, -1, None)
+
+
+def _check_heads(site: Site) -> Rejection | None:
+    """K and V have as many heads as Q, or a divisor of that."""
+    if len(site.frame.heads) != 1:
+        return None
+    sizes = [_head_size(peeled.operand, site.frame.heads[0]) for peeled in (site.q, site.k, site.v)]
+    heads, kv_heads = sizes[0], sizes[1]
+    grouped = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
+    if same(kv_heads, sizes[2]) and (same(heads, kv_heads) or grouped):
+        return None
+    return Rejection(
+        "layout", f"Heads of query, key and value do not go together: {', '.join(map(str, sizes))}."
+    )
+
+
+def _head_size(operand: Operand, label: str) -> Any:
+    tensor = tensor_of(operand.node)
+    assert tensor is not None
+    return tensor.shape[operand.dims.index((label,))] if (label,) in operand.dims else 1
 
 
 def _check_reads(site: Site, ctx: Context) -> Rejection | None:
