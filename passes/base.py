@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.config import Config, PassConfig
+from kp_compiler.lowering import ops
 from kp_compiler.normalize import Writes, tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.target import Target
@@ -98,6 +99,19 @@ class Emitter:
         mode."""
         return self._add(target, args, {}, grad=False)
 
+    def attention(self, *args: Any) -> Node:
+        """A `kp.attention` node. Its value is known without running the reference: q's sizes, v's width."""
+        q, v = tensor_of(args[0]), tensor_of(args[2])
+        assert q is not None and v is not None
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(ops.attention(), args)
+        copy_provenance(self.origin, node)
+        with self.mode:
+            value = q.new_empty([*q.shape[:3], v.shape[3]])
+        node.meta["example_value"] = value.requires_grad_(any(_has_grad(arg) for arg in node.all_input_nodes))
+        self.made.append(node)
+        return node
+
     def _add(
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool
     ) -> Node:
@@ -135,6 +149,11 @@ class Emitter:
         tensor = tensor_of(node)
         assert tensor is not None
         return node if tensor.dtype == dtype else self.call(torch.ops.aten.to.dtype, node, dtype)
+
+
+def _has_grad(node: Node) -> bool:
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.requires_grad
 
 
 def fake_mode(graph: Graph) -> Any:

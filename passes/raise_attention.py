@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kp_compiler.lowering import ops
 from kp_compiler.normalize import Op, canonical, tensor_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, copy_provenance, same
 from kp_compiler.passes.contraction import Dims, Operand, value_product
@@ -87,7 +86,7 @@ class RaiseAttention:
         operands = [_term(emit, term, site) for term in site.terms]
         if site.sink is not None:
             operands.append(_sink(emit, site.sink))
-        node = emit.call(ops.attention(), q, k, v, operands, [], site.spec.to_json())
+        node = emit.attention(q, k, v, operands, [], site.spec.to_json())
         out = restore(emit, node, site.out_dims, site.frame, site.scores)
         node.meta["kp_out"], node.meta["kp_root"] = out, site.root
         node.meta["kp_operands"] = [p.operand.node for p in (site.q, site.k, site.v)]

@@ -1,4 +1,4 @@
-"""When things go wrong: a pass that fails is undone, a kernel by name is never replaced, reports read well."""
+"""When things go wrong: a failing pass is undone, a kernel by name is never replaced, reports read well."""
 
 from __future__ import annotations
 

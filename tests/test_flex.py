@@ -1,4 +1,4 @@
-"""FlexAttention as kp writes it into a graph: results at ragged lengths, block lists that skip nothing needed."""
+"""FlexAttention as kp writes it into a graph: ragged lengths, and block lists that skip nothing needed."""
 
 from __future__ import annotations
 

@@ -55,6 +55,8 @@ def compile_and_compare(
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(("family", "implementation"), CASES, ids=IDS)
 def test_every_site(family: Family, implementation: str, train: bool) -> None:
+    if train and not family.training:
+        pytest.skip("this version's training forward breaks the graph")
     torch.manual_seed(0)
     report = compile_and_compare(family.make(implementation), family.inputs(), train)
     assert tuple(site.reason.code for site in report.refused() if site.reason) == family.refused, report.why(
