@@ -51,9 +51,11 @@ class Attention:
         chosen = table.choose(spec, shape, ctx.target, config)
         if isinstance(chosen, Rejection):
             return chosen
+        note = _checkpoint_note(chosen, ctx)
         return Match(
             site,
             (chosen, spec, shape),
+            notes=(note,) if note is not None else (),
             impl=chosen.name,
             spec=str(spec),
             shape=shape.describe(),
@@ -70,6 +72,21 @@ class Attention:
         graph.erase_node(site)
         erase_orphans(graph, [root, *arguments])
         return out
+
+
+def _checkpoint_note(chosen: table.Implementation, ctx: Context) -> Rejection | None:
+    """A selective policy that saves SDPA looks for its ATen operators: say so where another one is lowered to."""
+    if (
+        not ctx.calls
+        or ctx.gm.meta.get("_checkpoint_context_fn") is None
+        or chosen.name in ("cudnn", "flash", "efficient")
+    ):
+        return None
+    return Rejection(
+        "checkpoint-policy",
+        f"A selective checkpoint policy that saves SDPA does not know {chosen.name}: attention is recomputed.",
+        "attention={'impl': 'cudnn'} or 'flash' keeps operators that such policies list.",
+    )
 
 
 def shape_of(site: Node, ctx: Context) -> AttentionShape:
