@@ -28,7 +28,7 @@ from kp_compiler.target import Target
 Rows = list[tuple[str, ...]]
 
 CAUSAL = MaskSpec("causal", "k <= q", parts=("causal",))
-_WINDOW = MaskSpec("window", "(k <= q) & (q - k < 1024)", window=1024, parts=("causal", "window"))
+_WINDOW = MaskSpec("window", "(k - q <= 0) & (q - k - 1023 <= 0)", window=1024, parts=("causal", "window"))
 _DOCUMENT = MaskSpec(
     "document", "Eq(t0(b, q), t0(b, k)) & (k <= q)", (0,), 0, (0,), None, ("causal", "document")
 )

@@ -84,7 +84,7 @@ def _checkpoint_note(chosen: table.Implementation, ctx: Context) -> Rejection | 
         return None
     return Rejection(
         "checkpoint-policy",
-        f"A selective checkpoint policy that saves SDPA does not know {chosen.name}: attention is recomputed.",
+        f"A checkpoint policy that saves SDPA does not know {chosen.name}: attention is recomputed.",
         "attention={'impl': 'cudnn'} or 'flash' keeps operators that such policies list.",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -327,7 +326,7 @@ def test_static_cache_decode(implementation: str) -> None:
     assert merged(reports).sites
 
 
-# ----------------------------------------------------------------------------------------- dropout and writes
+# --------------------------------------------------------------------------------------------------- dropout
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
@@ -358,86 +357,3 @@ def test_dropout(spelling: str, train: bool) -> None:
         compiled = torch.compile(function, backend="kp", options=REFERENCE)
         mean = torch.stack([compiled(q, k, v) for _ in range(80)]).mean(0)
         assert relative_error(mean, exact) < 0.2
-
-
-WRITES: list[Callable[..., torch.Tensor]] = []
-
-
-def writes(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    WRITES.append(function)
-    return function
-
-
-@writes
-def mask_added_in_place(q, k, v):
-    scores = q @ k.transpose(-2, -1)
-    scores += torch.where(causal(S), 0.0, torch.finfo(q.dtype).min)
-    return F.softmax(scores, dim=-1) @ v
-
-
-@writes
-def mask_filled_in_place(q, k, v):
-    scores = q @ k.transpose(-2, -1)
-    scores.mul_(0.25).masked_fill_(~causal(S), float("-inf"))
-    return F.softmax(scores, dim=-1) @ v
-
-
-@writes
-def mask_refined_in_place(q, k, v):
-    mask = causal(S)
-    mask &= torch.arange(S)[None, :] > torch.arange(S)[:, None] - 5
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-@pytest.mark.parametrize("function", WRITES, ids=lambda f: f.__name__)
-def test_writes_that_only_build_the_site(function: Callable[..., torch.Tensor]) -> None:
-    outcome = run_both(function, qkv(), train=True)
-    (site,) = outcome.report.sites
-    assert site.status == "rewritten", outcome.report.why("")
-    assert str(site.spec).startswith("causal")
-    assert outcome.error < 1e-5
-
-
-def test_value_scaled_on_the_way_to_another_dtype() -> None:
-    """What is multiplied into the values is part of the result."""
-
-    def function(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v.float() * 2.0)
-
-    q, k, v = qkv()
-    outcome = run_both(function, (q, k, v.half()), train=True)
-    assert outcome.error < 1e-3, outcome.report.why("")
-
-
-@pytest.mark.parametrize(("key_heads", "value_heads"), [(2, 4), (4, 2), (2, 1), (1, 4)])
-def test_keys_and_values_repeated_differently(key_heads: int, value_heads: int) -> None:
-    """One operand with repeated heads and one without, or repeated by another factor."""
-
-    def function(q, k, v):
-        k, v = k.repeat_interleave(H // key_heads, 1), v.repeat_interleave(H // value_heads, 1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    q, k, v = qkv()
-    outcome = run_both(function, (q, k[:, :key_heads], v[:, :value_heads]), train=True)
-    assert outcome.error < 1e-5, outcome.report.why("")
-
-
-def test_heads_tiled_instead_of_repeated() -> None:
-    """`repeat` lays heads out in another order than grouped-query attention has them."""
-
-    def function(q, k, v):
-        return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True)
-
-    q, k, v = qkv()
-    outcome = run_both(function, (q, k[:, :2], v[:, :2]), train=True)
-    assert outcome.error < 1e-5
-    assert outcome.report.sites[0].shape.startswith(f"B{B} H{H} ")
-
-
-def test_one_query_head_for_many_key_heads() -> None:
-    def function(q, k, v):
-        return F.softmax(q @ k.transpose(-2, -1), dim=-1) @ v
-
-    q, k, v = qkv()
-    outcome = run_both(function, (q[:, :1], k, v), train=True)
-    assert outcome.error < 1e-5, outcome.report.why("")
