@@ -1,4 +1,4 @@
-"""What a site reads: values written to or scaled on the way, heads of keys and values in every arrangement."""
+"""What a site reads: values written to or scaled on the way, heads of keys and values however arranged."""
 
 from __future__ import annotations
 
