@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 
 from kp_compiler import capture, target
 from kp_compiler.config import Config, resolve
-from kp_compiler.lowering import inductor
 from kp_compiler.normalize import tensor_of
 from kp_compiler.pipeline import Run, run
 from kp_compiler.report import GraphRecord, Report
@@ -42,9 +41,7 @@ def kp(
         report = Report(target=str(where))
     report.graphs.append(_graph_record(gm, config, where, active, 1e3 * (time.perf_counter() - start)))
     _publish(report, config)
-    if active or config.lowering != "inductor" or where.device == "cuda":
-        return inductor.lower(gm, example_inputs, config, guarded=active)
-    return _lower_on_cpu(gm, example_inputs, config)
+    return _lower(gm, example_inputs, config, where, guarded=active)
 
 
 def _target(gm: GraphModule, config: Config) -> Target:
@@ -54,14 +51,25 @@ def _target(gm: GraphModule, config: Config) -> Target:
     return target.detect(cuda or "cpu", reference=config.cpu_rewrites and cuda is None)
 
 
-def _lower_on_cpu(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    if target.cpp_compiler() is None:
+def _lower(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, where: Target, *, guarded: bool
+) -> Callable[..., Any]:
+    from kp_compiler.lowering import inductor  # brings Inductor and Triton along: not at import time
+
+    if where.device == "cpu" and config.lowering == "inductor" and target.cpp_compiler() is None:
         warnings.warn(
             "kp: no C++ compiler was found, so Inductor can't compile for the CPU; the model runs eagerly.",
-            stacklevel=2,
+            stacklevel=3,
         )
         return gm.forward
-    return inductor.lower(gm, example_inputs, config, guarded=False)
+    return inductor.lower(gm, example_inputs, config, guarded=guarded)
+
+
+def _reset() -> None:
+    """What `torch._dynamo.reset()` calls."""
+    from kp_compiler.lowering import inductor
+
+    inductor.reset()
 
 
 def _graph_record(gm: GraphModule, config: Config, where: Target, active: bool, took: float) -> GraphRecord:
@@ -97,4 +105,4 @@ def _publish(report: Report, config: Config) -> None:
             json.dump(json.loads(report.to_json()), file, indent=1)
 
 
-kp.reset = inductor.reset  # type: ignore[attr-defined]
+kp.reset = _reset  # type: ignore[attr-defined]

@@ -99,7 +99,7 @@ def _run_pass(each: Pass, units: list[tuple[GraphModule, tuple[Node, ...]]], tas
             skipped = each.applies(ctx)
             sites = list(each.sites(gm.graph))
             for site in sites:
-                outcome = skipped or each.inspect(site, ctx)
+                outcome = skipped or _left_out(each, site, task.config) or each.inspect(site, ctx)
                 if isinstance(outcome, Rejection):
                     refused += 1
                     _refuse(each, site, outcome, task, index)
@@ -116,6 +116,15 @@ def _run_pass(each: Pass, units: list[tuple[GraphModule, tuple[Node, ...]]], tas
     took = 1e3 * (time.perf_counter() - start)
     record = PassRecord(each.name, index, took, fired, refused, before, _text(task), skipped=skipped)
     task.report.passes.append(record)
+
+
+def _left_out(each: Pass, site: Node, config: Config) -> Rejection | None:
+    """The user's `skip` and `only`."""
+    settings, module = getattr(config, each.name), module_of(site)
+    skipped = any(part in module for part in settings.skip)
+    if skipped or (settings.only and not any(part in module for part in settings.only)):
+        return Rejection("skipped-by-option", f"{each.name}.skip or {each.name}.only leaves {module} out.")
+    return None
 
 
 def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index: int) -> bool:
@@ -206,8 +215,9 @@ def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
 
 
 def _check_requirements(task: Run) -> None:
-    """`require` and `expect`: what must have fired, did."""
-    if task.plan_only:
+    """`require` and `expect`: what must have fired, did. A graph without a candidate site (a graph break makes such
+    ones) is no place where it could have."""
+    if task.plan_only or not task.report.sites:
         return
     for each in ALL_PASSES:
         settings = getattr(task.config, each.name)
@@ -221,7 +231,7 @@ def _check_requirements(task: Run) -> None:
             f"{s.module or s.source or '?'}: {s.reason}" for s in task.report.sites if s.reason is not None
         }
         reasons |= {f"{s.module}: {note}" for s in task.report.sites for note in s.notes}
-        listed = "\n  ".join(sorted(reasons)) or "no candidate site was found in this graph"
+        listed = "\n  ".join(sorted(reasons)) or "its candidates had nothing for it to do"
         raise KPRequirementError(f"{each.name} fired at {fired} sites, {wanted} required:\n  {listed}")
 
 

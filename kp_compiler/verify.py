@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kp_compiler.normalize import value_of
+from kp_compiler.normalize import tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Match
 from kp_compiler.report import Rejection
 
@@ -51,7 +51,8 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
     copied.replace_all_uses_with(lowered)
     graph.erase_node(copied)
     owner.recompile()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if shape.device == "cuda" else []):
+    devices = {t.device.index or 0 for t in map(tensor_of, originals) if t is not None and t.is_cuda}
+    with torch.random.fork_rng(devices=devices):
         return _compare(owner, originals, shape.training)
 
 

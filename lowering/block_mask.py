@@ -172,7 +172,8 @@ class _Intervals:
         size = grid.sizes[name]
         count = grid.count[name]
         total = count * BLOCK if isinstance(count, int) else call(operator.mul, count, BLOCK)
-        if not (isinstance(total, int) and isinstance(size, int) and total == size):
+        width = tensor_of(tensor).shape[-1]  # type: ignore[union-attr]  # may be longer than the mask
+        if not (isinstance(total, int) and isinstance(width, int) and total == width == size):
             top = size - 1 if isinstance(size, int) else call(operator.sub, size, 1)
             places = call(torch.clamp, call(torch.arange, total, device=grid.device), max=top)
             tensor = call(torch.index_select, tensor, -1, places)

@@ -17,8 +17,9 @@ def fingerprint() -> str:
     for package in ("kp_compiler", "kp_compiler.passes", "kp_compiler.lowering"):
         for folder in _folders(package):
             for path in sorted(folder.glob("*.py")):
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
+                content = path.read_bytes()
+                digest.update(f"{package}/{path.name} {len(content)} ".encode())
+                digest.update(content)
     return digest.hexdigest()[:16]
 
 

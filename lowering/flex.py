@@ -46,6 +46,10 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection("bias-grad", "Gradients of a bias are not taken through FlexAttention.")
     if spec.mask.kind == "tensor" and spec.form == "sdpa":
         return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
+    if spec.softcap is not None and spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
+        return Rejection(
+            "dead-rows", "Gradients of fully masked rows go through the soft-cap, which is not kept."
+        )
     if spec.dead_rows == "nan" and shape.training:
         return Rejection(
             "dead-rows", "Fully masked rows are NaN with NaN gradients, which FlexAttention does not keep."

@@ -25,7 +25,7 @@ def parse(text: str) -> Any:
     names: dict[str, Any] = dict(_SYMBOLS)
     names |= {f"n{i}": sympy.Symbol(f"n{i}", integer=True) for i in range(16)}
     names |= {f"t{i}": sympy.Function(f"t{i}", integer=True) for i in range(16)}
-    return sympy.true if text == "True" else sympy.sympify(text, locals=names)
+    return sympy.true if text == "True" else sympy.sympify(text, locals=names, convert_xor=False)
 
 
 def is_causal(mask: MaskSpec) -> bool:

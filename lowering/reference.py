@@ -60,7 +60,10 @@ def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: Att
         if spec.dead_rows in ("zero", "none"):
             dead = ~keep.any(dim=-1, keepdim=True)
             keep = keep | dead
-        scores = torch.where(keep, scores, float("-inf"))
+        if spec.dead_rows == "nan" and spec.fill == "add":  # adding lets the NaN reach q and k as well
+            scores = scores + torch.where(keep, 0.0, float("-inf"))
+        else:
+            scores = torch.where(keep, scores, float("-inf"))
     if sink is None:
         probs = torch.softmax(scores, dim=-1)
     else:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from kp_compiler import cost
 from kp_compiler.lowering import ops, table
 from kp_compiler.normalize import erase_orphans
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, module_of
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
 from kp_compiler.specs import AttentionShape
 
 
@@ -42,13 +42,7 @@ class Attention:
     def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
         spec = ops.spec_of(site)
         shape = shape_of(site, ctx)
-        config = ctx.config.attention
-        module = module_of(site)
-        if any(part in module for part in config.skip) or (
-            config.only and not any(p in module for p in config.only)
-        ):
-            return Rejection("skipped-by-option", f"attention.skip or attention.only leaves {module} out.")
-        chosen = table.choose(spec, shape, ctx.target, config)
+        chosen = table.choose(spec, shape, ctx.target, ctx.config.attention)
         if isinstance(chosen, Rejection):
             return chosen
         note = _checkpoint_note(chosen, ctx)

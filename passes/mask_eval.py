@@ -27,6 +27,18 @@ _MAX_CASES = 12
 _MAX_NODES = 4000
 
 
+# The integers that a dtype holds without rounding or wrapping. int32 and int64 are taken as unbounded.
+_EXACT = {
+    torch.bfloat16: (-(2**8), 2**8),
+    torch.float16: (-(2**11), 2**11),
+    torch.float32: (-(2**24), 2**24),
+    torch.float64: (-(2**53), 2**53),
+    torch.uint8: (0, 255),
+    torch.int8: (-128, 127),
+    torch.int16: (-(2**15), 2**15 - 1),
+}
+
+
 class Unprovable(Exception):
     """Evaluation met something it must not guess at."""
 
@@ -95,7 +107,22 @@ class MaskEvaluator:
         op = canonical(current)
         rule = _RULES.get(op.name) if op is not None else None
         found = None if op is None or rule is None else rule(self, current, op, index)
-        return self.leaf(current, index, reader) if found is None else found
+        value = self.leaf(current, index, reader) if found is None else found
+        self._check_exact(value, tensor.dtype)
+        return value
+
+    def _check_exact(self, value: Value, dtype: torch.dtype) -> None:
+        """Formulas are about exact integers: narrow dtypes round or wrap outside a range."""
+        limits = _EXACT.get(dtype)
+        if limits is None:
+            return
+        for item in [v for _, v in value.items] if isinstance(value, Cases) else [value]:
+            if is_condition(item) or item.is_number or isinstance(item, sympy.Function):
+                continue
+            found = self.bounds(item)
+            low, high = found if found is not None else (sympy.nan, sympy.nan)
+            if (low - limits[0]).is_nonnegative is not True or (limits[1] - high).is_nonnegative is not True:
+                raise Unprovable(f"{dtype} does not hold every value of {item} exactly")
 
     def broadcast(self, node: Any, index: Index, reader: Node) -> Value:
         """Like `at`, for an operand that broadcasts against a result of index `index`."""

@@ -156,14 +156,14 @@ class Peeled:
     scale: float = 1.0
 
 
-def peel(operand: Operand, reader: Node, head: str | None) -> Peeled:
-    """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half
-    tensor."""
+def peel(operand: Operand, reader: Node, head: str | None, *, scales: bool = True) -> Peeled:
+    """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half tensor,
+    with factors in between where `scales`."""
     best = Peeled(operand, reader)
     node, dims, scale, upcast = operand.node, operand.dims, 1.0, False
     while (op := canonical(node)) is not None:
         tensor, above = tensor_of(node), node
-        if tensor is None:
+        if tensor is None or op.inplace:
             break
         if op.name in ("transpose", "permute"):
             order = permutation(op, tensor.dim())
@@ -178,7 +178,8 @@ def peel(operand: Operand, reader: Node, head: str | None) -> Peeled:
             best = Peeled(Operand(node, dims), above, scale)
             continue
         elif (
-            op.name in ("mul", "div")
+            scales
+            and op.name in ("mul", "div")
             and tensor.dtype == torch.float32
             and (c := constant(op["other"])) is not None
         ):
@@ -192,6 +193,25 @@ def peel(operand: Operand, reader: Node, head: str | None) -> Peeled:
         if scale == best.scale or upcast:
             best = Peeled(Operand(node, dims), above, scale)
     return best
+
+
+def peel_keys_values(
+    keys: Operand, key_reader: Node, values: Operand, value_reader: Node, head: str | None
+) -> tuple[Peeled, Peeled]:
+    """Both sides without their repetition of heads, or both with it where only one could be stripped."""
+    for wanted in (head, None):
+        k = peel(keys, key_reader, wanted)
+        v = peel(values, value_reader, wanted, scales=False)
+        if wanted is None or same(num_heads(k.operand, wanted), num_heads(v.operand, wanted)):
+            break
+    return k, v
+
+
+def num_heads(operand: Operand, label: str) -> Any:
+    """The size of the dimension labelled `label`, 1 where it broadcasts."""
+    tensor = tensor_of(operand.node)
+    assert tensor is not None
+    return tensor.shape[operand.dims.index((label,))] if (label,) in operand.dims else 1
 
 
 def _keeps_dtype(op: Any) -> bool:

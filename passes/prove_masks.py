@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from kp_compiler.lowering import ops
-from kp_compiler.normalize import canonical, tensor_of, value_of
+from kp_compiler.normalize import canonical, erase_orphans, storage_of, tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
 from kp_compiler.passes.mask_eval import (
     B,
@@ -66,6 +66,12 @@ class _Parts:
     fills: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     biases: list[tuple[Node, float]] = dataclasses.field(default_factory=list)
 
+    def bias(self, node: Node, coeff: float, reader: Node, ctx: Context) -> None:
+        """Keep a term as a bias. The kernel reads it later than `reader` did, so it must not change until then."""
+        if node.graph is ctx.gm.graph and ctx.writes.between(node, node.graph.output_node(), since=reader):
+            raise Unprovable(f"{node.name} is written to after it was added")
+        self.biases.append((node, coeff))
+
 
 class ProveMasks:
     """See the module docstring."""
@@ -90,7 +96,7 @@ class ProveMasks:
         operands = tuple(site.args[3])  # type: ignore[arg-type]
         q, k = tensor_of(site.args[0]), tensor_of(site.args[1])
         assert q is not None and k is not None
-        key = (operands, spec.to_json(), str(q.shape), str(k.shape))
+        key = (operands, spec.to_json(), str(q.shape), str(k.shape), _writes_seen(operands, site, ctx))
         if key not in ctx.cache:
             ctx.cache[key] = _prove(spec, operands, site, q.shape, k.shape, ctx)
         proof = ctx.cache[key]
@@ -116,8 +122,27 @@ class ProveMasks:
             fill=proof.fill,
         )
         scalars = [ops.import_node(node, site, ctx.calls) for node in proof.scalars]
+        replaced = list(site.args[3])  # type: ignore[arg-type]
         site.args = (*site.args[:3], [*tensors, *bias_nodes, *sink], scalars, new.to_json())
+        erase_orphans(graph, replaced)
         return site
+
+
+def _writes_seen(operands: tuple[Node, ...], site: Node, ctx: Context) -> tuple[Node, ...]:
+    """The writes before `site` to anything its masks are built from: sites that see the same share a proof."""
+    key = ("storages", operands)
+    if key not in ctx.cache:
+        seen: set[Node] = set()
+        queue = list(operands)
+        while queue:
+            node = queue.pop()
+            if node not in seen:
+                seen.add(node)
+                queue.extend(node.all_input_nodes)
+        ctx.cache[key] = {storage_of(node) for node in seen} & set(ctx.writes.by_storage)
+    position = ctx.writes.position
+    written = [w for storage in ctx.cache[key] for w in ctx.writes.by_storage[storage]]
+    return tuple(sorted((w for w in written if position[w] < position[site]), key=position.__getitem__))
 
 
 def _kept(node: Node, reader: Node | None, ctx: Context) -> Node:
@@ -149,24 +174,27 @@ def _prove(
             return Rejection("two-masks", "A proved mask is combined with another one.")
         return _conclude(spec, parts, facts, ev, site)
     except Unprovable as error:
-        return _unproved(operands, str(error))
+        return _unproved(operands, str(error), ctx)
 
 
-def _unproved(operands: tuple[Node, ...], text: str) -> Rejection:
-    if any(_comes_from_input(node) for node in operands):
+def _unproved(operands: tuple[Node, ...], text: str, ctx: Context) -> Rejection:
+    if any(_comes_from_input(node, ctx) for node in operands):
         return Rejection("mask-is-input", f"The mask was made outside this graph: {text}.", _DDP_HINT)
     return Rejection("mask-unproved", f"The mask could not be proved: {text}.")
 
 
-def _comes_from_input(node: Any) -> bool:
-    """A mask that is a placeholder, or a slice, cast or comparison of one."""
-    while isinstance(node, Node) and node.op in ("call_function", "call_method"):
-        tensor = tensor_of(node)
+def _comes_from_input(node: Any, ctx: Context) -> bool:
+    """A mask that is a placeholder, or a slice, cast or comparison of one; seen through a checkpoint's call."""
+    while isinstance(node, Node):
+        if node.op == "placeholder" and ctx.calls and node.graph is ctx.gm.graph:
+            places = ctx.gm.graph.find_nodes(op="placeholder")
+            node = ctx.calls[0].args[1 + places.index(node)]
+            continue
         inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
-        if tensor is None or len(inputs) != 1:
-            return False
+        if node.op not in ("call_function", "call_method") or len(inputs) != 1:
+            return node.op in ("placeholder", "get_attr")
         node = inputs[0]
-    return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
+    return False
 
 
 def _take(
@@ -190,15 +218,16 @@ def _take(
     try:
         value = as_number(ev.broadcast(node, (B, H, Q, K), reader))
     except Unprovable as error:
-        parts.biases.append((node, coeff))
-        if _comes_from_input(node):
-            return _unproved((node,), str(error))
+        parts.bias(node, coeff, reader, ctx)
+        tensor = tensor_of(node)
+        if _comes_from_input(node, ctx) and tensor is not None and not tensor.requires_grad:
+            return _unproved((node,), str(error), ctx)
         return Rejection("bias", f"The additive term stays a bias: {error}.")
     items = value.items if isinstance(value, Cases) else ((sympy.true, value),)
     numbers = [_number(item, coeff) for _, item in items]
     limit = _limit(current or node, ctx)
     if any(n is None or not (n == 0 or n <= limit) for n in numbers):
-        parts.biases.append((node, coeff))
+        parts.bias(node, coeff, reader, ctx)
         return Rejection("bias", "The additive term is a bias, not a mask.")
     parts.fills += [(n, "add") for n in set(numbers) if n]  # type: ignore[misc]
     keep: Any = sympy.true
@@ -287,7 +316,8 @@ def _dead_rows(spec: AttentionSpec, parts: _Parts, facts: MaskFacts) -> tuple[An
         return "none", "where"
     finite = [(value, how) for value, how in parts.fills if math.isfinite(value)]
     if not finite:
-        return ("zero" if spec.form == "sdpa" else "nan"), "where"
+        added = any(how == "add" for _, how in parts.fills)
+        return ("zero" if spec.form == "sdpa" else "nan"), "add" if added else "where"
     if len(finite) != len(parts.fills) or len(finite) > 1:
         return Rejection(
             "mixed-fill", "Several fills meet and rows may be fully masked: their meaning is unclear."

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -23,7 +22,16 @@ from torch.fx import Graph, Node
 from kp_compiler.normalize import Op, canonical, tensor_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, copy_provenance, same
 from kp_compiler.passes.contraction import Dims, Operand, value_product
-from kp_compiler.passes.operands import Frame, Peeled, frame_of, peel, place, restore
+from kp_compiler.passes.operands import (
+    Frame,
+    Peeled,
+    frame_of,
+    num_heads,
+    peel,
+    peel_keys_values,
+    place,
+    restore,
+)
 from kp_compiler.passes.scores import Scores, Term, constant, trace_scores
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
 
@@ -135,10 +143,12 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         else Frame(tuple(x[0] for x in batch), ())
     )
     head = frame.heads[0] if frame.heads else None
-    q_side, k_side, v_side = (
-        peel(Operand(x, _sdpa_dims(x, (*batch, *tail))), node, head if x is not q else None)
+    q_operand, k_operand, v_operand = (
+        Operand(x, _sdpa_dims(x, (*batch, *tail)))
         for x, tail in ((q, (("i",), ("d",))), (k, (("j",), ("d",))), (v, (("j",), ("e",))))
     )
+    q_side = peel(q_operand, node, None)
+    k_side, v_side = peel_keys_values(k_operand, node, v_operand, node, head)
     mask = MaskSpec()
     terms: tuple[Term, ...] = ()
     biases: tuple[BiasSpec, ...] = ()
@@ -159,7 +169,7 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         mask,
         biases,
         dropout_p=float(op["dropout_p"]),
-        dead_rows="zero" if terms else "none",
+        dead_rows="zero" if _may_mask(terms) else "none",
         form="sdpa",
     )
     out_dims: Dims = (*batch, ("i",), ("e",))
@@ -191,8 +201,9 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         return Rejection("mask-fill", "The mask's fill is not a large negative number.")
     frame = frame_of(scores.split(scores.dims), scores.split(scores.product.rhs.dims))
     head = frame.heads[0] if len(frame.heads) == 1 else None
-    q, k = peel(scores.product.lhs, scores.chain[0], None), peel(scores.product.rhs, scores.chain[0], head)
-    v = peel(value, root, head)
+    core = scores.chain[0]
+    q = peel(scores.product.lhs, core, None)
+    k, v = peel_keys_values(scores.product.rhs, core, value, root, head)
     dtype = _kernel_dtype(scores, q, k, root)
     if isinstance(dtype, Rejection):
         return dtype
@@ -213,10 +224,18 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         softcap=scores.softcap,
         sink=count + len(scores.masks) if scores.sink is not None else None,
         dropout_p=dropout_p,
-        dead_rows="none" if not terms else "mean" if finite else "nan",
+        dead_rows="mean" if finite else "nan" if _may_mask(terms) else "none",
         form="softmax",
     )
     return Site(root, scores, frame, q, k, v, out_dims, dtype, spec, terms, scores.sink)
+
+
+def _may_mask(terms: tuple[Term, ...]) -> bool:
+    """Some term may leave keys out: a mask, or an additive tensor that is not learned (a learned bias is finite)."""
+    return any(
+        term.fill is not None or (tensor := tensor_of(term.node)) is None or not tensor.requires_grad
+        for term in terms
+    )
 
 
 def _fill_limit(scores: Scores, ctx: Context) -> float:
@@ -334,7 +353,7 @@ def _check_heads(site: Site) -> Rejection | None:
     """K and V have as many heads as Q, or a divisor of that."""
     if len(site.frame.heads) != 1:
         return None
-    sizes = [_head_size(peeled.operand, site.frame.heads[0]) for peeled in (site.q, site.k, site.v)]
+    sizes = [num_heads(peeled.operand, site.frame.heads[0]) for peeled in (site.q, site.k, site.v)]
     heads, kv_heads = sizes[0], sizes[1]
     grouped = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
     if same(kv_heads, sizes[2]) and (same(heads, kv_heads) or grouped):
@@ -342,12 +361,6 @@ def _check_heads(site: Site) -> Rejection | None:
     return Rejection(
         "layout", f"Heads of query, key and value do not go together: {', '.join(map(str, sizes))}."
     )
-
-
-def _head_size(operand: Operand, label: str) -> Any:
-    tensor = tensor_of(operand.node)
-    assert tensor is not None
-    return tensor.shape[operand.dims.index((label,))] if (label,) in operand.dims else 1
 
 
 def _check_reads(site: Site, ctx: Context) -> Rejection | None:
