@@ -215,8 +215,8 @@ def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
 
 
 def _check_requirements(task: Run) -> None:
-    """`require` and `expect`: what must have fired, did. A graph without a candidate site (a graph break makes such
-    ones) is no place where it could have."""
+    """`require` and `expect`: what must have fired, did. A graph without a candidate site (a graph break
+    makes such ones) is no place where it could have."""
     if task.plan_only or not task.report.sites:
         return
     for each in ALL_PASSES:

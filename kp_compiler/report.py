@@ -111,8 +111,8 @@ class Report:
         if not self.graphs:
             return (
                 "kp: the backend was not called. Either nothing was compiled in this scope, or Dynamo has "
-                "reached its recompile limit for this code (torch._dynamo.config.recompile_limit) and runs it "
-                "eagerly."
+                "reached its recompile limit for this code (torch._dynamo.config.recompile_limit) and runs "
+                "it eagerly."
             )
         lines = [
             f"target: {self.target}",

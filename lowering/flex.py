@@ -50,7 +50,7 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection(
             "dead-rows", "Gradients of fully masked rows go through the soft-cap, which is not kept."
         )
-    if spec.dead_rows == "nan" and shape.training:
+    if spec.dead_rows == "nan" and shape.training and spec.mask.kind != "full":
         return Rejection(
             "dead-rows", "Fully masked rows are NaN with NaN gradients, which FlexAttention does not keep."
         )

@@ -69,7 +69,8 @@ class Attention:
 
 
 def _checkpoint_note(chosen: table.Implementation, ctx: Context) -> Rejection | None:
-    """A selective policy that saves SDPA looks for its ATen operators: say so where another one is lowered to."""
+    """A selective policy that saves SDPA looks for its ATen operators: say so where another one is lowered
+    to."""
     if (
         not ctx.calls
         or ctx.gm.meta.get("_checkpoint_context_fn") is None

@@ -157,8 +157,8 @@ class Peeled:
 
 
 def peel(operand: Operand, reader: Node, head: str | None, *, scales: bool = True) -> Peeled:
-    """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half tensor,
-    with factors in between where `scales`."""
+    """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half
+    tensor, with factors in between where `scales`."""
     best = Peeled(operand, reader)
     node, dims, scale, upcast = operand.node, operand.dims, 1.0, False
     while (op := canonical(node)) is not None:
@@ -196,22 +196,28 @@ def peel(operand: Operand, reader: Node, head: str | None, *, scales: bool = Tru
 
 
 def peel_keys_values(
-    keys: Operand, key_reader: Node, values: Operand, value_reader: Node, head: str | None
+    keys: Operand, key_reader: Node, values: Operand, value_reader: Node, head: str | None, scores: Scores
 ) -> tuple[Peeled, Peeled]:
     """Both sides without their repetition of heads, or both with it where only one could be stripped."""
     for wanted in (head, None):
         k = peel(keys, key_reader, wanted)
         v = peel(values, value_reader, wanted, scales=False)
-        if wanted is None or same(num_heads(k.operand, wanted), num_heads(v.operand, wanted)):
+        if wanted is None or same(num_heads(k.operand, wanted, scores), num_heads(v.operand, wanted, scores)):
             break
     return k, v
 
 
-def num_heads(operand: Operand, label: str) -> Any:
-    """The size of the dimension labelled `label`, 1 where it broadcasts."""
-    tensor = tensor_of(operand.node)
+def num_heads(operand: Operand, label: str, scores: Scores) -> Any:
+    """The size of `label` in an operand, 1 where it broadcasts."""
+    dims = scores.split(operand.dims)
+    node, dim = operand.node, dims.index((label,)) if (label,) in dims else None
+    if dim is None:
+        if not any(label in labels for labels in dims):
+            return 1
+        node, dim = scores.sizes[label]  # merged with the batch
+    tensor = tensor_of(node)
     assert tensor is not None
-    return tensor.shape[operand.dims.index((label,))] if (label,) in operand.dims else 1
+    return tensor.shape[dim]
 
 
 def _keeps_dtype(op: Any) -> bool:

@@ -67,7 +67,8 @@ class _Parts:
     biases: list[tuple[Node, float]] = dataclasses.field(default_factory=list)
 
     def bias(self, node: Node, coeff: float, reader: Node, ctx: Context) -> None:
-        """Keep a term as a bias. The kernel reads it later than `reader` did, so it must not change until then."""
+        """Keep a term as a bias. The kernel reads it later than `reader` did, so it must not change until
+        then."""
         if node.graph is ctx.gm.graph and ctx.writes.between(node, node.graph.output_node(), since=reader):
             raise Unprovable(f"{node.name} is written to after it was added")
         self.biases.append((node, coeff))
@@ -129,7 +130,8 @@ class ProveMasks:
 
 
 def _writes_seen(operands: tuple[Node, ...], site: Node, ctx: Context) -> tuple[Node, ...]:
-    """The writes before `site` to anything its masks are built from: sites that see the same share a proof."""
+    """The writes before `site` to anything its masks are built from: sites that see the same share a
+    proof."""
     key = ("storages", operands)
     if key not in ctx.cache:
         seen: set[Node] = set()
@@ -184,7 +186,8 @@ def _unproved(operands: tuple[Node, ...], text: str, ctx: Context) -> Rejection:
 
 
 def _comes_from_input(node: Any, ctx: Context) -> bool:
-    """A mask that is a placeholder, or a slice, cast or comparison of one; seen through a checkpoint's call."""
+    """A mask that is a placeholder, or a slice, cast or comparison of one; seen through a checkpoint's
+    call."""
     while isinstance(node, Node):
         if node.op == "placeholder" and ctx.calls and node.graph is ctx.gm.graph:
             places = ctx.gm.graph.find_nodes(op="placeholder")

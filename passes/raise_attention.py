@@ -148,7 +148,7 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         for x, tail in ((q, (("i",), ("d",))), (k, (("j",), ("d",))), (v, (("j",), ("e",))))
     )
     q_side = peel(q_operand, node, None)
-    k_side, v_side = peel_keys_values(k_operand, node, v_operand, node, head)
+    k_side, v_side = peel_keys_values(k_operand, node, v_operand, node, head, scores)
     mask = MaskSpec()
     terms: tuple[Term, ...] = ()
     biases: tuple[BiasSpec, ...] = ()
@@ -203,7 +203,7 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
     head = frame.heads[0] if len(frame.heads) == 1 else None
     core = scores.chain[0]
     q = peel(scores.product.lhs, core, None)
-    k, v = peel_keys_values(scores.product.rhs, core, value, root, head)
+    k, v = peel_keys_values(scores.product.rhs, core, value, root, head, scores)
     dtype = _kernel_dtype(scores, q, k, root)
     if isinstance(dtype, Rejection):
         return dtype
@@ -231,7 +231,8 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
 
 
 def _may_mask(terms: tuple[Term, ...]) -> bool:
-    """Some term may leave keys out: a mask, or an additive tensor that is not learned (a learned bias is finite)."""
+    """Some term may leave keys out: a mask, or an additive tensor that is not learned (a learned bias is
+    finite)."""
     return any(
         term.fill is not None or (tensor := tensor_of(term.node)) is None or not tensor.requires_grad
         for term in terms
@@ -353,7 +354,9 @@ def _check_heads(site: Site) -> Rejection | None:
     """K and V have as many heads as Q, or a divisor of that."""
     if len(site.frame.heads) != 1:
         return None
-    sizes = [num_heads(peeled.operand, site.frame.heads[0]) for peeled in (site.q, site.k, site.v)]
+    sizes = [
+        num_heads(peeled.operand, site.frame.heads[0], site.scores) for peeled in (site.q, site.k, site.v)
+    ]
     heads, kv_heads = sizes[0], sizes[1]
     grouped = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
     if same(kv_heads, sizes[2]) and (same(heads, kv_heads) or grouped):

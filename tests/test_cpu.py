@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import kp_compiler
-from kp_compiler import backend as backends
 from kp_compiler import target as targets
 from kp_compiler.capture import merged
+from kp_compiler.lowering import inductor
 
 
 def attend(q, k, v):
@@ -40,7 +40,7 @@ def test_graph_is_handed_on_node_for_node(options: dict[str, Any], monkeypatch: 
         assert guarded is False
         return gm.forward
 
-    monkeypatch.setattr(backends.inductor, "lower", look)
+    monkeypatch.setattr(inductor, "lower", look)
 
     def spy(gm: Any, example_inputs: Any) -> Any:
         before = listing(gm)
@@ -80,7 +80,7 @@ def test_without_a_compiler_rewritten_graphs_run_too(monkeypatch: pytest.MonkeyP
     """`cpu_rewrites` with the default lowering needs no compiler either: the rewritten graph runs eagerly."""
     monkeypatch.setattr(targets, "cpp_compiler", lambda: None)
     called = []
-    monkeypatch.setattr(backends.inductor, "compile_with_inductor", lambda *a, **k: called.append(1))
+    monkeypatch.setattr(inductor, "compile_with_inductor", lambda *a, **k: called.append(1))
     inputs = qkv()
     with warnings.catch_warnings(record=True) as caught, kp_compiler.capture_reports() as reports:
         warnings.simplefilter("always")
