@@ -151,9 +151,11 @@ def _part(condition: Boolean, ev: MaskEvaluator) -> tuple[str, int | None]:
         expr = sympy.expand(condition.lhs - condition.rhs)
         coeffs = (expr.coeff(Q), expr.coeff(K))
         constant = sympy.expand(expr - coeffs[0] * Q - coeffs[1] * K)
-        one_query = coeffs == (0, 1) and ev.ranges[Q] == 1 and constant.has(sympy.Function)
-        if (coeffs == (-1, 1) or one_query) and not constant.has(Q, K, H):
+        one_query = ev.ranges[Q] == 1 and not constant.has(Q, K, H)
+        if (coeffs == (-1, 1) and not constant.has(Q, K, H)) or (one_query and coeffs == (0, 1)):
             return "causal", None
+        if one_query and coeffs == (0, -1):
+            return "window", None
         if coeffs == (1, -1) and constant.is_Integer:
             return "window", int(1 - constant)
         return "pointwise", None
