@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
     for name in ("kp-compiler", "torch", "triton", "transformers", "flash-attn-4"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return {**found, "torch": torch.__version__}
 
 
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
