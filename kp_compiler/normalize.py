@@ -344,6 +344,8 @@ def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
         return Op("clamp", {"input": args["input"], "min": args["min"], "max": None}, inplace)
     if name == "div" and args.get("rounding_mode") == "floor":
         return Op("floordiv", {"input": args["input"], "other": args["other"]}, inplace)
+    if name == "div" and args.get("rounding_mode") is not None:
+        return Op("div_trunc", {"input": args["input"], "other": args["other"]}, inplace)
     if name == "dropout":
         training = args.get("training", args.get("train", True))
         return Op("dropout", {"input": args["input"], "p": float(args["p"]) if training else 0.0}, inplace)

@@ -127,8 +127,9 @@ class _Renderer:
         if isinstance(expr, sympy.Not):
             return a.negate(self.visit(expr.args[0]))
         if isinstance(expr, sympy.Xor):
-            x, y = (self.visit(arg) for arg in expr.args)
-            return a.either(a.both(x, a.negate(y)), a.both(a.negate(x), y))
+            return self._fold(
+                lambda x, y: a.either(a.both(x, a.negate(y)), a.both(a.negate(x), y)), expr.args
+            )
         if isinstance(expr, sympy.core.relational.Relational):
             return self._relation(expr)
         if isinstance(expr, sympy.floor):

@@ -116,7 +116,10 @@ class MaskEvaluator:
         limits = _EXACT.get(dtype)
         if limits is None:
             return
+        largest = torch.finfo(dtype).max if dtype.is_floating_point else limits[1]
         for item in [v for _, v in value.items] if isinstance(value, Cases) else [value]:
+            if not is_condition(item) and item.is_number and item.is_finite and abs(item) > largest:
+                raise Unprovable(f"{dtype} can't hold {float(item):g}")
             if is_condition(item) or item.is_number or isinstance(item, sympy.Function):
                 continue
             found = self.bounds(item)
@@ -350,6 +353,9 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 def _arithmetic(function: Callable[[Any, Any], Any]) -> Rule:
     def apply(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
+        result = tensor_of(node)
+        if result is not None and result.dtype == torch.bool:
+            return None  # sums and products of booleans are not those of numbers
         a, b = (as_number(ev.broadcast(op[key], index, node)) for key in ("input", "other"))
         if op.get("alpha", 1) != 1 or op.get("rounding_mode") is not None:
             return None
@@ -478,10 +484,14 @@ def _tensor(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
 
 @_rule("arange")
 def _arange(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
-    args = list(op["range"]) + [
-        op.args[key] for key in ("start", "end", "step") if key in op.args and not op["range"]
+    given = [*op["range"]]
+    if len(given) == 1 and "end" not in op.args:
+        given = [0, *given]
+    named = [op.args[key] for key in ("start", "end", "step")[len(given) :] if key in op.args]
+    values = [
+        ev.at(a, (), node)
+        for a in ([0, *named] if not given and "start" not in op.args else [*given, *named])
     ]
-    values = [ev.at(a, (), node) for a in args]
     tensor = tensor_of(node)
     if tensor is None or any(getattr(v, "is_Float", False) for v in values):
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kp_compiler.normalize import canonical, tensor_of
+from kp_compiler.normalize import Writes, canonical, tensor_of
 from kp_compiler.passes.base import Emitter, same
 from kp_compiler.passes.contraction import Dims, Operand
 from kp_compiler.passes.scores import Scores, constant, permutation
@@ -156,14 +156,14 @@ class Peeled:
     scale: float = 1.0
 
 
-def peel(operand: Operand, reader: Node, head: str | None, *, scales: bool = True) -> Peeled:
+def peel(operand: Operand, reader: Node, head: str | None, writes: Writes, *, scales: bool = True) -> Peeled:
     """Strip transposes, copies, repetition of heads (dimension `head`) and upcasts to float32 of a half
     tensor, with factors in between where `scales`."""
     best = Peeled(operand, reader)
     node, dims, scale, upcast = operand.node, operand.dims, 1.0, False
     while (op := canonical(node)) is not None:
         tensor, above = tensor_of(node), node
-        if tensor is None or op.inplace:
+        if tensor is None or op.inplace or writes.between(node, reader):
             break
         if op.name in ("transpose", "permute"):
             order = permutation(op, tensor.dim())
@@ -196,12 +196,18 @@ def peel(operand: Operand, reader: Node, head: str | None, *, scales: bool = Tru
 
 
 def peel_keys_values(
-    keys: Operand, key_reader: Node, values: Operand, value_reader: Node, head: str | None, scores: Scores
+    keys: Operand,
+    key_reader: Node,
+    values: Operand,
+    value_reader: Node,
+    head: str | None,
+    scores: Scores,
+    writes: Writes,
 ) -> tuple[Peeled, Peeled]:
     """Both sides without their repetition of heads, or both with it where only one could be stripped."""
     for wanted in (head, None):
-        k = peel(keys, key_reader, wanted)
-        v = peel(values, value_reader, wanted, scales=False)
+        k = peel(keys, key_reader, wanted, writes)
+        v = peel(values, value_reader, wanted, writes, scales=False)
         if wanted is None or same(num_heads(k.operand, wanted, scores), num_heads(v.operand, wanted, scores)):
             break
     return k, v

@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from kp_compiler.lowering import ops
+from kp_compiler.lowering import mask_render, ops
 from kp_compiler.normalize import canonical, erase_orphans, storage_of, tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
 from kp_compiler.passes.mask_eval import (
@@ -296,6 +296,10 @@ def _conclude(
     expr = facts.expr.xreplace(rename)
     for index, (name, _, _) in enumerate(looked_up):
         expr = expr.replace(sympy.Function(name, integer=True), sympy.Function(f"t{index}", integer=True))
+    if not mask_render.renderable(mask_render.parse(str(expr))):
+        return Rejection(
+            "mask-unproved", f"The mask's formula can't be written as integer operations: {expr}."
+        )
     mask = MaskSpec(
         facts.kind,
         str(expr),

@@ -76,7 +76,7 @@ class RaiseAttention:
             return Rejection("already-fused", "FlexAttention is a fused kernel already and is left as it is.")
         op = canonical(site)
         assert op is not None
-        found = from_sdpa(site, op) if op.name == "sdpa" else from_softmax(site, op, ctx)
+        found = from_sdpa(site, op, ctx) if op.name == "sdpa" else from_softmax(site, op, ctx)
         if isinstance(found, Rejection):
             return found
         refused = _check_reads(found, ctx) or _check_heads(found)
@@ -112,7 +112,7 @@ def is_flex(node: Node) -> bool:
 # recognition
 
 
-def from_sdpa(node: Node, op: Op) -> Site | Rejection:
+def from_sdpa(node: Node, op: Op, ctx: Context) -> Site | Rejection:
     """`F.scaled_dot_product_attention`: operands by name, the mask aligned top-left if causal."""
     q, k, v = op["query"], op["key"], op["value"]
     tensors = [tensor_of(x) for x in (q, k, v)]
@@ -147,8 +147,8 @@ def from_sdpa(node: Node, op: Op) -> Site | Rejection:
         Operand(x, _sdpa_dims(x, (*batch, *tail)))
         for x, tail in ((q, (("i",), ("d",))), (k, (("j",), ("d",))), (v, (("j",), ("e",))))
     )
-    q_side = peel(q_operand, node, None)
-    k_side, v_side = peel_keys_values(k_operand, node, v_operand, node, head, scores)
+    q_side = peel(q_operand, node, None, ctx.writes)
+    k_side, v_side = peel_keys_values(k_operand, node, v_operand, node, head, scores, ctx.writes)
     mask = MaskSpec()
     terms: tuple[Term, ...] = ()
     biases: tuple[BiasSpec, ...] = ()
@@ -195,15 +195,15 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         return used
     root, value, out_dims, dropout_p = used
     fills = {mask.fill for mask in scores.masks}
-    if len({math.isinf(fill or 0.0) for fill in fills}) > 1:
-        return Rejection("mixed-fill", "Masks with finite and with infinite fill are mixed.")
+    if len(fills) > 1:
+        return Rejection("mixed-fill", "Masks with different fills are mixed.")
     if any(fill is None or fill > 0 or math.isnan(fill) for fill in fills):
         return Rejection("mask-fill", "The mask's fill is not a large negative number.")
     frame = frame_of(scores.split(scores.dims), scores.split(scores.product.rhs.dims))
     head = frame.heads[0] if len(frame.heads) == 1 else None
     core = scores.chain[0]
-    q = peel(scores.product.lhs, core, None)
-    k, v = peel_keys_values(scores.product.rhs, core, value, root, head, scores)
+    q = peel(scores.product.lhs, core, None, ctx.writes)
+    k, v = peel_keys_values(scores.product.rhs, core, value, root, head, scores, ctx.writes)
     dtype = _kernel_dtype(scores, q, k, root)
     if isinstance(dtype, Rejection):
         return dtype
@@ -366,12 +366,25 @@ def _check_heads(site: Site) -> Rejection | None:
     )
 
 
+def _grad_switches(ctx: Context) -> list[int]:
+    """Where the graph enters or leaves `torch.no_grad`."""
+    if "grad_switches" not in ctx.cache:
+        nodes = ctx.gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+        ctx.cache["grad_switches"] = [
+            ctx.writes.position[node] for node in nodes if node in ctx.writes.position
+        ]
+    return ctx.cache["grad_switches"]
+
+
 def _check_reads(site: Site, ctx: Context) -> Rejection | None:
     """Nothing the site reads may be written between being read now and being read by the replacement."""
     reads = [(p.operand.node, p.reader) for p in (site.q, site.k, site.v)]
     reads += [(term.node, term.reader) for term in site.terms]
     if site.sink is not None:
         reads.append((site.sink, site.sink))
+    first = site.root if site.scores.product is None else site.scores.chain[0]
+    if any(ctx.writes.position[first] < p < ctx.writes.position[site.root] for p in _grad_switches(ctx)):
+        return Rejection("grad-mode", "Gradients are switched on or off inside the attention.")
     for node, reader in reads:
         if ctx.writes.between(node, site.root, since=reader):
             return Rejection(

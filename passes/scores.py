@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kp_compiler.normalize import Op, canonical, tensor_of, value_of
+from kp_compiler.normalize import Op, canonical, tensor_of, value_of, written
 from kp_compiler.passes.base import Context, same
 from kp_compiler.passes.contraction import Dims, Product, scores_product
 from kp_compiler.report import Rejection
@@ -46,6 +46,7 @@ class Scores:
     biases: list[Term] = field(default_factory=list)
     masks: list[Term] = field(default_factory=list)
     sink: Node | None = None
+    shifted: bool = False  # by a constant or the rows' maximum, which softmax alone ignores
     chain: list[Node] = field(default_factory=list)
     refined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: dict[str, tuple[Node, int]] = field(default_factory=dict)
@@ -248,7 +249,10 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
     scores, op = state.scores, step.op
     name = op.name
     if name in _TRANSPARENT:
-        return None
+        result = tensor_of(step.node)
+        if result is not None and result.dtype.is_floating_point:
+            return None
+        return Rejection("unknown-op", "The scores are cast to integers.")
     if name == "dropout":
         return (
             Rejection("dropout-on-scores", "Dropout acts on the scores, before the softmax.")
@@ -272,7 +276,10 @@ def _apply(state: _Replay, step: _Step) -> Rejection | None:
     if name == "add" and op.get("alpha", 1) == 1:
         return _added(scores, step, _other(step), 1.0)
     if name == "sub" and op.get("alpha", 1) == 1:
-        return None if _is_own_max(op) else _added(scores, step, op["other"], -1.0)
+        if _is_own_max(op):
+            scores.shifted = True
+            return None
+        return _added(scores, step, op["other"], -1.0)
     if name == "masked_fill":
         return _masked(scores, step, op["mask"], op["value"], keep=False)
     if name == "where":
@@ -332,7 +339,7 @@ def _scaled(state: _Replay, factor: float) -> Rejection | None:
 
 def _tanh(state: _Replay) -> Rejection | None:
     scores = state.scores
-    if scores.softcap is not None or state.pending or scores.biases or scores.masks:
+    if scores.softcap is not None or state.pending or scores.biases or scores.masks or scores.shifted:
         return Rejection("softcap", "tanh acts on scores that already carry a mask, a bias or another tanh.")
     state.pending = True
     return None
@@ -342,13 +349,12 @@ def _added(scores: Scores, step: _Step, term: Any, coeff: float) -> Rejection | 
     tensor = tensor_of(term)
     if tensor is None:
         number = constant(term)
-        return (
-            None
-            if number is not None and math.isfinite(number)
-            else Rejection("unknown-op", "A scalar is added to the scores.")
-        )
-    if tensor.dim() > len(scores.dims):
-        return Rejection("layout", "A term of higher rank is added to the scores.")
+        if number is None or not math.isfinite(number):
+            return Rejection("unknown-op", "A scalar is added to the scores.")
+        scores.shifted = True
+        return None
+    if _grows(step):
+        return Rejection("layout", "A term that is added broadcasts the scores to a larger shape.")
     if scores.masks and any(math.isfinite(mask.fill or 0.0) for mask in scores.masks):
         return Rejection("bias-after-mask", "A term is added after a finite mask fill.")
     scores.biases.append(Term(term, scores.dims, step.node, coeff))
@@ -357,6 +363,8 @@ def _added(scores: Scores, step: _Step, term: Any, coeff: float) -> Rejection | 
 
 def _masked(scores: Scores, step: _Step, mask: Any, fill: Any, *, keep: bool) -> Rejection | None:
     tensor, number = tensor_of(mask), constant(fill)
+    if _grows(step):
+        return Rejection("layout", "A mask broadcasts the scores to a larger shape.")
     if tensor is None or tensor.dtype != torch.bool or tensor.dim() > len(scores.dims):
         return Rejection(
             "mask-shape", "The mask of the scores is not a boolean tensor that broadcasts to them."
@@ -365,6 +373,13 @@ def _masked(scores: Scores, step: _Step, mask: Any, fill: Any, *, keep: bool) ->
         return Rejection("mask-fill", "Masked scores are replaced by something that is not a constant.")
     scores.masks.append(Term(mask, scores.dims, step.node, fill=number, keep=keep))
     return None
+
+
+def _grows(step: _Step) -> bool:
+    """The operation makes the scores larger than they were."""
+    before, after = tensor_of(step.through), tensor_of(step.node)
+    assert before is not None and after is not None
+    return before.dim() != after.dim() or not all(map(same, before.shape, after.shape))
 
 
 def _sink(scores: Scores, step: _Step) -> Rejection | None:
@@ -380,8 +395,10 @@ def _sink(scores: Scores, step: _Step) -> Rejection | None:
     while (op := canonical(base)) is not None and op.name in ("expand", "cast", "clone"):
         base = op["input"]
     tensor = tensor_of(base)
-    if tensor is None or tensor.dim() != whole.dim() or not same(tensor.shape[-2], 1):
-        return Rejection("sink", "The sink logit differs from query to query.")
+    if tensor is None or tensor.dim() != 4 or whole.dim() != 4 or scores.shifted:
+        return Rejection("sink", "The sink is not one logit per head, or the scores were shifted before it.")
+    if not all(same(tensor.shape[dim], 1) for dim in (0, 2)):
+        return Rejection("sink", "The sink logit differs between queries or sequences.")
     scores.sink = base
     return None
 
@@ -435,7 +452,9 @@ def constant(value: Any) -> float | None:
     if tensor is None or tensor.numel() != 1 or not isinstance(value, Node):
         return None
     op = canonical(value)
-    if op is None:
+    if op is None or op.inplace or any(value in written(user) for user in value.users):
+        return None
+    if op.name == "cast" and op["dtype"] is not None and not op["dtype"].is_floating_point:
         return None
     if op.name in ("cast", "clone", "view", "expand", "unsqueeze"):
         return constant(op["input"])
