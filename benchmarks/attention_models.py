@@ -1,6 +1,7 @@
 """Whole Hugging Face models: native eager, Inductor, hand-written, Hugging Face sdpa + Inductor, and kp.
 
-    python benchmarks/attention_models.py [--suite llama|long|gpt2|bert|all] [--repeats N] [--out DIR]
+    python benchmarks/attention_models.py [--suite llama wide long gpt2 bert] [--repeats N] [--out DIR]
+    python benchmarks/attention_models.py --merge PART.json …
 
 Every arm has the same weights and inputs (random), all run interleaved in one process; medians of CUDA-event
 times, peak memory above the weights. Bars are those of the issue that asked for this benchmark.
@@ -23,6 +24,7 @@ from harness import RESULTS, bar, peak_gib, time_interleaved, warm, write
 
 import kp_compiler
 
+SUITES = ("llama", "wide", "long", "gpt2", "bert")
 ARMS = ("native", "inductor-eager", "inductor-sdpa", "hand", "kp-eager", "kp-sdpa")
 
 
@@ -139,6 +141,17 @@ def run_llama(
     return rows
 
 
+def run_wide(repeats: int) -> list[dict[str, Any]]:
+    """The same Llama with an MLP of 8192: more of the time is spent where kp changes nothing."""
+    inputs, arms = (
+        causal_inputs(8192, False),
+        ("inductor-eager", "inductor-sdpa", "hand", "kp-eager", "kp-sdpa"),
+    )
+    return measure(
+        "llama-ffn8192 8192", models.llama(ffn=8192), inputs, train=False, arms=arms, repeats=repeats
+    )
+
+
 def run_long(repeats: int) -> list[dict[str, Any]]:
     """32k tokens: causal, windowed and packed."""
     count, arms = 32768, ("inductor-sdpa", "hand", "kp-sdpa")
@@ -206,7 +219,7 @@ def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     value = ratio("llama 8192", "train", "kp-eager", "inductor-eager", "peak_gib")
     bars.append(bar("llama 8192 train eager: memory against Inductor", value, 0.12, at_least=False))
     for setting, mode in dict.fromkeys((r["setting"], r["mode"]) for r in rows):
-        if not setting.startswith("llama"):
+        if setting.startswith(("mistral", "packed")):  # the hand-written model masks less there
             continue
         for arm in ("kp-eager", "kp-sdpa"):
             if (setting, mode, arm) in found:
@@ -244,11 +257,37 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def merged(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
+    """Rows, stamp and peers of partial runs, which must agree on device, versions and commit."""
+    parts = [json.loads(path.read_text()) for path in paths]
+    keys = ("commit", "device", "torch", "triton", "peers")
+    for part in parts:
+        if any(part[key] != parts[0][key] for key in keys):
+            raise SystemExit(f"partial runs differ in one of {', '.join(keys)}: they are not one result")
+    stamp = {key: parts[0][key] for key in ("date", "commit", "device", "torch", "triton")}
+    return [row for part in parts for row in part["rows"]], stamp, parts[0]["peers"]
+
+
+def run_suites(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    models.register_hand_written()
+    repeats, sizes = options.repeats, tuple(options.sizes)
+    suites: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "llama": lambda: run_llama(repeats, sizes, tuple(options.train_sizes), ARMS),
+        "wide": lambda: run_wide(repeats),
+        "long": lambda: run_long(repeats),
+        "gpt2": lambda: run_gpt2(repeats, sizes, ARMS),
+        "bert": lambda: run_bert(repeats, sizes, ARMS),
+    }
+    return [row for name in names for row in suites[name]()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", default="all", choices=("llama", "long", "gpt2", "bert", "all", "quick"))
+    parser.add_argument("--suite", nargs="+", default=list(SUITES), choices=SUITES)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=[2048, 4096, 8192, 16384], help="tokens, forward"
@@ -258,28 +297,11 @@ def main() -> None:
     parser.add_argument("--name", default="attention_models")
     parser.add_argument("--merge", type=Path, nargs="*", help="result files of partial runs to put together")
     options = parser.parse_args()
-    peers = {"transformers": transformers.__version__, "kp": kp_compiler.__version__}
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    models.register_hand_written()
-    rows: list[dict[str, Any]] = []
-    suite = options.suite
-    stamp = None
     if options.merge:
-        parts = [json.loads(path.read_text()) for path in options.merge]
-        rows = [row for part in parts for row in part["rows"]]
-        stamp = {key: parts[0][key] for key in ("date", "commit", "device", "torch", "triton")}
-        peers = parts[0]["peers"]
-    elif suite == "quick":
-        rows += run_llama(options.repeats, (8192,), (8192,), tuple(a for a in ARMS if a != "native"))
-    if suite in ("llama", "all") and not options.merge:
-        rows += run_llama(options.repeats, tuple(options.sizes), tuple(options.train_sizes), ARMS)
-    if suite in ("long", "all", "quick") and not options.merge:
-        rows += run_long(options.repeats)
-    if suite in ("gpt2", "all") and not options.merge:
-        rows += run_gpt2(options.repeats, tuple(options.sizes), ARMS)
-    if suite in ("bert", "all") and not options.merge:
-        rows += run_bert(options.repeats, tuple(options.sizes), ARMS)
+        rows, stamp, peers = merged(options.merge)
+    else:
+        rows, stamp = run_suites(options.suite, options), None
+        peers = {"transformers": transformers.__version__, "kp": kp_compiler.__version__}
     path = write(options.name, rows, bars_of(rows), peers, options.out, stamp)
     plot(rows, path.with_suffix(".png"))
 
