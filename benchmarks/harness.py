@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +27,49 @@ def synchronise() -> None:
     torch.cuda.synchronize()
 
 
-def time_interleaved(
-    steps: dict[str, Step], repeats: int, calls: int = 2, pause: float = 0.05
-) -> dict[str, float]:
+def time_interleaved(steps: dict[str, Step], repeats: int, pause: float = 0.05) -> dict[str, float]:
     """Median milliseconds of each step. Every round visits each once, in a new order, `pause` seconds apart
-    (an arm that follows a power-hungry one would otherwise run at its lower clocks), and times `calls` calls
-    queued behind an untimed one: the host runs ahead, as it does in a loop over batches, so a step costs
-    what the longer of host and GPU needs, not the sum of both."""
+    (an arm that follows a power-hungry one would otherwise run at its lower clocks), and times a span of
+    calls queued behind an untimed one: the host runs ahead, as it does in a loop over batches, so a step
+    costs what the longer of host and GPU needs, not the sum of both."""
+    calls = {name: max(2, math.ceil(SPAN_MS / _span(step, 1))) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
-    for _ in range(repeats):
-        shuffle(order)
-        for name in order:
-            step = steps[name]
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            synchronise()
-            time.sleep(pause)
-            step()
-            start.record()
-            for _ in range(calls):
-                step()
-            end.record()
-            synchronise()
-            times[name].append(start.elapsed_time(end) / calls)
+    with _no_collection():
+        for _ in range(repeats):
+            shuffle(order)
+            for name in order:
+                time.sleep(pause)
+                times[name].append(_span(steps[name], calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+SPAN_MS = 30.0  # a step that is bound by the host moves by a tenth from call to call, a span of them does not
+
+
+def _span(step: Step, calls: int) -> float:
+    """Milliseconds a call, of `calls` calls behind an untimed one."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronise()
+    step()
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    synchronise()
+    return start.elapsed_time(end) / calls
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collector stands still, as in `timeit`."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def peak_gib(step: Step) -> float:
