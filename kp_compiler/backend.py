@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from kp_compiler import capture, target
 from kp_compiler.config import Config, resolve
-from kp_compiler.normalize import tensor_of
+from kp_compiler.metadata import tensor_of
 from kp_compiler.pipeline import Run, run
 from kp_compiler.report import GraphRecord, Report
 from kp_compiler.target import Target

@@ -1,28 +1,22 @@
-"""One spelling per operation: a canonical, read-only view of Dynamo's graph, and what its mutations do to it.
+"""One spelling per operation: a canonical, read-only view of Dynamo's graph.
 
 Dynamo writes the same operation as a method, an operator, a function of `torch`, of `torch.nn.functional` or
 of `torch._C._nn`. `canonical(node)` gives each one name and named arguments. The graph itself is left as it
 came: what kp does not rewrite reaches Inductor untouched.
-
-Dynamo's graph is not functional. `Writes` knows every write per storage (fake tensors of views share theirs),
-so that a reader can tell whether a value is still what its node computed, and can follow a value through
-in-place updates.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
-_MISSING = object()
+from kp_compiler.metadata import value_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,8 @@ class Op:
         return self.args.get(key, default)
 
 
-# ---------------------------------------------------------------------------------------------- the table of
-# names
+# What each operation is spelt as: name, parameters, functions, methods. A `*name` takes the remaining
+# positionals, `name=value` has a default, `=value` is the dtype that a method's name implies.
 
 _FUNCTIONS: dict[Any, tuple[str, str]] = {}
 _METHODS: dict[str, tuple[str, str]] = {}
@@ -136,7 +130,7 @@ def _define_all() -> None:
         (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention),
     )
 
-    _define("view", "input *size", (torch.reshape,), ("view", "reshape", "unflatten_to"))
+    _define("view", "input *size", (torch.reshape,), ("view", "reshape"))
     _define("view_as", "input other", (), ("view_as", "reshape_as"))
     _define("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",))
     _define("unflatten", "input dim sizes", (torch.unflatten,), ("unflatten",))
@@ -182,7 +176,7 @@ def _define_all() -> None:
         "long": torch.int64,
     }.items():
         _METHODS[name] = ("cast", f"input memory_format=None ={dtype}")
-    _define("clone", "input", (torch.clone,), ("clone", "contiguous", "detach_keep"))
+    _define("clone", "input", (torch.clone,), ("clone", "contiguous"))
     _define("clone", "input memory_format=None", (), ("contiguous",))
     _define("detach", "input", (torch.detach,), ("detach",))
 
@@ -221,10 +215,10 @@ def canonical(node: Node) -> Op | None:
         elif isinstance(target, torch._ops.OpOverloadPacket):
             target = _from_aten(target.default) if hasattr(target, "default") else target
         entry = _FUNCTIONS.get(target) if _hashable(target) else None
-        inplace = getattr(target, "__name__", "") in _INPLACE_OPERATORS
+        inplace = getattr(target, "__name__", "") in INPLACE_OPERATORS
     elif node.op == "call_method":
         method = str(node.target)
-        inplace = _is_inplace_name(method)
+        inplace = is_inplace_name(method)
         entry = _METHODS.get(method[:-1] if inplace and not method.startswith("__") else method)
     else:
         return None
@@ -233,6 +227,19 @@ def canonical(node: Node) -> Op | None:
     name, signature = entry
     args = _bind(signature, node.args, node.kwargs)
     return None if args is None else _simplify(name, args, inplace)
+
+
+def permutation(op: Op, rank: int) -> list[int] | None:
+    """The order of dimensions that a permute or transpose makes."""
+    if op.name == "transpose":
+        order = list(range(rank))
+        a, b = op["dim0"], op["dim1"]
+        if not isinstance(a, int) or not isinstance(b, int):
+            return None
+        order[a], order[b] = order[b], order[a]
+        return order
+    dims = op["dims"]
+    return [d % rank for d in dims] if len(dims) == rank and all(isinstance(d, int) for d in dims) else None
 
 
 def _hashable(target: Any) -> bool:
@@ -363,223 +370,12 @@ def _simplify_to(args: dict[str, Any]) -> Op:
     return Op("cast", {"input": args["input"], "dtype": dtype})
 
 
-# -------------------------------------------------------------------------------------------------------
-# metadata
-
-
-def value_of(node: Any) -> Any:
-    """The fake value Dynamo computed for a node (or the constant itself)."""
-    return node.meta.get("example_value") if isinstance(node, Node) else node
-
-
-def tensor_of(node: Any) -> torch.Tensor | None:
-    """The fake tensor of a node, or None."""
-    value = value_of(node)
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def fill_metadata(gm: GraphModule) -> list[str]:
-    """Compute missing `example_value`s under the graph's own fake mode; returns the names that stay without
-    one."""
-    from torch._guards import detect_fake_mode
-
-    missing = [
-        n
-        for n in gm.graph.nodes
-        if n.op in ("call_function", "call_method") and "example_value" not in n.meta
-    ]
-    if not missing:
-        return []
-    mode = detect_fake_mode([v for n in gm.graph.nodes if (v := tensor_of(n)) is not None])
-    return [node.name for node in missing if mode is None or not infer(node, mode)]
-
-
-def infer(node: Node, mode: Any) -> bool:
-    """Like `trace_fake`, for a node that may be one that fakes can't run: sites that need its value are
-    refused."""
-    try:
-        trace_fake(node, mode)
-    except Exception:
-        return False
-    return True
-
-
-def trace_fake(node: Node, mode: Any, *, grad: bool = True) -> None:
-    """Run one node on its arguments' fake values and keep the result.
-
-    The Python dispatcher decomposes composites such as matmul; their C++ form would turn symbolic sizes into
-    numbers.
-    """
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
-    with mode, torch.set_grad_enabled(grad), enable_python_dispatcher():
-        if node.op == "call_method":
-            node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, tuple[Node, ...]]]:
-    """The graph and every activation-checkpoint body under it, each with the nodes that call it."""
-    yield gm, ()
-    calls: dict[str, list[Node]] = {}
-    for node in gm.graph.nodes:
-        if (
-            node.op == "call_function"
-            and str(node.target) in CHECKPOINT_OPS
-            and isinstance(node.args[0], Node)
-        ):
-            calls.setdefault(str(node.args[0].target), []).append(node)
-    for name, nodes in calls.items():
-        body = gm.get_submodule(name)
-        if isinstance(body, GraphModule):
-            yield body, tuple(nodes)
-
-
-CHECKPOINT_OPS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# writes
-
-_INPLACE_OPERATORS = {
+INPLACE_OPERATORS = {
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor", "ipow", "imatmul",
 }  # fmt: skip
 
 
-def _is_inplace_name(name: str) -> bool:
+def is_inplace_name(name: str) -> bool:
     if name.startswith("__"):
-        return name.startswith("__i") and name[3:-2] in {op[1:] for op in _INPLACE_OPERATORS}
+        return name.startswith("__i") and name[3:-2] in {op[1:] for op in INPLACE_OPERATORS}
     return name.endswith("_")
-
-
-def written(node: Node) -> list[Node]:
-    """The arguments that a node writes to."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    found: list[Any] = []
-    if node.kwargs.get("inplace") is True or "out" in node.kwargs:
-        found.append(node.kwargs.get("out", node.args[0] if node.args else None))
-    if node.op == "call_method":
-        if _is_inplace_name(str(node.target)) or node.target == "__setitem__":
-            found.append(node.args[0])
-    elif isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
-        pairs = zip(schema.arguments, node.args, strict=False)
-        found += [
-            arg for formal, arg in pairs if formal.alias_info is not None and formal.alias_info.is_write
-        ]
-        by_name = {f.name for f in schema.arguments if f.alias_info is not None and f.alias_info.is_write}
-        found += [arg for name, arg in node.kwargs.items() if name in by_name]
-    elif node.target is operator.setitem:
-        found.append(node.args[0])
-    else:
-        name = getattr(node.target, "__name__", "")
-        if name in _INPLACE_OPERATORS or (
-            name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")
-        ):
-            found.append(node.args[0])
-        elif node.target is F.dropout and len(node.args) > 3 and node.args[3] is True:
-            found.append(node.args[0])
-    return [arg for arg in found if isinstance(arg, Node) and tensor_of(arg) is not None]
-
-
-def storage_of(node: Any) -> int | None:
-    """An identity for the storage behind a node's tensor: views share it."""
-    value = tensor_of(node)
-    try:
-        return None if value is None else value.untyped_storage()._cdata
-    except NotImplementedError:  # wrappers inside functorch transforms own no storage
-        return None
-
-
-class Writes:
-    """Where a graph writes to which storage, by position. Build it anew after the graph was edited."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.position = {node: index for index, node in enumerate(graph.nodes)}
-        self.by_storage: dict[int, list[Node]] = {}
-        self.external = {storage_of(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
-        for node in graph.nodes:
-            for target in written(node):
-                storage = storage_of(target)
-                if storage is not None:
-                    self.by_storage.setdefault(storage, []).append(node)
-
-    def between(self, value: Node, reader: Node, *, since: Node | None = None) -> list[Node]:
-        """Writes to `value`'s storage before `reader` runs and after `since` did (default: after it was
-        computed)."""
-        storage = storage_of(value)
-        if storage is None or storage not in self.by_storage:
-            return []
-        low, high = self.position.get(since or value, -1), self.position.get(reader, len(self.position))
-        return [node for node in self.by_storage[storage] if low < self.position[node] < high]
-
-    def current(self, value: Node, reader: Node) -> Node | None:
-        """The node that holds what `value` reads as at `reader`: itself, the in-place update of it, or None.
-
-        An update is followed when it rewrites the whole of a tensor that was made inside the graph.
-        """
-        while writes := self.between(value, reader):
-            first = writes[0]
-            whole = written(first) == [value] and tensor_of(first) is not None
-            if not whole or first.target is operator.setitem or storage_of(value) in self.external:
-                return None
-            value = first
-        return value
-
-
-# --------------------------------------------------------------------------------------------------------
-# clean-up
-
-
-def erase_orphans(
-    graph: Graph, roots: list[Node], *, keep: Callable[[Node], bool] = lambda node: False
-) -> int:
-    """Erase `roots` and whatever only they used, walking up. Mutations go only with everything that shares
-    their storage; nodes with other effects and placeholders stay. Returns the number of nodes erased."""
-    erased = 0
-    queue = list(roots)
-    while queue:
-        node = queue.pop()
-        if node._erased or node.users or node.op not in ("call_function", "call_method") or keep(node):
-            continue
-        if not _removable(node):
-            continue
-        inputs = list(node.all_input_nodes)
-        graph.erase_node(node)
-        erased += 1
-        queue.extend(inputs)
-        queue.extend(user for i in inputs for user in i.users if not user.users and written(user) == [i])
-    return erased
-
-
-def _removable(node: Node) -> bool:
-    targets = written(node)
-    if targets:
-        return all(_private(target, node) for target in targets)
-    op = canonical(node)
-    if op is not None:
-        return op.name != "item" and not (
-            op.name == "dropout" and op["p"] > 0.0 and not node.meta.get("kp_replaced")
-        )
-    if isinstance(node.target, torch._ops.OpOverload):
-        return (
-            not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
-        )
-    return getattr(node.target, "__module__", "") in _PURE_MODULES and not node.is_impure()
-
-
-_PURE_MODULES = ("_operator", "math", "torch.nn.functional", "torch._C._nn", "torch", "torch.functional")
-
-
-def _private(target: Node, writer: Node) -> bool:
-    """No one but `writer` still looks at the storage that `target` owns, and the graph made it."""
-    storage = storage_of(target)
-    for node in writer.graph.nodes:
-        if storage_of(node) != storage:
-            continue
-        if node.op in ("placeholder", "get_attr"):
-            return False
-        if any(user is not writer for user in node.users):
-            return False
-    return True

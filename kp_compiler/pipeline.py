@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from kp_compiler.config import Config
 from kp_compiler.errors import KPError, KPRequirementError
 from kp_compiler.lowering import ops
-from kp_compiler.normalize import bodies, erase_orphans, fill_metadata, tensor_of
+from kp_compiler.metadata import bodies, fill_metadata, tensor_of
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.passes.attention import revert
 from kp_compiler.passes.base import Context, Match, Pass, module_of, source_of
@@ -22,6 +22,7 @@ from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
 from kp_compiler.target import Target
 from kp_compiler.verify import verify_site
+from kp_compiler.writes import erase_orphans
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kp_compiler.normalize import tensor_of, value_of
+from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Match
 from kp_compiler.report import Rejection
 

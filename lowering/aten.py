@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from kp_compiler.lowering import mask_render
-from kp_compiler.normalize import tensor_of, value_of
+from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target

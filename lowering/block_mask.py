@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from kp_compiler.lowering import mask_render
-from kp_compiler.normalize import tensor_of, value_of
+from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.specs import AttentionSpec
 
 BLOCK = 128

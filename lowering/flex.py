@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_mask import BLOCK, BlockLists, emit_block_lists
 from kp_compiler.lowering.dense_mask import GraphIndices
-from kp_compiler.normalize import tensor_of, trace_fake, value_of
+from kp_compiler.metadata import tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target

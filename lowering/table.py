@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from kp_compiler.config import AttentionConfig
 from kp_compiler.lowering import aten, fa4, flex, mask_render
-from kp_compiler.normalize import tensor_of
+from kp_compiler.metadata import tensor_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target

@@ -16,9 +16,9 @@ from torch.fx import Graph, Node
 
 from kp_compiler import cost
 from kp_compiler.lowering import ops, table
-from kp_compiler.normalize import erase_orphans
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
 from kp_compiler.specs import AttentionShape
+from kp_compiler.writes import erase_orphans
 
 
 class Attention:

@@ -15,9 +15,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.config import Config, PassConfig
 from kp_compiler.lowering import ops
-from kp_compiler.normalize import Writes, tensor_of, trace_fake, value_of
+from kp_compiler.metadata import tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.target import Target
+from kp_compiler.writes import Writes
 
 Tier = Literal["exact", "approximate", "distributed"]
 Kind = Literal["attention", "linear"]

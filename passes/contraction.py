@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from kp_compiler.normalize import Op, tensor_of
+from kp_compiler.metadata import tensor_of
+from kp_compiler.normalize import Op
 from kp_compiler.passes.base import same
 
 Dims = tuple[tuple[str, ...], ...]

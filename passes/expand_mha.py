@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from kp_compiler.normalize import tensor_of
+from kp_compiler.metadata import tensor_of
 from kp_compiler.passes.base import Emitter
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)

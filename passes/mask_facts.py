@@ -13,7 +13,8 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from kp_compiler.passes.mask_eval import B, H, K, Leaf, MaskEvaluator, Q, Unprovable, compare
+from kp_compiler.passes.mask_eval import B, H, K, Leaf, MaskEvaluator, Q
+from kp_compiler.passes.mask_values import Unprovable, compare
 from kp_compiler.specs import MaskKind
 
 _NAMES = {sympy.Le: "le", sympy.Lt: "lt", sympy.Ge: "ge", sympy.Gt: "gt"}

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kp_compiler.normalize import Writes, canonical, tensor_of
+from kp_compiler.metadata import tensor_of
+from kp_compiler.normalize import canonical, permutation
 from kp_compiler.passes.base import Emitter, same
 from kp_compiler.passes.contraction import Dims, Operand
-from kp_compiler.passes.scores import Scores, constant, permutation
+from kp_compiler.passes.scores import Scores
+from kp_compiler.writes import Writes, constant
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -22,23 +22,14 @@ import torch
 from torch.fx import Graph, Node
 
 from kp_compiler.lowering import mask_render, ops
-from kp_compiler.normalize import canonical, erase_orphans, storage_of, tensor_of, value_of
+from kp_compiler.metadata import tensor_of, value_of
+from kp_compiler.normalize import canonical
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
-from kp_compiler.passes.mask_eval import (
-    B,
-    Cases,
-    H,
-    K,
-    MaskEvaluator,
-    Q,
-    Unprovable,
-    as_condition,
-    as_number,
-    choose,
-)
+from kp_compiler.passes.mask_eval import B, H, K, MaskEvaluator, Q
 from kp_compiler.passes.mask_facts import MaskFacts, establish, operands_of
-from kp_compiler.passes.scores import constant
+from kp_compiler.passes.mask_values import Cases, Unprovable, as_condition, as_number, choose
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
+from kp_compiler.writes import constant, erase_orphans, storage_of
 
 _DDP_HINT = (
     "A mask made outside this graph can't be proved. Under DDP set torch._dynamo.config.optimize_ddp = "

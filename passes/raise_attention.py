@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from kp_compiler.normalize import Op, canonical, tensor_of
+from kp_compiler.metadata import tensor_of
+from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, copy_provenance, same
 from kp_compiler.passes.contraction import Dims, Operand, value_product
 from kp_compiler.passes.operands import (
@@ -32,8 +33,10 @@ from kp_compiler.passes.operands import (
     place,
     restore,
 )
-from kp_compiler.passes.scores import Scores, Term, constant, trace_scores
+from kp_compiler.passes.scores import Scores, Term
+from kp_compiler.passes.trace_scores import trace_scores
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
+from kp_compiler.writes import constant
 
 
 @dataclass(frozen=True)

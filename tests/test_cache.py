@@ -52,7 +52,7 @@ def test_lowered_operator_carries_the_fingerprint() -> None:
     assert parse_spec(call.args[5]).mask.kind == "causal"
 
 
-@pytest.mark.parametrize("name", ["kp_compiler/specs.py", "passes/mask_eval.py", "lowering/reference.py"])
+@pytest.mark.parametrize("name", ["kp_compiler/specs.py", "passes/mask_rules.py", "lowering/reference.py"])
 def test_every_byte_of_the_sources_counts(copied_sources: Path, name: str) -> None:
     before = fresh()
     assert fresh() == before
