@@ -119,7 +119,7 @@ def plan(
         return gm.forward
 
     torch._dynamo.reset()
-    fake_model, fake_args, fake_kwargs = _to_fake((model, args, kwargs), dtype)
+    fake_model, fake_args, fake_kwargs = to_fake((model, args, kwargs), dtype)
     try:
         torch.compile(fake_model, backend=backend)(*fake_args, **fake_kwargs)
     except Exception as error:
@@ -132,7 +132,7 @@ def plan(
     return whole
 
 
-def _to_fake(value: Any, dtype: torch.dtype | None) -> Any:
+def to_fake(value: Any, dtype: torch.dtype | None) -> Any:
     """A copy with every tensor fake and on the CPU; no data is copied.
 
     Not on the meta device: Dynamo keeps a `torch.tensor(0.0, device=x.device)` there as a real meta tensor
