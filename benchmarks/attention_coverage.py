@@ -30,7 +30,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import kp_compiler
-from kp_compiler.capture import to_fake
+from kp_compiler.fakes import new_mode, to_fake
 
 NO_ATTENTION = ("no-qk-product", "no-value-product")
 NAMED = ("llama", "gpt2", "bert", "vit", "t5", "mistral", "qwen2")
@@ -105,7 +105,7 @@ def fused_by_inductor(family: str, kind: str) -> int:
         compile_fx(gm, list(example_inputs), inner_compile=lambda inner, *_, **__: inner.forward)
         return gm.forward
 
-    model, given = to_fake(build(family, kind, "eager"), None)
+    model, given = to_fake(build(family, kind, "eager"), None, new_mode())
     counters.clear()
     torch._dynamo.reset()
     with torch.no_grad():

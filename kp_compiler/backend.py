@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,20 @@ from torch.fx import GraphModule
 
 from kp_compiler import capture, target
 from kp_compiler.config import Config, resolve
+from kp_compiler.errors import KPConfigError
 from kp_compiler.metadata import tensor_of
-from kp_compiler.pipeline import Run, run
-from kp_compiler.report import GraphRecord, Report
+from kp_compiler.pipeline import Run, check_left_alone, run
+from kp_compiler.report import GraphRecord, Rejection, Report
 from kp_compiler.target import Target
 
 log = logging.getLogger("kp_compiler")
+
+CPU = Rejection(
+    "cpu",
+    "No accelerator is among the tensors, so nothing was rewritten.",
+    "options={'cpu_rewrites': True} rewrites onto the reference kernels.",
+)
+_NO_COMPILER = "no C++ compiler works here, so Inductor can't compile for the CPU; the graph runs eagerly."
 
 
 def kp(
@@ -38,6 +46,8 @@ def kp(
     if active:
         report = run(Run(gm, config, where, keep_graphs=capture.is_open() or config.report_dir is not None))
     else:
+        if not config.disabled:
+            check_left_alone(gm, config, CPU)
         report = Report(target=str(where))
     report.graphs.append(_graph_record(gm, config, where, active, 1e3 * (time.perf_counter() - start)))
     _publish(report, config)
@@ -56,33 +66,42 @@ def _lower(
 ) -> Callable[..., Any]:
     from kp_compiler.lowering import inductor  # brings Inductor and Triton along: not at import time
 
-    if where.device == "cpu" and config.lowering == "inductor" and target.cpp_compiler() is None:
-        warnings.warn(
-            "kp: no C++ compiler was found, so Inductor can't compile for the CPU; the model runs eagerly.",
-            stacklevel=3,
-        )
+    if _lacks_compiler(config, where):
+        warnings.warn(f"kp: {_NO_COMPILER}", stacklevel=3)
         return gm.forward
     return inductor.lower(gm, example_inputs, config, guarded=guarded)
 
 
-def _reset() -> None:
-    """What `torch._dynamo.reset()` calls."""
-    from kp_compiler.lowering import inductor
+def _lacks_compiler(config: Config, where: Target) -> bool:
+    return where.device == "cpu" and config.lowering == "inductor" and target.cpp_compiler() is None
 
-    inductor.reset()
+
+def _reset() -> None:
+    """What `torch._dynamo.reset()` calls, in the middle of iterating over backends: it must import nothing,
+    since Inductor registers backends of its own."""
+    inductor = sys.modules.get("kp_compiler.lowering.inductor")
+    if inductor is not None:
+        inductor.reset()
 
 
 def _graph_record(gm: GraphModule, config: Config, where: Target, active: bool, took: float) -> GraphRecord:
     mode = "disabled" if config.disabled else "rewritten" if active else "cpu"
-    record = GraphRecord(0, len(gm.graph.nodes), where.device, mode, took, config.lowering)
+    eagerly = _lacks_compiler(config, where)
+    lowering = "eager" if eagerly else config.lowering
+    record = GraphRecord(0, len(gm.graph.nodes), where.device, mode, took, lowering, *_compilation())
     if mode == "cpu":
-        record.notes.append(
-            "cpu: no accelerator among the tensors, so nothing was rewritten; options={'cpu_rewrites': True} "
-            "rewrites onto the reference kernels."
-        )
+        record.notes.append(f"cpu: {CPU.text} {CPU.hint}")
     elif mode == "disabled":
         record.notes.append("KP_DISABLE is set: kp did nothing.")
+    if eagerly:
+        record.notes.append(_NO_COMPILER)
     return record
+
+
+def _compilation() -> tuple[str, int]:
+    """Dynamo's name for what it is compiling, and how often it has started over."""
+    context = torch._guards.CompileContext.try_get()
+    return (str(context.compile_id), context.attempt) if context is not None else ("", 0)
 
 
 def _publish(report: Report, config: Config) -> None:
@@ -99,10 +118,16 @@ def _publish(report: Report, config: Config) -> None:
         payload_fn=report.to_json,
     )
     if config.report_dir is not None:
-        os.makedirs(config.report_dir, exist_ok=True)
-        path = os.path.join(config.report_dir, f"graph_{os.getpid()}_{index}.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(json.loads(report.to_json()), file, indent=1)
+        _write(report, config.report_dir, f"graph_{os.getpid()}_{index}.json")
+
+
+def _write(report: Report, folder: str, name: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(report.to_json())
+    except OSError as error:
+        raise KPConfigError(f"report_dir: can't write into {folder!r}: {error.strerror or error}") from None
 
 
 kp.reset = _reset  # type: ignore[attr-defined]

@@ -239,15 +239,21 @@ def parse_options(text: str | None, pairs: Sequence[str]) -> dict[str, Any]:
         if not key or not equals:
             raise _UsageError(f"--option: got {pair!r}, expected key=value")
         name, _, setting = key.partition(".")
-        if not setting:
-            settings[name] = _value(value)
-            continue
-        before = settings.get(name, {})
-        if not isinstance(before, Mapping):
-            before = {"mode": before} if isinstance(before, str) else {"mode": "on" if before else "off"}
-        settings[name] = {**before, setting: _value(value)}
+        new: Any = {setting: _value(value)} if setting else _value(value)
+        if setting or name in config.PASS_CONFIGS:  # the settings of a pass add up
+            before, new = _settings(settings.get(name, {})), _settings(new)
+            both = isinstance(before, Mapping) and isinstance(new, Mapping)
+            new = {**before, **new} if both else new
+        settings[name] = new
     config.resolve(settings)
     return settings
+
+
+def _settings(value: Any) -> Any:
+    """A mode or a bool as the dict it stands for."""
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    return {"mode": value} if isinstance(value, str) else value
 
 
 def _value(text: str) -> Any:
@@ -305,10 +311,11 @@ def _load(place: str) -> ModuleType:
 
 def _call(source: str, make: Any) -> Any:
     try:
-        return make()
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is the report's
+            return make()
     except KPError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _UsageError(f"{source} raised {type(error).__name__}: {error}") from None
 
 

@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import difflib
 import hashlib
+import math
 import os
 import types
 import typing
@@ -121,6 +122,8 @@ def resolve(
     """Merge defaults, environment, `kp.options` scopes and `settings` into a Config, or raise
     KPConfigError."""
     env = os.environ if env is None else env
+    if env.get("KP_DISABLE", "") not in ("", "0"):
+        return Config(disabled=True)
     layers: list[tuple[str, Mapping[str, Any]]] = [("KP_PASSES", _from_env(env.get("KP_PASSES", "")))]
     layers += [("kp.options", scope) for scope in _scoped.get()]
     if settings is not None and not isinstance(settings, Mapping):
@@ -131,14 +134,27 @@ def resolve(
     for source, layer in layers:
         for key, value in layer.items():
             _merge(values, sources, key, value, source)
-    if mode is not None and values.get("mode", mode) != mode:
-        raise KPConfigError(f"mode: got {mode!r} from torch.compile and {values['mode']!r} from options")
-    if mode is not None:
+    if mode is not None:  # as strong as `settings`: torch.compile takes only one of the two
+        if settings and settings.get("mode", mode) != mode:
+            raise KPConfigError(
+                f"mode: got {mode!r} from torch.compile and {settings['mode']!r} from options"
+            )
         values["mode"] = mode
     if "inductor" in values or "mode" in values:
         _check_inductor(values.get("mode"), values.get("inductor", {}))
-    disabled = env.get("KP_DISABLE", "") not in ("", "0")
-    return Config(**values, disabled=disabled, sources=sources)
+    _check_consistent(values, sources)
+    return Config(**values, sources=sources)
+
+
+def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """A pass that must fire needs the ones it builds on."""
+    if getattr(values.get("raise_attention"), "mode", "auto") != "off":
+        return
+    for name in ("prove_masks", "attention"):
+        settings = values.get(name)
+        if settings is not None and (settings.mode == "require" or settings.expect):
+            where = sources.get("raise_attention.mode", "options")
+            raise KPConfigError(f"{name}: required, but raise_attention, which it needs, is off ({where})")
 
 
 def _merge(values: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str) -> None:
@@ -169,6 +185,10 @@ def _pass_settings(name: str, value: Any) -> dict[str, Any]:
         if key not in hints:
             raise KPConfigError(_unknown(f"{name} setting", key, tuple(hints)))
     given = {key: _checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()}
+    if (given.get("expect") or 0) < 0:
+        raise KPConfigError(f"{name}.expect: got {given['expect']}, expected a number of sites")
+    if given.get("fill_threshold", -1.0) >= 0.0:
+        raise KPConfigError(f"{name}.fill_threshold: got {given['fill_threshold']:g}, expected less than 0")
     if value and "mode" not in given and given.get("expect") is not None:
         given["mode"] = "require"
     return given
@@ -179,7 +199,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     stand."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in args and not isinstance(value, bool):
+        if isinstance(value, str) and value in args:
             return value
         raise KPConfigError(_unexpected(name, value, args))
     if origin is types.UnionType:
@@ -197,6 +217,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise KPConfigError(f"{name}: got {value!r}, expected a dict")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and math.isnan(value):
+        raise KPConfigError(f"{name}: got nan, expected a number")
     if hint is int and isinstance(value, bool):
         raise KPConfigError(f"{name}: got {value!r}, expected an int")
     if isinstance(value, hint):
@@ -219,11 +241,13 @@ def _from_env(text: str) -> dict[str, str]:
 def _check_inductor(mode: str | None, patches: Mapping[str, Any]) -> None:
     import torch._inductor as inductor
 
-    modes = tuple(inductor.list_mode_options())
-    if mode is not None and mode not in (*modes, "default"):
-        raise KPConfigError(_unexpected("mode", mode, ("default", *modes)))
+    modes = tuple(dict.fromkeys(("default", *inductor.list_mode_options())))
+    if mode is not None and mode not in modes:
+        raise KPConfigError(_unexpected("mode", mode, modes))
     known = tuple(inductor.list_options()) if patches else ()
     for key in patches:
+        if not isinstance(key, str):
+            raise KPConfigError(f"inductor: got the key {key!r}, expected names of Inductor's options")
         if key.replace("-", "_") not in known:
             raise KPConfigError(_unknown("inductor option", key, known, listed=False))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from kp_compiler.metadata import value_of
+from kp_compiler.metadata import number_of, value_of
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,8 @@ def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
     if name == "div" and args.get("rounding_mode") is not None:
         return Op("div_trunc", {"input": args["input"], "other": args["other"]}, inplace)
     if name == "dropout":
-        training = args.get("training", args.get("train", True))
-        return Op("dropout", {"input": args["input"], "p": float(args["p"]) if training else 0.0}, inplace)
+        p = number_of(args["p"]) if args.get("training", args.get("train", True)) else 0.0
+        return None if p is None else Op("dropout", {"input": args["input"], "p": p}, inplace)
     return Op(name, args, inplace)
 
 

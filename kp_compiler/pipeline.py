@@ -47,8 +47,6 @@ def run(task: Run, graph_index: int = 0) -> Report:
     pass.
     """
     fill_metadata(task.gm)
-    for gm, _ in bodies(task.gm):
-        expand_all(gm.graph)
     pristine = _snapshot(task.gm)
     failed: dict[str, str] = {}
     while True:
@@ -68,6 +66,9 @@ def run(task: Run, graph_index: int = 0) -> Report:
         return task.report
 
 
+_Unit = tuple[GraphModule, tuple[Node, ...]]  # a graph, and the nodes that call it
+
+
 class _PassFailed(Exception):
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__(name)
@@ -76,6 +77,7 @@ class _PassFailed(Exception):
 
 def _run_all(task: Run, index: int, failed: dict[str, str]) -> None:
     units = list(bodies(task.gm))
+    _expand(units, task, failed)
     for each in ALL_PASSES:
         if each.name in failed:
             task.report.passes.append(PassRecord(each.name, index, 0.0, 0, 0, error=failed[each.name]))
@@ -89,7 +91,20 @@ def _run_all(task: Run, index: int, failed: dict[str, str]) -> None:
     _finish(units, task, index, failed)
 
 
-def _run_pass(each: Pass, units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int) -> None:
+def _expand(units: list[_Unit], task: Run, failed: dict[str, str]) -> None:
+    """Write composite calls out before the pass that recognises attention looks for it. It answers for
+    errors."""
+    name = ALL_PASSES[0].name
+    if name in failed or getattr(task.config, name).mode == "off":
+        return
+    try:
+        for gm, _ in units:
+            expand_all(gm.graph)
+    except Exception as error:
+        raise _PassFailed(name, error) from error
+
+
+def _run_pass(each: Pass, units: list[_Unit], task: Run, index: int) -> None:
     start = time.perf_counter()
     before = _text(task)
     fired = refused = 0
@@ -170,16 +185,13 @@ def _refuse(each: Pass, site: Node, reason: Rejection, task: Run, index: int) ->
 _ROOT_CAUSES = ("mask-is-input", "mask-unproved")
 
 
-def _finish(
-    units: list[tuple[GraphModule, tuple[Node, ...]]], task: Run, index: int, failed: dict[str, str]
-) -> None:
+def _finish(units: list[_Unit], task: Run, index: int, failed: dict[str, str]) -> None:
     """Sites that no kernel was chosen for go back; checkpoint bodies lose the arguments that nothing
     reads."""
-    code, text = (
-        ("pass-failed", "A pass failed and was undone.")
-        if failed
-        else ("flag-off", "The flag attention is off.")
-    )
+    code, text = "flag-off", "The flag attention is off."
+    if failed:
+        errors = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        code, text = "pass-failed", f"A pass failed and was undone ({errors})."
     for gm, _ in units:
         for site in [n for n in gm.graph.nodes if ops.is_attention(n)]:
             if not (task.plan_only and task.config.attention.mode != "off"):
@@ -216,24 +228,45 @@ def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
 
 
 def _check_requirements(task: Run) -> None:
-    """`require` and `expect`: what must have fired, did. A graph without a candidate site (a graph break
-    makes such ones) is no place where it could have."""
+    """`require` and `expect`: what must have fired, did. Judged graph by graph; a graph without a candidate
+    site (a graph break makes such ones) is no place where it could have."""
     if task.plan_only or not task.report.sites:
         return
     for each in ALL_PASSES:
-        settings = getattr(task.config, each.name)
-        if settings.mode != "require" and settings.expect is None:
-            continue
         fired = sum(p.fired for p in task.report.passes if p.name == each.name)
-        wanted = settings.expect if settings.expect is not None else 1
-        if fired >= wanted:
+        if fired >= (wanted := _required(each, task.config)):
             continue
         reasons = {
             f"{s.module or s.source or '?'}: {s.reason}" for s in task.report.sites if s.reason is not None
         }
         reasons |= {f"{s.module}: {note}" for s in task.report.sites for note in s.notes}
-        listed = "\n  ".join(sorted(reasons)) or "its candidates had nothing for it to do"
-        raise KPRequirementError(f"{each.name} fired at {fired} sites, {wanted} required:\n  {listed}")
+        if not reasons:
+            reasons = {f"{len(task.report.sites)} candidates, nothing more for {each.name} to do"}
+        raise _requirement(each, fired, wanted, sorted(reasons))
+
+
+def check_left_alone(gm: GraphModule, config: Config, why: Rejection) -> None:
+    """The same for a graph that kp does not work on at all."""
+    finder = ALL_PASSES[0]
+    for each in ALL_PASSES:
+        wanted = _required(each, config)
+        if wanted and any(True for unit, _ in bodies(gm) for _ in finder.sites(unit.graph)):
+            raise _requirement(each, 0, wanted, [str(why)])
+
+
+def _required(each: Pass, config: Config) -> int:
+    """At how many sites of a graph a pass has to fire."""
+    settings = getattr(config, each.name)
+    if settings.expect is not None:
+        return settings.expect
+    return 1 if settings.mode == "require" else 0
+
+
+def _requirement(each: Pass, fired: int, wanted: int, reasons: list[str]) -> KPRequirementError:
+    listed = "\n  ".join(reasons)
+    return KPRequirementError(
+        f"{each.name} fired at {fired} sites of this graph, {wanted} required:\n  {listed}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------

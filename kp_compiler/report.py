@@ -75,6 +75,8 @@ class GraphRecord:
     mode: str  # "rewritten", "cpu", "disabled", "planned"
     milliseconds: float = 0.0
     lowering: str = ""
+    compile_id: str = ""  # Dynamo's, and its attempt at it: a later attempt replaces an earlier one
+    attempt: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -97,8 +99,14 @@ class Report:
         self.sites.extend(dataclasses.replace(site, graph=site.graph + shift) for site in other.sites)
         self.passes.extend(dataclasses.replace(record, graph=record.graph + shift) for record in other.passes)
         self.target = self.target or other.target
-        self.assumptions.extend(a for a in other.assumptions if a not in self.assumptions)
+        for assumption in other.assumptions:
+            self.assume(assumption)
         self.versions.update(other.versions)
+
+    def assume(self, text: str) -> None:
+        """Note what was taken for granted, once."""
+        if text not in self.assumptions:
+            self.assumptions.append(text)
 
     def rewritten(self, kind: str | None = None) -> list[SiteRecord]:
         return [s for s in self.sites if s.status == "rewritten" and kind in (None, s.kind)]
@@ -129,6 +137,8 @@ class Report:
         lines += _align(rows) if len(rows) > 1 else ["no attention or linear site was found"]
         for site in {(n.code, n.text): n for s in self.sites for n in s.notes}.values():
             lines.append(f"note: {site}")
+        for failed in (p for p in self.passes if p.error is not None):
+            lines.append(f"graph {failed.graph}: pass {failed.name} failed and was undone: {failed.error}")
         for graph in self.graphs:
             lines += [f"graph {graph.index}: {note}" for note in graph.notes]
         return "\n".join(lines)
@@ -143,6 +153,8 @@ class Report:
 
     def diff(self, pass_name: str) -> str:
         """Unified diff of every graph that the named pass changed."""
+        if self.graphs and all(graph.mode == "planned" for graph in self.graphs):
+            return "a plan changes no graph: kp.explain has the diff"
         names = sorted({p.name for p in self.passes})
         if pass_name not in names:
             raise ValueError(

@@ -7,8 +7,11 @@ so that `plan` can decide for a machine that is not there.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 
@@ -93,14 +96,28 @@ def has_fa4() -> bool:
 
 @cache
 def cpp_compiler() -> str | None:
-    """A C++ compiler that Inductor can use for CPU graphs, or None."""
+    """The C++ compiler that Inductor takes, the first of its list that answers, where that one works."""
     from torch._inductor import config as inductor_config
 
     wanted = inductor_config.cpp.cxx
     names = wanted if isinstance(wanted, list | tuple) else (wanted,)
-    return next(
-        (found for name in names if name and (found := shutil.which(str(name)))), None
-    ) or shutil.which("g++")
+    paths = (shutil.which(str(name)) for name in names if name)
+    path = next((p for p in paths if p is not None and _succeeds([p, "--version"])), None)
+    if path is None:
+        return None
+    line = b'#include <cmath>\nextern "C" double probe(double x) { return std::exp(x); }\n'
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "probe.so")
+        works = _succeeds([path, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], line)
+    return path if works else None
+
+
+def _succeeds(command: list[str], text: bytes = b"") -> bool:
+    try:
+        subprocess.run(command, input=text, capture_output=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 def is_available() -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from kp_compiler.metadata import tensor_of
+from kp_compiler.metadata import number_of, tensor_of
 from kp_compiler.normalize import INPLACE_OPERATORS, canonical, is_inplace_name
 
 
@@ -63,10 +63,8 @@ def storage_of(node: Any) -> int | None:
 
 def constant(value: Any) -> float | None:
     """A Python number, or a 0-dimensional tensor that the graph makes from one."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return float(value)
+    if (number := number_of(value)) is not None:
+        return number
     tensor = tensor_of(value)
     if tensor is None or tensor.numel() != 1 or not isinstance(value, Node):
         return None

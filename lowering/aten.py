@@ -18,6 +18,11 @@ from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
+OPERATORS = {
+    "cudnn": torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "flash": torch.ops.aten._scaled_dot_product_flash_attention.default,
+    "efficient": torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -86,7 +91,7 @@ def check_cudnn(spec: AttentionSpec, shape: AttentionShape, target: Target) -> R
 def emit_cudnn(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     q, k, v = node.args[:3]
     out = emit.call(
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        OPERATORS["cudnn"],
         q, k, v, None, shape.training, 0.0, mask_render.is_causal(spec.mask), False, scale=spec.scale,
     )  # fmt: skip
     return emit.call(operator.getitem, out, 0)
@@ -116,7 +121,7 @@ def emit_flash(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape
         return _emit_flash_window(emit, node, spec)
     q, k, v = node.args[:3]
     out = emit.call(
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        OPERATORS["flash"],
         q, k, v, spec.dropout_p, mask_render.is_causal(spec.mask), False, scale=spec.scale,
     )  # fmt: skip
     return emit.call(operator.getitem, out, 0)
@@ -159,14 +164,16 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
 
 def emit_efficient(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """Biases and any mask but the plain causal one are summed into one tensor, whose rows start at multiples
-    of 16 bytes as the kernel wants; K and V heads are repeated."""
+    of 16 bytes as the kernel wants; K and V heads are repeated. A causal mask goes into a bias that needs a
+    gradient as well: the kernel skips the blocks above the diagonal and never writes the bias's gradient
+    there (NaN or stale memory; one H100, torch 2.11, T5 at 1024 tokens, 2026-11-26), and `where` drops it."""
     q, k, v = (node.args[index] for index in range(3))
     if not _equal(shape.heads, shape.kv_heads):
         k, v = (emit.call(torch.repeat_interleave, x, _ratio(emit, q, x), dim=1) for x in (k, v))
     causal = mask_render.is_causal(spec.mask) and square(shape)
     bias = _merged_bias(emit, node, spec, shape, causal)
     out = emit.call(
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        OPERATORS["efficient"],
         q, k, v, bias, shape.training, spec.dropout_p, causal, scale=spec.scale,
     )  # fmt: skip
     return emit.call(operator.getitem, out, 0)
@@ -194,7 +201,7 @@ def _merged_bias(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionSha
         term = emit.cast(operands[bias.operand], shape.dtype)
         term = term if bias.coeff == 1.0 else emit.call(torch.mul, term, bias.coeff)
         total = term if total is None else emit.call(torch.add, total, term)
-    if spec.mask.kind != "full" and not causal:
+    if spec.mask.kind != "full" and (not causal or shape.bias_grad):
         keep = emit_mask(emit, node, spec)
         lowest = torch.finfo(shape.dtype).min
         if total is None:

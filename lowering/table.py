@@ -54,6 +54,7 @@ EFFICIENT = Implementation("efficient", aten.check_efficient, aten.emit_efficien
 REFERENCE = Implementation("reference", _check_reference, _emit_reference)
 
 ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4)
+ATEN_OPERATORS = aten.OPERATORS  # of the implementations that are one
 BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
 
 

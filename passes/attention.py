@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -69,19 +70,34 @@ class Attention:
 
 
 def _checkpoint_note(chosen: table.Implementation, ctx: Context) -> Rejection | None:
-    """A selective policy that saves SDPA looks for its ATen operators: say so where another one is lowered
-    to."""
-    if (
-        not ctx.calls
-        or ctx.gm.meta.get("_checkpoint_context_fn") is None
-        or chosen.name in ("cudnn", "flash", "efficient")
-    ):
+    """A selective checkpoint policy that saves SDPA names its ATen operators: say so where it does not name
+    the one that was chosen."""
+    context_fn = ctx.gm.meta.get("_checkpoint_context_fn") if ctx.calls else None
+    if context_fn is None:
         return None
+    saved = {name: _saves(context_fn, op) for name, op in table.ATEN_OPERATORS.items()}
+    if saved.get(chosen.name) or not (any(saved.values()) or None in saved.values()):
+        return None
+    known = next((name for name in saved if saved[name]), None)
+    text = f"The checkpoint policy saves SDPA, but not {chosen.name}"
+    if known is None:
+        text = f"If the checkpoint policy saves SDPA, it may not know {chosen.name}"
     return Rejection(
         "checkpoint-policy",
-        f"A checkpoint policy that saves SDPA does not know {chosen.name}: attention is recomputed.",
-        "attention={'impl': 'cudnn'} or 'flash' keeps operators that such policies list.",
+        f"{text}: attention is recomputed.",
+        f"attention={{'impl': '{known or 'flash'}'}} keeps an operator that such policies list.",
     )
+
+
+def _saves(context_fn: Any, op: Any) -> bool | None:
+    """Whether a policy saves an operator's result; None where it can't be asked without running it."""
+    from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+
+    try:
+        decision = context_fn()[0].policy_fn(SelectiveCheckpointContext(is_recompute=False), op)
+    except Exception:  # the user's code, which may want real arguments
+        return None
+    return decision is True or decision in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 def shape_of(site: Node, ctx: Context) -> AttentionShape:

@@ -194,6 +194,7 @@ def _tidy(path: str) -> str:
 
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
     path = re.sub(r"^L\['(?:self|fn|mod|model)'\]\.?", "", path)
+    path = re.sub(r"^[GL]\['([^']*)'\]", r"\1", path)
     path = re.sub(r"\.(\d+)\b|\[(\d+)\]", lambda m: f".{m[1] or m[2]}", path)
     return path.strip(".")
 

@@ -6,7 +6,7 @@ Dynamo keeps it as one node. Before the passes run it becomes projections, atten
 
 With `need_weights=True` PyTorch computes the softmax by hand, so rows with every key masked are NaN; with
 False it calls SDPA, where they are 0. Each is written out as what it is. Calls whose weights are used, and
-the rare arguments (bias_k, add_zero_attn, static keys), stay as they are.
+the rare arguments (bias_k, add_zero_attn, static keys), stay as they are; `refusal` says why.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from kp_compiler.metadata import tensor_of
+from kp_compiler.metadata import number_of, tensor_of
 from kp_compiler.passes.base import Emitter
+from kp_compiler.report import Rejection
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _UNSUPPORTED = ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn")
@@ -29,32 +30,68 @@ _UNSUPPORTED = ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn")
 
 def expand_all(graph: Graph) -> int:
     """Expand every call that can be; returns how many."""
-    calls = graph.find_nodes(op="call_function", target=F.multi_head_attention_forward)
-    return sum(_expand(node) for node in calls)
+    calls = [node for node in graph.find_nodes(op="call_function", target=F.multi_head_attention_forward)]
+    good = [node for node in calls if refusal(node) is None]
+    for node in good:
+        _expand(node)
+    return len(good)
 
 
-def _expand(node: Node) -> bool:
+def is_composite(node: Node) -> bool:
+    """A call that computes attention among other things, and that the walk does not look into."""
+    return node.op == "call_function" and (
+        node.target is F.multi_head_attention_forward or getattr(node.target, "__name__", "") in _FAST_PATHS
+    )
+
+
+_FAST_PATHS = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+
+
+def refusal(node: Node) -> Rejection | None:
+    """Why a composite call stays as it is."""
+    if node.target is not F.multi_head_attention_forward:
+        return Rejection(
+            "already-fused",
+            "PyTorch's fast path for inference computes this layer in one call.",
+            "torch.backends.mha.set_fastpath_enabled(False) lets kp see its attention.",
+        )
+    a = _arguments(node)
+    users = list(node.users)
+    query = tensor_of(a["query"])
+    plain = all(u.op == "call_function" and u.target is operator.getitem for u in users)
+    if not plain or any(u.args[1] != 0 and u.users for u in users):
+        return Rejection(
+            "probabilities-used", "The attention probabilities are used outside the product with the values.",
+            "need_weights=False frees the fast kernels.",
+        )  # fmt: skip
+    if query is None or query.dim() != 3:
+        return Rejection("layout", "nn.MultiheadAttention without a batch dimension is left as it is.")
+    rare = [name for name in _UNSUPPORTED if a[name] not in (None, False)]
+    if rare:
+        return Rejection("unknown-op", f"nn.MultiheadAttention with {', '.join(rare)} is left as it is.")
+    if not isinstance(a["need_weights"], bool) or number_of(a["dropout_p"]) is None:
+        return Rejection("dynamic-flag", "need_weights or dropout_p is not known at compile time.")
+    return None
+
+
+def _arguments(node: Node) -> dict[str, Any]:
     call = _SIGNATURE.bind(*node.args, **node.kwargs)
     call.apply_defaults()
-    a = call.arguments
-    outputs = list(node.users)
-    plain = all(u.op == "call_function" and u.target is operator.getitem for u in outputs)
-    query = tensor_of(a["query"])
-    if not plain or any(u.args[1] != 0 and u.users for u in outputs) or query is None or query.dim() != 3:
-        return False
-    if any(a[name] not in (None, False) for name in _UNSUPPORTED) or not isinstance(a["need_weights"], bool):
-        return False
-    result = _write(Emitter(node, node), a)
-    for user in outputs:
+    return call.arguments
+
+
+def _expand(node: Node) -> None:
+    result = _write(Emitter(node, node), _arguments(node))
+    for user in list(node.users):
         user.replace_all_uses_with(result)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
-    return True
 
 
 def _write(emit: Emitter, a: dict[str, Any]) -> Node:
     q, k, v = (_heads(emit, x, a["num_heads"]) for x in _project(emit, a))
-    dropout = float(a["dropout_p"]) if a["training"] else 0.0
+    dropout = number_of(a["dropout_p"]) if a["training"] else 0.0
+    assert dropout is not None
     attend = _by_hand if a["need_weights"] else _sdpa
     out = attend(emit, a, q, k, v, dropout)
     length, batch = emit.size(a["query"], 0), emit.size(a["query"], 1)

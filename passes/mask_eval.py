@@ -180,13 +180,6 @@ class MaskEvaluator:
             high = high.subs(symbol, top if coeff >= 0 else 0)
         return None if low.atoms(sympy.Function) else (sympy.expand(low), sympy.expand(high))
 
-    def inside(self, expr: Any, size: Any) -> bool:
-        """0 <= expr < size for certain."""
-        found = self.bounds(sympy.sympify(expr))
-        if found is None:
-            return False
-        return found[0].is_nonnegative is True and (sympify_size(size) - 1 - found[1]).is_nonnegative is True
-
 
 class _Outer:
     """Evaluates in the graph around a checkpoint body, leaves included."""

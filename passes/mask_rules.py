@@ -407,15 +407,20 @@ def _wrapped(ev: MaskEvaluator, node: Node, item: Any, size: Any) -> Any:
 
 
 def _gathered(ev: MaskEvaluator, node: Node, item: Node, size: Any, index: Index) -> Any:
-    """Advanced indexing is a substitution only where the index stays inside (negative ones wrap)."""
+    """Advanced indexing is only a substitution where no index is negative: those wrap. One beyond the end is
+    an error of the program itself; between different symbols (the batch of a mask, and of the tokens) it need
+    not be excluded."""
     value = ev.broadcast(item, index, node)
     if isinstance(value, Cases) or is_condition(value):
         raise Unprovable("a mask is indexed by a value with cases")
     value = sympy.expand(value)
     if _is_one(size) and value == 0:
         return value
-    if not ev.inside(value, size):
-        raise Unprovable("a mask is indexed by values that are not known to lie inside it")
+    found = ev.bounds(value)
+    if found is None or found[0].is_nonnegative is not True:
+        raise Unprovable("a mask is indexed by values that may be negative")
+    if (sympify_size(size) - 1 - found[1]).is_negative:
+        raise Unprovable("a mask is indexed beyond its end")
     return value
 
 

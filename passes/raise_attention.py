@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from kp_compiler.metadata import tensor_of
+from kp_compiler.metadata import number_of, tensor_of
 from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, copy_provenance, same
 from kp_compiler.passes.contraction import Dims, Operand, value_product
+from kp_compiler.passes.expand_mha import is_composite, refusal
 from kp_compiler.passes.operands import (
     Frame,
     Peeled,
@@ -69,7 +70,7 @@ class RaiseAttention:
 
     def sites(self, graph: Graph) -> Iterator[Node]:
         for node in graph.nodes:
-            if is_flex(node):
+            if is_flex(node) or is_composite(node):
                 yield node
             elif (op := canonical(node)) is not None and op.name in ("softmax", "sdpa"):
                 yield node
@@ -77,6 +78,8 @@ class RaiseAttention:
     def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
         if is_flex(site):
             return Rejection("already-fused", "FlexAttention is a fused kernel already and is left as it is.")
+        if is_composite(site):
+            return refusal(site) or Rejection("unknown-op", "This call was not written out.")
         op = canonical(site)
         assert op is not None
         found = from_sdpa(site, op, ctx) if op.name == "sdpa" else from_softmax(site, op, ctx)
@@ -133,7 +136,8 @@ def from_sdpa(node: Node, op: Op, ctx: Context) -> Site | Rejection:
     scale = 1.0 / math.sqrt(width) if scale is None else constant(scale)
     if scale is None:
         return Rejection("scale", "The scale is not a number known at compile time.")
-    if not isinstance(op["is_causal"], bool) or not isinstance(op["dropout_p"], int | float):
+    dropout_p = number_of(op["dropout_p"])
+    if not isinstance(op["is_causal"], bool) or dropout_p is None:
         return Rejection("dynamic-flag", "is_causal or dropout_p is not known at compile time.")
     batch = tuple((f"b{index}",) for index in range(out.dim() - 2))
     dims: Dims = (*batch, ("i",), ("j",))
@@ -171,7 +175,7 @@ def from_sdpa(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         scale * q_side.scale * k_side.scale,
         mask,
         biases,
-        dropout_p=float(op["dropout_p"]),
+        dropout_p=dropout_p,
         dead_rows="zero" if _may_mask(terms) else "none",
         form="sdpa",
     )

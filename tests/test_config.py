@@ -163,7 +163,7 @@ def test_expect_counts() -> None:
     outcome = run_both(attend, tuple(qkv()), options={"attention": {"expect": 1}})
     assert len(outcome.report.rewritten()) == 1
     torch._dynamo.reset()
-    with pytest.raises(BackendCompilerFailed, match="fired at 1 sites, 2 required"):
+    with pytest.raises(BackendCompilerFailed, match="fired at 1 sites of this graph, 2 required"):
         torch.compile(attend, backend="kp", options={**REFERENCE, "attention": {"expect": 2}})(*qkv())
 
 
