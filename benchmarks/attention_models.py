@@ -1,6 +1,6 @@
 """Whole Hugging Face models: native eager, Inductor, hand-written, Hugging Face sdpa + Inductor, and kp.
 
-    python benchmarks/attention_models.py [--suite llama wide long gpt2 bert] [--repeats N] [--out DIR]
+    python benchmarks/attention_models.py [--suite llama batch wide long gpt2 bert] [--repeats N] [--out DIR]
     python benchmarks/attention_models.py --merge PART.json …
 
 Every arm has the same weights and inputs (random), all run interleaved in one process; medians of CUDA-event
@@ -24,7 +24,7 @@ from harness import RESULTS, bar, peak_gib, time_interleaved, warm, write
 
 import kp_compiler
 
-SUITES = ("llama", "wide", "long", "gpt2", "bert")
+SUITES = ("llama", "batch", "wide", "long", "gpt2", "bert")
 ARMS = ("native", "inductor-eager", "inductor-sdpa", "hand", "kp-eager", "kp-sdpa")
 
 
@@ -104,8 +104,8 @@ def tokens(count: int, vocab: int = 32000, batch: int = 1) -> torch.Tensor:
     return torch.randint(0, vocab, (batch, count), device="cuda")
 
 
-def causal_inputs(count: int, train: bool) -> dict[str, Any]:
-    ids = tokens(count)
+def causal_inputs(count: int, train: bool, batch: int = 1) -> dict[str, Any]:
+    ids = tokens(count, batch=batch)
     return (
         {"input_ids": ids, "labels": ids, "use_cache": False}
         if train
@@ -138,6 +138,20 @@ def run_llama(
         rows += measure(
             f"llama {count}", model, causal_inputs(count, True), train=True, arms=few, repeats=repeats
         )
+    return rows
+
+
+def run_batch(repeats: int) -> list[dict[str, Any]]:
+    """Sequences of 2048 tokens, as many as fill the GPU: a single one is bound by the host, whose time moves
+    by a tenth between arms that run the same kernels."""
+    arms = tuple(arm for arm in ARMS if arm != "native")
+    model, rows = models.llama(), []
+    for train in (False, True):
+        inputs = causal_inputs(2048, train, batch=4)
+        rows += measure("llama 4x2048", model, inputs, train=train, arms=arms, repeats=repeats)
+    ids = tokens(2048, batch=8)
+    inputs, hand = {"input_ids": ids, "labels": ids}, f"{models.HAND}_full"
+    rows += measure("bert 8x2048", models.bert(), inputs, train=True, arms=arms, repeats=repeats, hand=hand)
     return rows
 
 
@@ -258,13 +272,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def merged(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
-    """Rows, stamp and peers of partial runs, which must agree on device, versions and commit."""
+    """Rows, stamp and peers of partial runs, which must agree on device and versions. An arm and its peers
+    are never in different runs, so every ratio is of one."""
     parts = [json.loads(path.read_text()) for path in paths]
-    keys = ("commit", "device", "torch", "triton", "peers")
+    keys = ("device", "torch", "triton", "peers")
     for part in parts:
         if any(part[key] != parts[0][key] for key in keys):
             raise SystemExit(f"partial runs differ in one of {', '.join(keys)}: they are not one result")
     stamp = {key: parts[0][key] for key in ("date", "commit", "device", "torch", "triton")}
+    stamp["commit"] = ", ".join(dict.fromkeys(part["commit"] for part in parts))
     return [row for part in parts for row in part["rows"]], stamp, parts[0]["peers"]
 
 
@@ -275,6 +291,7 @@ def run_suites(names: list[str], options: argparse.Namespace) -> list[dict[str, 
     repeats, sizes = options.repeats, tuple(options.sizes)
     suites: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "llama": lambda: run_llama(repeats, sizes, tuple(options.train_sizes), ARMS),
+        "batch": lambda: run_batch(repeats),
         "wide": lambda: run_wide(repeats),
         "long": lambda: run_long(repeats),
         "gpt2": lambda: run_gpt2(repeats, sizes, ARMS),

@@ -1,6 +1,6 @@
 """Cold compile time of whole models: Inductor and kp, each in a fresh process with empty caches.
 
-    python benchmarks/compile_time.py [--rounds 3] [--out DIR]
+    python benchmarks/compile_time.py [--rounds 3] [--seconds 600] [--out DIR]
 
 A process builds the model, runs one uncompiled step (so that libraries are loaded), then times the first
 compiled call (training: forward and backward) with caches in an empty folder. Arms alternate; medians.
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ SETTINGS = [
 
 def child(model_name: str, implementation: str, train: bool, backend: str) -> None:
     """Print the seconds of one cold compile, and those kp's passes took."""
-    import time
-
     import models
     import torch
 
@@ -75,37 +74,46 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no measurement after this long")
     parser.add_argument("--child")
     options = parser.parse_args()
     if options.child:
         child(*json.loads(options.child))
         return
-    from harness import RESULTS, bar, write
+    from harness import RESULTS
+
+    times: dict[str, dict[str, list[float]]] = {}
+    stop = time.monotonic() + options.seconds
+    for _ in range(options.rounds):
+        for setting in SETTINGS:
+            if time.monotonic() > stop:
+                return
+            name = f"{setting[0]} {setting[1]} {'train' if setting[2] else 'forward'}"
+            of = times.setdefault(name, {"inductor": [], "kp": []})
+            for backend, seconds in of.items():
+                seconds.append(measure(setting, backend))
+            print(
+                name, {backend: [round(s, 1) for s in seconds] for backend, seconds in of.items()}, flush=True
+            )
+            report(times, options.out or RESULTS)
+
+
+def report(times: dict[str, dict[str, list[float]]], out: Path) -> None:
+    """Write what has been measured so far: medians of the rounds."""
+    from harness import bar, write
 
     import kp_compiler
 
     rows, bars = [], []
-    for setting in SETTINGS:
-        times: dict[str, list[float]] = {"inductor": [], "kp": []}
-        for _ in range(options.rounds):
-            for backend in times:
-                times[backend].append(measure(setting, backend))
-        median = {backend: statistics.median(values) for backend, values in times.items()}
-        name = f"{setting[0]} {setting[1]} {'train' if setting[2] else 'forward'}"
-        print(name, {k: round(v, 2) for k, v in median.items()}, flush=True)
+    for name, of in times.items():
+        median = {backend: statistics.median(values) for backend, values in of.items()}
         rows += [
-            {"setting": name, "arm": k, "seconds": round(v, 2), "all": [round(t, 2) for t in times[k]]}
+            {"setting": name, "arm": k, "seconds": round(v, 2), "all": [round(t, 2) for t in of[k]]}
             for k, v in median.items()
         ]
-        bars.append(
-            bar(
-                f"{name}: cold compile time against Inductor",
-                median["kp"] / median["inductor"],
-                1.15,
-                at_least=False,
-            )
-        )
-    write("compile_time", rows, bars, {"kp": kp_compiler.__version__}, options.out or RESULTS)
+        ratio = median["kp"] / median["inductor"]
+        bars.append(bar(f"{name}: cold compile time against Inductor", ratio, 1.15, at_least=False))
+    write("compile_time", rows, bars, {"kp": kp_compiler.__version__}, out)
 
 
 if __name__ == "__main__":

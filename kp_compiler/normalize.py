@@ -161,7 +161,11 @@ def _define_all() -> None:
     _define("flip", "input *dims", (torch.flip,), ("flip",))
     _define("diff", "input n=1 dim=-1 prepend=None append=None", (torch.diff,), ("diff",))
     _define("cumsum", "input dim dtype=None", (torch.cumsum,), ("cumsum",))
-    _define("embedding", "input weight", (F.embedding,))
+    _define(
+        "embedding",
+        "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False",
+        (F.embedding,),
+    )
 
     _define("to", "input *spec", (torch.ops.aten.to,), ("to",))
     _define("type", "input dtype", (), ("type",))
@@ -235,6 +239,8 @@ def permutation(op: Op, rank: int) -> list[int] | None:
         order = list(range(rank))
         a, b = op["dim0"], op["dim1"]
         if not isinstance(a, int) or not isinstance(b, int):
+            return None
+        if not (-rank <= a < rank and -rank <= b < rank):
             return None
         order[a], order[b] = order[b], order[a]
         return order
@@ -331,6 +337,8 @@ def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
         )
     if name == "to":
         return _simplify_to(args)
+    if name == "view" and any(isinstance(item, torch.dtype) for item in (*args["size"], args.get("dtype"))):
+        return None  # reads the bits as another type
     if name == "flatten" or name == "view_as" or name == "unflatten":
         return Op("view", {"input": args["input"], "size": None})
     if name == "expand_as":

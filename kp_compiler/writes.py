@@ -8,16 +8,17 @@ in-place updates. `erase_orphans` removes what a rewrite left without a user; a 
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from kp_compiler.metadata import number_of, tensor_of
+from kp_compiler.metadata import CHECKPOINT_OPS, number_of, tensor_of
 from kp_compiler.normalize import INPLACE_OPERATORS, canonical, is_inplace_name
 
 
@@ -25,20 +26,16 @@ def written(node: Node) -> list[Node]:
     """The arguments that a node writes to."""
     if node.op not in ("call_function", "call_method"):
         return []
-    found: list[Any] = []
-    if node.kwargs.get("inplace") is True or "out" in node.kwargs:
-        found.append(node.kwargs.get("out", node.args[0] if node.args else None))
+    found: list[Any] = [node.kwargs.get("out")]
+    if _asks_for_inplace(node):
+        found.append(node.args[0] if node.args else node.kwargs.get("input"))
+    if str(node.target) in CHECKPOINT_OPS:
+        found += _written_in_body(node)
     if node.op == "call_method":
         if is_inplace_name(str(node.target)) or node.target == "__setitem__":
             found.append(node.args[0])
-    elif isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
-        pairs = zip(schema.arguments, node.args, strict=False)
-        found += [
-            arg for formal, arg in pairs if formal.alias_info is not None and formal.alias_info.is_write
-        ]
-        by_name = {f.name for f in schema.arguments if f.alias_info is not None and f.alias_info.is_write}
-        found += [arg for name, arg in node.kwargs.items() if name in by_name]
+    elif isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        found += _written_by_schema(node)
     elif node.target is operator.setitem:
         found.append(node.args[0])
     else:
@@ -47,17 +44,64 @@ def written(node: Node) -> list[Node]:
             name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")
         ):
             found.append(node.args[0])
-        elif node.target is F.dropout and len(node.args) > 3 and node.args[3] is True:
-            found.append(node.args[0])
-    return [arg for arg in found if isinstance(arg, Node) and tensor_of(arg) is not None]
+    return [arg for arg in _flat(found) if isinstance(arg, Node) and tensor_of(arg) is not None]
+
+
+def _written_by_schema(node: Node) -> list[Any]:
+    """Arguments that the schema of an operator, or one of its overloads, marks as written to."""
+    target: Any = node.target
+    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
+    found = []
+    for overload in overloads:
+        formals = overload._schema.arguments
+        given = [*zip(formals, node.args, strict=False)]
+        given += [(formal, node.kwargs[formal.name]) for formal in formals if formal.name in node.kwargs]
+        found += [arg for formal, arg in given if getattr(formal.alias_info, "is_write", False)]
+    return found
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """Lists of tensors are written to as one (`torch._foreach_mul_`, `out=(values, indices)`)."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _asks_for_inplace(node: Node) -> bool:
+    """`F.relu(x, inplace=True)`, by name or by position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is True
+    index = _inplace_parameter(node.target) if node.op == "call_function" else None
+    return index is not None and len(node.args) > index and node.args[index] is True
+
+
+@cache
+def _inplace_parameter(function: Any) -> int | None:
+    try:
+        return list(inspect.signature(function).parameters).index("inplace")
+    except (TypeError, ValueError):  # a builtin, or no such parameter
+        return None
+
+
+def _written_in_body(call: Node) -> list[Any]:
+    """Arguments that a checkpoint body writes to."""
+    body = call.graph.owning_module.get_submodule(str(call.args[0].target))  # type: ignore[union-attr]
+    storages = {storage_of(target) for node in body.graph.nodes for target in written(node)} - {None}
+    places = body.graph.find_nodes(op="placeholder")
+    return [arg for place, arg in zip(places, call.args[1:], strict=False) if storage_of(place) in storages]
 
 
 def storage_of(node: Any) -> int | None:
     """An identity for the storage behind a node's tensor: views share it."""
     value = tensor_of(node)
+    while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # inside torch.func transforms
     try:
         return None if value is None else value.untyped_storage()._cdata
-    except NotImplementedError:  # wrappers inside functorch transforms own no storage
+    except NotImplementedError:  # nested and other tensors without one
         return None
 
 
@@ -68,20 +112,26 @@ def constant(value: Any) -> float | None:
     tensor = tensor_of(value)
     if tensor is None or tensor.numel() != 1 or not isinstance(value, Node):
         return None
-    op = canonical(value)
-    if op is None or op.inplace or any(value in written(user) for user in value.users):
+    op, storage = canonical(value), storage_of(value)
+    if op is None or op.inplace or tensor.dtype.is_complex:
         return None
-    if op.name == "cast" and op["dtype"] is not None and not op["dtype"].is_floating_point:
+    if any(storage_of(target) == storage for node in value.graph.nodes for target in written(node)):
         return None
-    if op.name in ("cast", "clone", "view", "expand", "unsqueeze"):
-        return constant(op["input"])
-    if op.name in ("full", "full_like"):
-        return constant(op["fill_value"])
-    if op.name in ("tensor", "new_tensor"):
-        return constant(op["data"])
-    if op.name == "sqrt" and (number := constant(op["input"])) is not None and number >= 0:
-        return math.sqrt(number)
-    return None
+    source = {"full": "fill_value", "full_like": "fill_value", "tensor": "data", "new_tensor": "data"}
+    if op.name not in (*source, "cast", "clone", "view", "expand", "unsqueeze", "sqrt"):
+        return None
+    number = constant(op[source.get(op.name, "input")])
+    if number is None or (op.name == "sqrt" and number < 0):
+        return None
+    return rounded(math.sqrt(number) if op.name == "sqrt" else number, tensor.dtype)
+
+
+def rounded(number: float, dtype: torch.dtype) -> float | None:
+    """A number as a tensor of `dtype` holds it; None where it holds none like it."""
+    try:
+        return float(torch.tensor(number, dtype=dtype))
+    except (RuntimeError, OverflowError, ValueError):
+        return None
 
 
 class Writes:

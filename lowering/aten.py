@@ -157,6 +157,8 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
         return Rejection(
             "dead-rows", f"Fully masked rows are {spec.dead_rows} here, which this kernel does not keep."
         )
+    if spec.dead_rows == "mean" and shape.dtype == torch.float16:
+        return Rejection("dead-rows", "No float16 fill is large enough to level fully masked rows.")
     if spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
         return Rejection("dead-rows", "Gradients of fully masked rows would differ.")
     return None
@@ -203,7 +205,7 @@ def _merged_bias(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionSha
         total = term if total is None else emit.call(torch.add, total, term)
     if spec.mask.kind != "full" and (not causal or shape.bias_grad):
         keep = emit_mask(emit, node, spec)
-        lowest = torch.finfo(shape.dtype).min
+        lowest = torch.finfo(shape.dtype).min / 2  # which the kernel's factor of log2(e) leaves finite
         if total is None:
             zero = emit.call(torch.zeros, [], dtype=shape.dtype, device=value_of(node.args[0]).device)
             total = emit.call(torch.where, keep, zero, lowest)

@@ -272,6 +272,8 @@ class _Intervals:
                 ends.append(numbers(x, y))
             elif tensor_of(x) is not None and tensor_of(y) is not None:
                 ends.append(self._call(pair, x, y))
+            elif tensor_of(x) is None and tensor_of(y) is None:
+                ends.append(self._call(torch.sym_min if pair is torch.minimum else torch.sym_max, x, y))
             else:
                 ends.append(self._call(with_number, *((x, y) if tensor_of(x) is not None else (y, x))))
         return tuple(ends)

@@ -115,4 +115,6 @@ class GraphIndices:
     def _extremum(self, pair: Any, with_number: Any, a: Any, b: Any) -> Any:
         if tensor_of(a) is not None and tensor_of(b) is not None:
             return self._call(pair, a, b)
+        if tensor_of(a) is None and tensor_of(b) is None:
+            return self._call(torch.sym_min if pair is torch.minimum else torch.sym_max, a, b)
         return self._call(with_number, *self._first(a, b))

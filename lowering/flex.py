@@ -25,6 +25,7 @@ from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
 _LN2 = math.log(2.0)
+_LOWEST = -(2.0**127)  # times log2(e) still a float32
 
 
 def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
@@ -173,13 +174,26 @@ def _score_function(emit: Any, node: Node, spec: AttentionSpec) -> tuple[Node, l
     buffers = [operands[bias.operand] for bias in spec.biases]
     for index, bias in enumerate(spec.biases):
         inner = sub.placeholder(f"bias{index}", value_of(buffers[index]))
-        term = _broadcast_lookup(sub, inner)
+        term = _lifted(sub, _broadcast_lookup(sub, inner))
         if bias.coeff != 1.0:
             term = sub.call(torch.mul, term, bias.coeff)
         score = sub.call(torch.add, score, term)
     _placeholders_first(sub.graph)
     sub.graph.output(score)
     return _add_subgraph(emit, sub.graph, "kp_score_mod"), buffers
+
+
+def _lifted(sub: _SubEmitter, term: Node) -> Node:
+    """Finite fills are raised to where the kernel's factor of log2(e) leaves them finite: a row of them is
+    the average of all values, a row of infinities is not."""
+    value = tensor_of(term)
+    assert value is not None
+    if value.dtype not in (torch.bfloat16, torch.float32):
+        return term
+    low = sub.call(torch.lt, term, _LOWEST)
+    infinite = sub.call(torch.eq, term, -math.inf)
+    fill = sub.call(torch.logical_and, low, sub.call(torch.logical_not, infinite))
+    return sub.call(torch.masked_fill, term, fill, _LOWEST)
 
 
 def _placeholders_first(graph: Graph) -> None:

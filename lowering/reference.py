@@ -3,6 +3,7 @@ and the kernel on a CPU. O(S·T) memory."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def _attention(
 def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: AttentionSpec) -> Tensor:
     """Rows with nothing kept are what `dead_rows` says."""
     dead = None
+    if spec.dead_rows == "zero" and spec.biases:  # of infinities
+        dead = torch.isneginf(scores if keep is None else scores.masked_fill(~keep, -math.inf))
+        dead = dead.all(dim=-1, keepdim=True)
+        scores = scores.masked_fill(dead, 0.0)
+        keep = None if keep is None else keep | dead
     if keep is not None and spec.dead_rows == "mean":
         lowest = torch.finfo(scores.dtype).min
         scores = (
@@ -58,8 +64,9 @@ def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: Att
         )
     elif keep is not None:
         if spec.dead_rows in ("zero", "none"):
-            dead = ~keep.any(dim=-1, keepdim=True)
-            keep = keep | dead
+            empty = ~keep.any(dim=-1, keepdim=True)
+            dead = empty if dead is None else dead | empty
+            keep = keep | empty
         if spec.dead_rows == "nan" and spec.fill == "add":  # adding lets the NaN reach q and k as well
             scores = scores + torch.where(keep, 0.0, float("-inf"))
         else:
@@ -109,10 +116,11 @@ class Indices:
 
     def lookup(self, index: int, args: list[Any]) -> Tensor:
         tensor = self.tensors[index]
-        if not args:
-            return tensor.to(torch.int64)
-        places = [a if isinstance(a, Tensor) else torch.tensor(a, device=self.device) for a in args]
-        return tensor[tuple(places)].to(torch.int64)
+        for dim in reversed(range(len(args))):
+            if not isinstance(args[dim], Tensor):
+                tensor = tensor.select(dim, args[dim])
+        places = tuple(a for a in args if isinstance(a, Tensor))
+        return (tensor[places] if places else tensor).to(torch.int64)
 
     def add(self, a: Any, b: Any) -> Any:
         return a + b
@@ -151,4 +159,6 @@ class Indices:
 def _extremum(pair: Any, with_number: Any, a: Any, b: Any) -> Any:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return pair(a, b)
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return (torch.sym_min if pair is torch.minimum else torch.sym_max)(a, b)
     return with_number(a, b) if isinstance(a, Tensor) else with_number(b, a)

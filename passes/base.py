@@ -157,6 +157,25 @@ def _has_grad(node: Node) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
+def grad_switches(graph: Graph) -> list[Node]:
+    """Where a graph enters or leaves `torch.no_grad`."""
+    return list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
+
+
+def loses_gradient(node: Node, reader: Node) -> bool:
+    """The node was computed without gradients from something that has one, and `reader` has them on again:
+    reading its input in its place would give it one. (Dynamo's fake views claim a gradient all the same.)"""
+    switches = grad_switches(node.graph)
+    if not switches or not any(map(_has_grad, node.all_input_nodes)):
+        return False
+    return _grad_is_off(node, switches) and not _grad_is_off(reader, switches)
+
+
+def _grad_is_off(node: Node, switches: list[Node]) -> bool:
+    before = [switch for switch in switches if switch < node]
+    return bool(before) and before[-1].args[0] is False
+
+
 def fake_mode(graph: Graph) -> Any:
     """The fake mode of a graph's tensors."""
     for node in graph.nodes:

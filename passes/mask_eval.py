@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from kp_compiler.metadata import tensor_of, value_of
@@ -19,6 +20,7 @@ from kp_compiler.normalize import canonical
 from kp_compiler.passes.base import Context
 from kp_compiler.passes.mask_rules import RULES
 from kp_compiler.passes.mask_values import (
+    EXACT,
     Cases,
     Index,
     Leaf,
@@ -27,23 +29,13 @@ from kp_compiler.passes.mask_values import (
     Value,
     constant_value,
     is_condition,
+    rounded_value,
     size_index,
     sympify_size,
 )
 
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 _MAX_NODES = 4000
-
-# The integers that a dtype holds without rounding or wrapping. int32 and int64 are taken as unbounded.
-_EXACT = {
-    torch.bfloat16: (-(2**8), 2**8),
-    torch.float16: (-(2**11), 2**11),
-    torch.float32: (-(2**24), 2**24),
-    torch.float64: (-(2**53), 2**53),
-    torch.uint8: (0, 255),
-    torch.int8: (-128, 127),
-    torch.int16: (-(2**15), 2**15 - 1),
-}
 
 
 class MaskEvaluator:
@@ -73,7 +65,7 @@ class MaskEvaluator:
         outer = self._outside(node)
         if outer is not None:
             return outer.at(self._argument(node), index)
-        current = node if reader is None else self._writes.current(node, reader)
+        current = node if reader is None else self.current(node, reader)
         if current is None:
             raise Unprovable(f"{node.name} is written to before the mask is built from it")
         tensor = tensor_of(current)
@@ -83,24 +75,29 @@ class MaskEvaluator:
         rule = RULES.get(op.name) if op is not None else None
         found = None if op is None or rule is None else rule(self, current, op, index)
         value = self.leaf(current, index, reader) if found is None else found
-        self._check_exact(value, tensor.dtype)
-        return value
+        return self.held(value, tensor.dtype)
 
-    def _check_exact(self, value: Value, dtype: torch.dtype) -> None:
-        """Formulas are about exact integers: narrow dtypes round or wrap outside a range."""
-        limits = _EXACT.get(dtype)
-        if limits is None:
-            return
-        largest = torch.finfo(dtype).max if dtype.is_floating_point else limits[1]
-        for item in [v for _, v in value.items] if isinstance(value, Cases) else [value]:
-            if not is_condition(item) and item.is_number and item.is_finite and abs(item) > largest:
-                raise Unprovable(f"{dtype} can't hold {float(item):g}")
-            if is_condition(item) or item.is_number or isinstance(item, sympy.Function):
-                continue
-            found = self.bounds(item)
-            low, high = found if found is not None else (sympy.nan, sympy.nan)
-            if (low - limits[0]).is_nonnegative is not True or (limits[1] - high).is_nonnegative is not True:
-                raise Unprovable(f"{dtype} does not hold every value of {item} exactly")
+    def held(self, value: Value, dtype: torch.dtype) -> Value:
+        """`value` as a tensor of `dtype` holds it: constants rounded, formulas only where none is rounded."""
+        if isinstance(value, Cases):
+            return Cases(tuple((condition, self.held(item, dtype)) for condition, item in value.items))
+        if is_condition(value) or dtype == torch.bool or value.is_infinite:
+            return value
+        if value.is_number:
+            return rounded_value(value, dtype)
+        limits = EXACT.get(dtype)
+        if limits is None or isinstance(value, AppliedUndef):  # a look-up is what its tensor holds
+            return value
+        if value.atoms(sympy.Float):
+            raise Unprovable(f"{value} is not about integers")
+        found = self.bounds(value)
+        room = (sympy.nan, sympy.nan) if found is None else (found[0] - limits[0], limits[1] - found[1])
+        if dtype == torch.int32:  # symbolic sizes and look-ups are taken to fit
+            if any(side.is_negative for side in room):
+                raise Unprovable(f"{value} overflows {dtype}")
+        elif not all(side.is_nonnegative for side in room):
+            raise Unprovable(f"{dtype} does not hold every value of {value} exactly")
+        return value
 
     def broadcast(self, node: Any, index: Index, reader: Node) -> Value:
         """Like `at`, for an operand that broadcasts against a result of index `index`."""
@@ -127,6 +124,8 @@ class MaskEvaluator:
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             raise Unprovable(f"{node.name} holds floating-point numbers kp knows nothing about")
         name = f"t_{node.name}"
+        while name in self.leaves and self.leaves[name].node is not node:
+            name += "_"  # the graph around a checkpoint body has names of its own
         self.leaves.setdefault(name, Leaf(node, reader or node, monotone, segments))
         index = tuple(size_index(size, i) for size, i in zip(tensor.shape, index, strict=True))
         looked_up = sympy.Function(name, integer=True)(*index)
@@ -135,9 +134,9 @@ class MaskEvaluator:
     # -----------------------------------------------------------------------------------------------
     # checkpoint bodies
 
-    @property
-    def _writes(self) -> Any:
-        return self.ctx.writes
+    def current(self, node: Node, reader: Node) -> Node | None:
+        """The node that holds what `reader` reads as `node`."""
+        return self.ctx.writes.current(node, reader)
 
     def _outside(self, node: Node) -> _Outer | None:
         """For a placeholder of a checkpoint body: an evaluator of the graph around it."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
-from kp_compiler.metadata import tensor_of
+from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.normalize import Op, canonical, permutation
 from kp_compiler.passes.mask_values import (
     RELATIONS,
@@ -27,6 +28,7 @@ from kp_compiler.passes.mask_values import (
     choose,
     compare,
     constant_value,
+    holds,
     is_condition,
     lift,
     size_index,
@@ -53,15 +55,35 @@ def _arithmetic(function: Callable[[Any, Any], Any]) -> Rule:
         result = tensor_of(node)
         if result is not None and result.dtype == torch.bool:
             return None  # sums and products of booleans are not those of numbers
-        a, b = (as_number(ev.broadcast(op[key], index, node)) for key in ("input", "other"))
         if op.get("alpha", 1) != 1 or op.get("rounding_mode") is not None:
             return None
+        a, b = _promoted(ev, node, op, index)
         return lift(lambda x, y: _finite(sympy.expand(function(x, y))), a, b)
 
     return apply
 
 
+def _promoted(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> tuple[Value, Value]:
+    """Both operands as numbers of the type that the operation computes in."""
+    dtype = torch.result_type(_typed(op["input"]), _typed(op["other"]))
+    a, b = (
+        ev.held(as_number(ev.broadcast(op[key], index, node)), dtype) for key in ("input", "other")
+    )  # fmt: skip
+    return a, b
+
+
+def _typed(value: Any) -> Any:
+    """A tensor, or a number of the type that promotion sees."""
+    tensor = tensor_of(value)
+    if tensor is not None:
+        return tensor
+    found = value_of(value)
+    return 1.0 if isinstance(found, float | torch.SymFloat) else found if isinstance(found, bool) else 1
+
+
 def _finite(value: Any) -> Any:
+    if value.free_symbols and value.atoms(sympy.Float):
+        raise Unprovable("the mask's arithmetic rounds")
     if value is sympy.nan or value is sympy.zoo:
         raise Unprovable("the mask's arithmetic is not defined everywhere (0 · inf)")
     return value
@@ -90,7 +112,8 @@ def _relation(name: str) -> Rule:
         if is_condition(a) and is_condition(b) and name in ("eq", "ne"):
             different = sympy.Xor(a, b)
             return different if name == "ne" else sympy.Not(different)
-        return lift(lambda x, y: compare(name, x, y), as_number(a), as_number(b))
+        a, b = _promoted(ev, node, op, index)
+        return lift(lambda x, y: compare(name, x, y), a, b)
 
     return apply
 
@@ -145,7 +168,14 @@ def _cast(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
         return as_condition(value)
     if dtype is not None and not dtype.is_floating_point and source.dtype.is_floating_point:
         return None
+    if dtype is not None and not holds(dtype, source.dtype) and _looks_up(value):
+        return None  # some of its values would change: the result is looked up instead
     return value if dtype is None or dtype == source.dtype else as_number(value)
+
+
+def _looks_up(value: Value) -> bool:
+    items = [item for _, item in value.items] if isinstance(value, Cases) else [value]
+    return any(not is_condition(item) and item.atoms(AppliedUndef) for item in items)
 
 
 @_rule("full", "full_like")
@@ -157,7 +187,11 @@ def _full(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
 
 @_rule("tensor", "new_tensor")
 def _tensor(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
-    return constant_value(op["data"]) if isinstance(op["data"], bool | int | float) else None
+    tensor = tensor_of(node)
+    if tensor is None or not isinstance(op["data"], bool | int | float):
+        return None
+    value = constant_value(op["data"])
+    return as_condition(value) if tensor.dtype == torch.bool else as_number(value)
 
 
 @_rule("arange")
@@ -272,7 +306,10 @@ def _outer(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
 @_rule("narrow")
 def _narrow(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     inner = list(index)
-    inner[op["dim"]] = inner[op["dim"]] + ev.at(op["start"], (), node)
+    source = tensor_of(op["input"])
+    if source is None or not isinstance(op["dim"], int):
+        return None
+    inner[op["dim"]] = inner[op["dim"]] + _start(ev, node, op["start"], source.shape[op["dim"]])
     return ev.at(op["input"], tuple(inner), node)
 
 
@@ -282,6 +319,8 @@ def _diff(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     source, before = tensor_of(op["input"]), tensor_of(op["prepend"])
     if source is None or op["n"] != 1 or op["append"] is not None or not isinstance(op["dim"], int):
         return None
+    if source.dtype == torch.bool:
+        return None  # which differ rather than subtract
     dim = op["dim"] % len(index)
     n = index[dim]
 
@@ -311,35 +350,47 @@ def _cumsum(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     value = as_number(ev.at(op["input"], index, node))
     if isinstance(value, sympy.Expr) and value.is_number:
         return sympy.expand(value * (index[dim] + 1))
-    monotone = source.dtype == torch.bool and dim == len(index) - 1
-    return ev.leaf(
-        node, index, monotone=monotone, segments=_segments(ev, op["input"], dim) if monotone else None
-    )
+    result = tensor_of(node)
+    counts = result is not None and result.dtype in _COUNTERS
+    monotone = source.dtype == torch.bool and dim == len(index) - 1 and counts
+    segments = _segments(ev, op["input"], node, dim) if monotone else None
+    return ev.leaf(node, index, monotone=monotone, segments=segments)
 
 
-def _segments(ev: MaskEvaluator, node: Any, dim: int) -> Segments | None:
-    """Whether `node` is `diff(position, prepend=…) != 1` along `dim`."""
-    op = canonical(node) if isinstance(node, Node) else None
+_COUNTERS = (torch.int32, torch.int64)  # that a sum of booleans does not wrap
+
+
+def _segments(ev: MaskEvaluator, changes: Any, reader: Node, dim: int) -> Segments | None:
+    """Whether `changes`, which `reader` sums up, is `diff(position, prepend=…) != 1` along `dim`, still as it
+    was computed."""
+    op = canonical(changes) if isinstance(changes, Node) else None
     if op is None or op.name != "ne" or op["other"] != 1 or not isinstance(op["input"], Node):
         return None
-    steps = canonical(op["input"])
+    source, steps = op["input"], canonical(op["input"])
     if steps is None or steps.name != "diff" or steps["n"] != 1 or steps["append"] is not None:
         return None
-    source = op["input"]
+    position, before = tensor_of(steps["input"]), tensor_of(steps["prepend"])
+    if position is None or before is None or position.dtype not in _COUNTERS:
+        return None
+    if steps["dim"] % position.dim() != dim or not _is_one(before.shape[dim]):
+        return None
+    if ev.current(changes, reader) is not changes or ev.current(source, changes) is not source:
+        return None
 
-    def position(lead: Any, n: Any) -> Value:
-        index = (*lead[:dim], n, *lead[dim + 1 :])
-        return ev.at(steps["input"], index, source)
+    def at(lead: Any, n: Any) -> Value:
+        return ev.at(steps["input"], (*lead[:dim], n, *lead[dim + 1 :]), source)
 
-    return Segments(position)
+    return Segments(at)
 
 
 @_rule("getitem")
 def _getitem(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
     source = tensor_of(op["input"])
-    if source is None:
+    if source is None or isinstance(op["index"], list):  # a list picks elements, as a tensor does
         return None
-    items = list(op["index"]) if isinstance(op["index"], tuple | list) else [op["index"]]
+    items = list(op["index"]) if isinstance(op["index"], tuple) else [op["index"]]
+    if any(isinstance(item, list) for item in items):
+        return None
     inner = _index(ev, node, source, items, list(index))
     return None if inner is None else ev.at(op["input"], tuple(inner), node)
 
@@ -359,7 +410,8 @@ def _index(
     else:
         items = [*items, *[slice(None)] * missing]
     rank = max((tensor_of(t).dim() for t in tensors), default=0)  # type: ignore[union-attr]
-    positions = [i for i, item in enumerate(items) if any(item is t for t in tensors)]
+    kept = [item for item in items if not _is_number(item)]  # a number selects before tensors do
+    positions = [i for i, item in enumerate(kept) if any(item is t for t in tensors)]
     adjacent = bool(positions) and positions == list(range(positions[0], positions[-1] + 1))
     if positions and not adjacent:
         shared, index = index[:rank], index[rank:]
@@ -382,6 +434,11 @@ def _index(
     return inner
 
 
+def _is_number(item: Any) -> bool:
+    value = value_of(item)
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def _dtype(node: Any) -> Any:
     tensor = tensor_of(node)
     return None if tensor is None else tensor.dtype
@@ -393,12 +450,17 @@ def _sliced(ev: MaskEvaluator, node: Node, item: slice, size: Any, index: Any) -
         raise Unprovable("a slice with a step kp can't follow")
     if item.start is None:
         return size_index(size, step * index)
-    start = ev.at(item.start, (), node)
+    return _start(ev, node, item.start, size) + step * index
+
+
+def _start(ev: MaskEvaluator, node: Node, given: Any, size: Any) -> Any:
+    """Where a slice begins, counted from the front."""
+    start = ev.at(given, (), node)
     if start.is_negative:
         start = start + sympify_size(size)
     if start.is_nonnegative is not True:
         raise Unprovable("a slice with a start of unknown sign")
-    return start + step * index
+    return start
 
 
 def _wrapped(ev: MaskEvaluator, node: Node, item: Any, size: Any) -> Any:

@@ -15,10 +15,25 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
+from kp_compiler.writes import rounded
+
 _MAX_CASES = 12
 
 Value = Any  # sympy.Expr | Boolean | Cases
 Index = tuple[Any, ...]
+
+
+# The integers that a dtype holds without rounding or wrapping. int64 is taken as unbounded.
+EXACT = {
+    torch.bfloat16: (-(2**8), 2**8),
+    torch.float16: (-(2**11), 2**11),
+    torch.float32: (-(2**24), 2**24),
+    torch.float64: (-(2**53), 2**53),
+    torch.uint8: (0, 255),
+    torch.int8: (-128, 127),
+    torch.int16: (-(2**15), 2**15 - 1),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
 
 
 class Unprovable(Exception):
@@ -69,6 +84,28 @@ def constant_value(value: Any) -> Value:
     if isinstance(value, torch.SymInt):
         return sympify_size(value)
     raise Unprovable(f"a constant of type {type(value).__name__}")
+
+
+def rounded_value(value: Any, dtype: torch.dtype) -> Value:
+    """A number as a tensor of `dtype` holds it."""
+    if not dtype.is_floating_point:
+        low, high = EXACT.get(dtype, (-(2**63), 2**63 - 1))
+        if value.is_Integer and low <= value <= high:
+            return value
+        raise Unprovable(f"{dtype} can't hold {float(value):g}")
+    number = rounded(float(value), dtype)
+    if number is None or not math.isfinite(number):
+        raise Unprovable(f"{dtype} can't hold {float(value):g}")
+    return constant_value(number)
+
+
+def holds(dtype: torch.dtype, source: torch.dtype) -> bool:
+    """Every value of an integer or boolean tensor of dtype `source` keeps its value in `dtype`."""
+    if source in (torch.bool, dtype) or dtype not in EXACT:
+        return source == torch.bool or not dtype.is_floating_point
+    if source not in EXACT or source.is_floating_point:
+        return False
+    return EXACT[dtype][0] <= EXACT[source][0] and EXACT[source][1] <= EXACT[dtype][1]
 
 
 def size_index(size: Any, index: Any) -> Any:

@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from kp_compiler.metadata import tensor_of
 from kp_compiler.normalize import canonical, permutation
-from kp_compiler.passes.base import Emitter, same
+from kp_compiler.passes.base import Emitter, loses_gradient, same
 from kp_compiler.passes.contraction import Dims, Operand
 from kp_compiler.passes.scores import Scores
-from kp_compiler.writes import Writes, constant
+from kp_compiler.writes import Writes, constant, storage_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -144,6 +144,38 @@ def restore(emit: Emitter, node: Node, dims: Dims, frame: Frame, scores: Scores)
     return emit.reshape(node, [_product(emit, [sizes[label] for label in labels]) for labels in dims])
 
 
+def with_strides_of(emit: Emitter, node: Node, root: Node) -> Node:
+    """`node`, copied into the memory layout of `root` where something downstream asks for it: `view` fails
+    on another layout and `as_strided` reads it wrongly."""
+    value = tensor_of(root)
+    if value is None or not _layout_matters(root):
+        return node
+    order = sorted(range(value.dim()), key=lambda dim: (-_hint(value.stride(dim)), dim))
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    copied = emit.call(
+        torch.ops.aten.clone.default, emit.permute(node, order), memory_format=torch.contiguous_format
+    )
+    return emit.permute(copied, inverse)
+
+
+def _hint(size: Any) -> Any:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _layout_matters(root: Node) -> bool:
+    """A view of `root` is reshaped without leave to copy, or read by its strides."""
+    queue, seen = [root], set()
+    while queue:
+        for user in queue.pop().users:
+            target = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+            if target in ("view", "view.default", "as_strided", "as_strided.default", "stride", "data_ptr"):
+                return True
+            if user not in seen and storage_of(user) is not None and storage_of(user) == storage_of(root):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
 # ---------------------------------------------------------------------------------------------------------
 # peeling
 
@@ -165,7 +197,7 @@ def peel(operand: Operand, reader: Node, head: str | None, writes: Writes, *, sc
     node, dims, scale, upcast = operand.node, operand.dims, 1.0, False
     while (op := canonical(node)) is not None:
         tensor, above = tensor_of(node), node
-        if tensor is None or op.inplace or writes.between(node, reader):
+        if tensor is None or op.inplace or writes.between(node, reader) or loses_gradient(node, reader):
             break
         if op.name in ("transpose", "permute"):
             order = permutation(op, tensor.dim())
@@ -183,13 +215,13 @@ def peel(operand: Operand, reader: Node, head: str | None, writes: Writes, *, sc
             scales
             and op.name in ("mul", "div")
             and tensor.dtype == torch.float32
-            and (c := constant(op["other"])) is not None
+            and (c := constant(op["other"]))
         ):
             scale *= c if op.name == "mul" else 1.0 / c
             node = op["input"]
             continue
-        elif (base := _repeated(node, dims, head)) is not None:
-            node = base
+        elif (found := _repeated(node, dims, head, reader)) is not None:
+            node, above = found
         else:
             break
         if scale == best.scale or upcast:
@@ -238,8 +270,9 @@ def _is_upcast(op: Any) -> bool:
     return tensor is not None and tensor.dtype in _HALF and op["dtype"] == torch.float32
 
 
-def _repeated(node: Node, dims: Dims, head: str | None) -> Node | None:
-    """The tensor whose heads `node` repeats, each in a row: `expand` + `reshape`, or `repeat_interleave`."""
+def _repeated(node: Node, dims: Dims, head: str | None, site: Node) -> tuple[Node, Node] | None:
+    """The tensor whose heads `node` repeats, each in a row (`expand` + `reshape`, or `repeat_interleave`),
+    and the node that reads it; `site` reads them all."""
     if head is None or (head,) not in dims:
         return None
     index, op = dims.index((head,)), canonical(node)
@@ -248,20 +281,30 @@ def _repeated(node: Node, dims: Dims, head: str | None) -> Node | None:
     if op.name == "repeat_interleave":
         tensor = tensor_of(op["input"])
         if tensor is not None and isinstance(op["repeats"], int) and isinstance(op["dim"], int):
-            return op["input"] if op["dim"] % tensor.dim() == index else None
+            return (op["input"], node) if op["dim"] % tensor.dim() == index else None
         return None
     if op.name != "view":
         return None
-    grown = canonical(op["input"])
+    wide, reader = op["input"], node
+    grown = canonical(wide)
     while grown is not None and grown.name == "clone":
-        grown = canonical(grown["input"])
+        wide, reader = grown["input"], wide
+        grown = canonical(wide)
     if grown is None or grown.name != "expand":
         return None
     added = canonical(grown["input"])
-    if added is None or added.name not in ("getitem", "unsqueeze"):
+    if added is None or not (added.name == "unsqueeze" or (added.name == "getitem" and _only_adds(added))):
         return None
     base = added["input"]
-    return base if _is_head_repeat(base, grown["input"], op["input"], node, index) else None
+    if any(loses_gradient(each, site) for each in (node, wide, grown["input"])):
+        return None
+    return (base, reader) if _is_head_repeat(base, grown["input"], wide, node, index) else None
+
+
+def _only_adds(op: Any) -> bool:
+    """An index that adds dimensions and selects nothing."""
+    items = op["index"] if isinstance(op["index"], tuple) else (op["index"],)
+    return all(item is None or item is Ellipsis or item == slice(None) for item in items)
 
 
 def _is_head_repeat(base: Any, thin: Any, wide: Any, out: Any, index: int) -> bool:

@@ -24,12 +24,13 @@ from torch.fx import Graph, Node
 from kp_compiler.lowering import mask_render, ops
 from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.normalize import canonical
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, loses_gradient
+from kp_compiler.passes.finite import is_finite
 from kp_compiler.passes.mask_eval import B, H, K, MaskEvaluator, Q
 from kp_compiler.passes.mask_facts import MaskFacts, establish, operands_of
 from kp_compiler.passes.mask_values import Cases, Unprovable, as_condition, as_number, choose
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
-from kp_compiler.writes import constant, erase_orphans, storage_of
+from kp_compiler.writes import constant, erase_orphans, storage_of, written
 
 _DDP_HINT = (
     "A mask made outside this graph can't be proved. Under DDP set torch._dynamo.config.optimize_ddp = "
@@ -159,7 +160,7 @@ def _prove(
             parts.conditions.append(as_condition(ev.broadcast(operands[index], (B, H, Q, K), site)))
             parts.fills.append((-math.inf if spec.dead_rows != "mean" else -1.0, "where"))
         for bias in spec.biases:
-            why = _take(ev, operands[bias.operand], bias.coeff, site, parts, ctx) or why
+            why = _take(ev, operands[bias.operand], bias.coeff, site, site, parts, ctx) or why
         if not parts.conditions:
             return why or Rejection("bias", "The additive term is a bias, not a mask.")
         facts = establish(sympy.And(*parts.conditions), ev)
@@ -192,22 +193,23 @@ def _comes_from_input(node: Any, ctx: Context) -> bool:
 
 
 def _take(
-    ev: MaskEvaluator, node: Node, coeff: float, reader: Node, parts: _Parts, ctx: Context
+    ev: MaskEvaluator, node: Node, coeff: float, reader: Node, site: Node, parts: _Parts, ctx: Context
 ) -> Rejection | None:
-    """Split an additive term into masks (0 or a large negative fill) and true biases."""
+    """Split an additive term of `site` into masks (0 or a large negative fill) and true biases."""
     current = ev.ctx.writes.current(node, reader) if node.graph is ev.ctx.gm.graph else node
     op = canonical(current) if current is not None else None
-    if current is not None and op is not None and op.name == "clone" and isinstance(op["input"], Node):
-        return _take(ev, op["input"], coeff, current, parts, ctx)
-    if current is not None and op is not None and coeff == 1.0:
+    splits = current is not None and _may_split(current, site)
+    if splits and op is not None and op.name == "clone" and isinstance(op["input"], Node):
+        return _take(ev, op["input"], coeff, current, site, parts, ctx)
+    if splits and op is not None and coeff == 1.0:
         if (
             op.name == "add"
             and op.get("alpha", 1) == 1
             and all(tensor_of(op[x]) is not None for x in ("input", "other"))
         ):
-            both = [_take(ev, op[key], coeff, current, parts, ctx) for key in ("input", "other")]
+            both = [_take(ev, op[key], coeff, current, site, parts, ctx) for key in ("input", "other")]
             return both[0] or both[1]
-        if op.name in ("where", "masked_fill") and _take_filled(ev, current, op, parts, ctx):
+        if op.name in ("where", "masked_fill") and _take_filled(ev, current, op, site, parts, ctx):
             return None
     try:
         value = as_number(ev.broadcast(node, (B, H, Q, K), reader))
@@ -218,7 +220,7 @@ def _take(
             return _unproved((node,), str(error), ctx)
         return Rejection("bias", f"The additive term stays a bias: {error}.")
     items = value.items if isinstance(value, Cases) else ((sympy.true, value),)
-    numbers = [_number(item, coeff) for _, item in items]
+    numbers = [_number(item, coeff, current or node) for _, item in items]
     limit = _limit(current or node, ctx)
     if any(n is None or not (n == 0 or n <= limit) for n in numbers):
         parts.bias(node, coeff, reader, ctx)
@@ -231,7 +233,15 @@ def _take(
     return None
 
 
-def _take_filled(ev: MaskEvaluator, node: Node, op: Any, parts: _Parts, ctx: Context) -> bool:
+def _may_split(node: Node, site: Node) -> bool:
+    """A term may be taken apart: its parts are read where it is, unchanged, and add up as numbers do."""
+    tensor = tensor_of(node)
+    if tensor is None or not tensor.dtype.is_floating_point:
+        return False
+    return not written(node) and (node.graph is not site.graph or not loses_gradient(node, site))
+
+
+def _take_filled(ev: MaskEvaluator, node: Node, op: Any, site: Node, parts: _Parts, ctx: Context) -> bool:
     """`where(keep, bias, fill)`: a mask on a bias. A bias of zeros is left to the general rule."""
     inner, fill, flag = (
         (op["input"], op["other"], op["condition"])
@@ -253,14 +263,20 @@ def _take_filled(ev: MaskEvaluator, node: Node, op: Any, parts: _Parts, ctx: Con
         return False
     parts.conditions.append(condition if op.name == "where" else sympy.Not(condition))
     parts.fills.append((number, "add"))
-    _take(ev, inner, 1.0, node, parts, ctx)
+    _take(ev, inner, 1.0, node, site, parts, ctx)
     return True
 
 
-def _number(item: Any, coeff: float) -> float | None:
+def _number(item: Any, coeff: float, term: Node) -> float | None:
+    """What a constant element of a term adds to the scores, beyond the largest number an infinity."""
     if item in (sympy.oo, -sympy.oo):
         return math.copysign(math.inf, coeff * (1 if item == sympy.oo else -1))
-    return float(item) * coeff if getattr(item, "is_number", False) else None
+    if not getattr(item, "is_number", False):
+        return None
+    number, tensor = float(item) * coeff, tensor_of(term)
+    if tensor is not None and tensor.dtype.is_floating_point and abs(number) > torch.finfo(tensor.dtype).max:
+        return math.copysign(math.inf, number)
+    return number
 
 
 def _limit(node: Node, ctx: Context) -> float:
@@ -310,9 +326,9 @@ def _conclude(
 def _dead_rows(spec: AttentionSpec, parts: _Parts, facts: MaskFacts) -> tuple[Any, Any]:
     """What fully masked rows mean, or why that can't be kept: (meaning or Rejection, how a finite fill
     entered)."""
-    if facts.no_dead_row:
-        return "none", "where"
     finite = [(value, how) for value, how in parts.fills if math.isfinite(value)]
+    if facts.no_dead_row and (finite or all(is_finite(node) for node, _ in parts.biases)):
+        return "none", "where"  # beside a finite fill biases are taken to be finite: raise_attention notes it
     if not finite:
         added = any(how == "add" for _, how in parts.fills)
         return ("zero" if spec.form == "sdpa" else "nan"), "add" if added else "where"

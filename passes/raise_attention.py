@@ -21,9 +21,20 @@ from torch.fx import Graph, Node
 
 from kp_compiler.metadata import number_of, tensor_of
 from kp_compiler.normalize import Op, canonical
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, copy_provenance, same
+from kp_compiler.passes.base import (
+    Context,
+    Emitter,
+    Kind,
+    Match,
+    Rejection,
+    Tier,
+    copy_provenance,
+    grad_switches,
+    same,
+)
 from kp_compiler.passes.contraction import Dims, Operand, value_product
 from kp_compiler.passes.expand_mha import is_composite, refusal
+from kp_compiler.passes.finite import is_finite
 from kp_compiler.passes.operands import (
     Frame,
     Peeled,
@@ -33,11 +44,14 @@ from kp_compiler.passes.operands import (
     peel_keys_values,
     place,
     restore,
+    with_strides_of,
 )
 from kp_compiler.passes.scores import Scores, Term
 from kp_compiler.passes.trace_scores import trace_scores
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
 from kp_compiler.writes import constant
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,8 @@ class RaiseAttention:
             return Rejection("already-fused", "FlexAttention is a fused kernel already and is left as it is.")
         if is_composite(site):
             return refusal(site) or Rejection("unknown-op", "This call was not written out.")
+        if is_transformed(site):
+            return Rejection("functorch", "Attention inside torch.func transforms is left as it is.")
         op = canonical(site)
         assert op is not None
         found = from_sdpa(site, op, ctx) if op.name == "sdpa" else from_softmax(site, op, ctx)
@@ -95,19 +111,38 @@ class RaiseAttention:
             _operand(emit, peeled.operand, site, tail)
             for peeled, tail in ((site.q, ("i", "d")), (site.k, ("j", "d")), (site.v, ("j", "e")))
         )
-        q = _match_batch(emit, k, q)
+        q = _match_batch(emit, v, _match_batch(emit, k, q))
         k, v = _match_batch(emit, q, k), _match_batch(emit, q, v)
         operands = [_term(emit, term, site) for term in site.terms]
         if site.sink is not None:
             operands.append(_sink(emit, site.sink))
         node = emit.attention(q, k, v, operands, [], site.spec.to_json())
         out = restore(emit, node, site.out_dims, site.frame, site.scores)
+        out = with_strides_of(emit, out, site.root)
+        node.meta["kp_notes"] = _assumptions(site)
         node.meta["kp_out"], node.meta["kp_root"] = out, site.root
         node.meta["kp_operands"] = [p.operand.node for p in (site.q, site.k, site.v)]
         copy_provenance(match.site, node)
         site.root.replace_all_uses_with(out, propagate_meta=False)
         site.root.meta["kp_replaced"] = True
         return node
+
+
+def _assumptions(site: Site) -> tuple[Rejection, ...]:
+    """What is taken for granted of tensors whose values are not known."""
+    fills = [term.fill for term in site.terms if term.fill is not None]
+    biases = [term.node for term in site.terms if term.fill is None]
+    root = tensor_of(site.root)
+    trained = site.spec.form == "softmax" and root is not None and root.requires_grad
+    if not (trained or any(map(math.isfinite, fills))) or all(map(is_finite, biases)):
+        return ()
+    return (Rejection("bias-finite", "The bias is taken to leave no row with nothing but infinities."),)
+
+
+def is_transformed(node: Node) -> bool:
+    """A value inside `torch.func.vmap` or `grad`, which only their own interpreters may touch."""
+    tensor = tensor_of(node)
+    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_flex(node: Node) -> bool:
@@ -224,6 +259,8 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
         MaskSpec("tensor", "", tuple(range(count, count + len(scores.masks)))) if scores.masks else MaskSpec()
     )
     finite = any(math.isfinite(fill or 0.0) for fill in fills)
+    if scores.sink is not None and head is None:
+        return Rejection("sink", "The heads of the sink and of the scores do not go together.")
     spec = AttentionSpec(
         scores.scale * q.scale * k.scale,
         mask,
@@ -238,12 +275,8 @@ def from_softmax(node: Node, op: Op, ctx: Context) -> Site | Rejection:
 
 
 def _may_mask(terms: tuple[Term, ...]) -> bool:
-    """Some term may leave keys out: a mask, or an additive tensor that is not learned (a learned bias is
-    finite)."""
-    return any(
-        term.fill is not None or (tensor := tensor_of(term.node)) is None or not tensor.requires_grad
-        for term in terms
-    )
+    """Some term may leave keys out: a mask, or an additive tensor that can be an infinity."""
+    return any(term.fill is not None or not is_finite(term.node) for term in terms)
 
 
 def _fill_limit(scores: Scores, ctx: Context) -> float:
@@ -295,7 +328,7 @@ def _trace_values(
             return _used_elsewhere(node, users)
         before, after = tensor_of(node), tensor_of(user)
         assert before is not None and after is not None
-        if op.name in ("cast", "clone"):
+        if op.name in ("cast", "clone") and after.dtype in FLOATS:
             pass
         elif op.name == "dropout":
             if dropout_p and op["p"]:
@@ -358,12 +391,13 @@ def _drops_last(op: Op) -> bool:
 
 
 def _check_heads(site: Site) -> Rejection | None:
-    """K and V have as many heads as Q, or a divisor of that."""
+    """K and V have as many heads as Q, or a divisor of that, and the batch that Q has, or none."""
+    operands = [peeled.operand for peeled in (site.q, site.k, site.v)]
+    if not all(_has_batch(operand, site) for operand in operands):
+        return Rejection("layout", "Query, key and value differ in their batch dimensions.")
     if len(site.frame.heads) != 1:
-        return None
-    sizes = [
-        num_heads(peeled.operand, site.frame.heads[0], site.scores) for peeled in (site.q, site.k, site.v)
-    ]
+        return _check_merged_heads(site, operands)
+    sizes = [num_heads(operand, site.frame.heads[0], site.scores) for operand in operands]
     heads, kv_heads = sizes[0], sizes[1]
     grouped = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
     if same(kv_heads, sizes[2]) and (same(heads, kv_heads) or grouped):
@@ -373,14 +407,31 @@ def _check_heads(site: Site) -> Rejection | None:
     )
 
 
-def _grad_switches(ctx: Context) -> list[int]:
-    """Where the graph enters or leaves `torch.no_grad`."""
-    if "grad_switches" not in ctx.cache:
-        nodes = ctx.gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
-        ctx.cache["grad_switches"] = [
-            ctx.writes.position[node] for node in nodes if node in ctx.writes.position
-        ]
-    return ctx.cache["grad_switches"]
+def _has_batch(operand: Operand, site: Site) -> bool:
+    """An operand has every batch dimension of the scores in its size, or none of them."""
+    tensor, dims = tensor_of(operand.node), site.scores.split(operand.dims)
+    assert tensor is not None
+    have = {label for labels in dims for label in labels}
+    sizes = {label: tensor_of(node).shape[dim] for label, (node, dim) in site.scores.sizes.items()}  # type: ignore[union-attr]
+    wanted = [label for label in site.frame.batch if not same(sizes.get(label, 0), 1)]
+    if any(label in have for label in wanted) and not all(label in have for label in wanted):
+        return False
+    alone = {
+        labels[0]: size for labels, size in zip(operand.dims, tensor.shape, strict=True) if len(labels) == 1
+    }
+    return all(same(alone[x], sizes[x]) for x in site.frame.batch if x in alone and x in sizes)
+
+
+def _check_merged_heads(site: Site, operands: list[Operand]) -> Rejection | None:
+    """Heads made of several dimensions: Q has all of them, K and V the same leading ones."""
+    present = [
+        [label for label in site.frame.heads if any(label in d for d in site.scores.split(operand.dims))]
+        for operand in operands
+    ]
+    heads = list(site.frame.heads)
+    if present[0] == heads and present[1] == present[2] == heads[: len(present[1])]:
+        return None
+    return Rejection("layout", "Heads of query, key and value do not go together.")
 
 
 def _check_reads(site: Site, ctx: Context) -> Rejection | None:
@@ -390,7 +441,9 @@ def _check_reads(site: Site, ctx: Context) -> Rejection | None:
     if site.sink is not None:
         reads.append((site.sink, site.sink))
     first = site.root if site.scores.product is None else site.scores.chain[0]
-    if any(ctx.writes.position[first] < p < ctx.writes.position[site.root] for p in _grad_switches(ctx)):
+    position = ctx.writes.position
+    switches = (position.get(node, -1) for node in grad_switches(ctx.gm.graph))
+    if any(position[first] < p < position[site.root] for p in switches):
         return Rejection("grad-mode", "Gradients are switched on or off inside the attention.")
     for node, reader in reads:
         if ctx.writes.between(node, site.root, since=reader):

@@ -13,12 +13,13 @@ from torch.fx import Node
 
 from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.normalize import Op, canonical, permutation
-from kp_compiler.passes.base import same
+from kp_compiler.passes.base import loses_gradient, same
 from kp_compiler.passes.scores import Scores, Term
 from kp_compiler.report import Rejection
-from kp_compiler.writes import constant
+from kp_compiler.writes import Writes, constant, written
 
 TRANSPARENT = ("cast", "clone")
+_MAX_SHIFT = 1e4  # a constant that is added to all scores; a softmax ignores it while it costs no precision
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Step:
 class _Replay:
     """The state of a forward replay: `pending` is a tanh that waits for its factor."""
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, scores: Scores, writes: Writes) -> None:
         self.scores = scores
+        self.writes = writes
         self.pending = False
 
 
-def replay(scores: Scores, steps: list[Step]) -> Rejection | None:
-    state = _Replay(scores)
+def replay(scores: Scores, steps: list[Step], writes: Writes) -> Rejection | None:
+    """Follow the scores through `steps`, or say why that is not attention."""
+    state = _Replay(scores, writes)
     for step in steps:
         refused = _apply(state, step)
         if refused is not None:
@@ -50,6 +53,8 @@ def replay(scores: Scores, steps: list[Step]) -> Rejection | None:
 def _apply(state: _Replay, step: Step) -> Rejection | None:
     scores, op = state.scores, step.op
     name = op.name
+    if any(target is not step.through for target in written(step.node)):
+        return Rejection("mutation", f"{name} writes the scores into one of its other arguments.")
     if name in TRANSPARENT:
         result = tensor_of(step.node)
         if result is not None and result.dtype.is_floating_point:
@@ -66,11 +71,11 @@ def _apply(state: _Replay, step: Step) -> Rejection | None:
     if scores.sink is not None and not (name == "sub" and _is_own_max(op)):
         return Rejection("after-sink", f"{name} acts on the scores after a sink was attached.")
     if name == "mul" and (factor := constant(_other(step))) is not None:
-        return _scaled(state, factor)
+        return _scaled(state, factor, step)
     if name == "div" and (factor := constant(op["other"])) is not None:
-        return (
-            _scaled(state, 1.0 / factor) if factor else Rejection("scale", "The scores are divided by zero.")
-        )
+        if not factor:
+            return Rejection("scale", "The scores are divided by zero.")
+        return _scaled(state, 1.0 / factor, step)
     if name == "tanh":
         return _tanh(state)
     if state.pending:
@@ -90,7 +95,7 @@ def _apply(state: _Replay, step: Step) -> Rejection | None:
             scores, step, op["condition"], op["other"] if through_input else op["input"], keep=through_input
         )
     if name == "cat":
-        return _sink(scores, step)
+        return _sink(state, step)
     if name in ("mul", "div") and tensor_of(_other(step) if name == "mul" else op["other"]) is not None:
         return Rejection("tensor-scale", "The scores are scaled by a tensor; kernels take one number.")
     if name == "unnamed":
@@ -110,6 +115,8 @@ def _layout(scores: Scores, step: Step) -> Rejection | None:
     before, after = tensor_of(step.through), tensor_of(step.node)
     assert before is not None and after is not None
     name, op = step.op.name, step.op
+    if before.dtype != after.dtype:
+        return Rejection("layout", "The scores are read as another type.")
     if name in ("permute", "transpose"):
         order = permutation(op, before.dim())
         if order is None:
@@ -124,8 +131,12 @@ def _layout(scores: Scores, step: Step) -> Rejection | None:
     return None
 
 
-def _scaled(state: _Replay, factor: float) -> Rejection | None:
+def _scaled(state: _Replay, factor: float, step: Step) -> Rejection | None:
     scores = state.scores
+    if _grows(step):
+        return Rejection("layout", "A scale broadcasts the scores to a larger shape.")
+    if not factor and (scores.biases or scores.masks):
+        return Rejection("scale", "Scores that carry a mask or a bias are multiplied by zero.")
     if state.pending:
         scores.softcap, state.pending = factor, False
         scores.scale *= factor
@@ -151,8 +162,8 @@ def _added(scores: Scores, step: Step, term: Any, coeff: float) -> Rejection | N
     tensor = tensor_of(term)
     if tensor is None:
         number = constant(term)
-        if number is None or not math.isfinite(number):
-            return Rejection("unknown-op", "A scalar is added to the scores.")
+        if number is None or abs(number) > _MAX_SHIFT:
+            return Rejection("unknown-op", "A scalar that is large or not known is added to the scores.")
         scores.shifted = True
         return None
     if _grows(step):
@@ -184,8 +195,9 @@ def _grows(step: Step) -> bool:
     return before.dim() != after.dim() or not all(map(same, before.shape, after.shape))
 
 
-def _sink(scores: Scores, step: Step) -> Rejection | None:
+def _sink(state: _Replay, step: Step) -> Rejection | None:
     """`cat([scores, sink], -1)`: one more logit a row, the same for every query."""
+    scores = state.scores
     extra = step.op["tensors"][1]
     value, whole = tensor_of(extra), tensor_of(step.through)
     dim = step.op["dim"]
@@ -194,12 +206,17 @@ def _sink(scores: Scores, step: Step) -> Rejection | None:
     if not isinstance(dim, int) or dim % whole.dim() != whole.dim() - 1 or not same(value.shape[-1], 1):
         return Rejection("sink", "What is concatenated to the scores is not one logit per row.")
     base = extra
-    while (op := canonical(base)) is not None and op.name in ("expand", "cast", "clone"):
+    while not state.writes.between(base, step.node) and not loses_gradient(base, step.node):
+        op = canonical(base)
+        if op is None or op.name not in ("expand", "cast", "clone") or op.inplace:
+            break
         base = op["input"]
+    if state.writes.between(base, step.node):
+        return Rejection("mutation", "The sink is written to before it is attached.")
     tensor = tensor_of(base)
     if tensor is None or tensor.dim() != 4 or whole.dim() != 4 or scores.shifted:
         return Rejection("sink", "The sink is not one logit per head, or the scores were shifted before it.")
-    if not all(same(tensor.shape[dim], 1) for dim in (0, 2)):
+    if scores.dims[-2] != ("i",) or not all(same(tensor.shape[dim], 1) for dim in (0, 2)):
         return Rejection("sink", "The sink logit differs between queries or sequences.")
     scores.sink = base
     return None

@@ -17,6 +17,7 @@ from kp_compiler.passes.contraction import Product, scores_product
 from kp_compiler.passes.replay import TRANSPARENT, Step, replay
 from kp_compiler.passes.scores import Scores, Term
 from kp_compiler.report import Rejection
+from kp_compiler.writes import written
 
 _MAX_DEPTH = 64
 
@@ -38,9 +39,11 @@ def trace_scores(softmax: Node, op: Op, ctx: Context) -> Scores | Rejection:
     core = steps[0].through if steps else op["input"]
     scores.chain = [core, *(step.node for step in steps)]
     scores.note_sizes(core)
+    if written(core):
+        return Rejection("mutation", "The scores are written into an argument of their product.")
     if product.addend is not None and product.beta != 0:
         scores.biases.append(Term(product.addend, product.dims, core, product.beta))
-    refused = replay(scores, steps) or _independent(scores, ctx)
+    refused = replay(scores, steps, ctx.writes) or _independent(scores, ctx)
     if refused is None and not any(labels == ("i",) for labels in scores.dims):
         refused = Rejection(
             "layout", "The query dimension of the scores was reshaped away before the softmax."

@@ -293,3 +293,63 @@ def test_gradient_layouts_do_not_disturb_each_other(first: bool) -> None:
         got = _run(torch.compile(function, backend="kp", fullgraph=True), inputs, True)
         for mine, exact in zip(got, _double(function, inputs, True), strict=True):
             assert relative_error(mine, exact) < 1e-2
+
+
+@pytest.mark.parametrize("length", [300, 1024])
+def test_gradient_of_a_causal_bias(length: int) -> None:
+    """A learned bias under a causal mask, several blocks long: the kernel leaves blocks above the diagonal
+    unwritten, in the bias's gradient as well."""
+
+    def attend(q, k, v, bias):
+        line = torch.arange(length, device=q.device)
+        scores = q @ k.transpose(2, 3) * 0.125 + bias
+        scores = scores.masked_fill(line[None, :] > line[:, None], float("-inf"))
+        return F.softmax(scores, dim=-1) @ v
+
+    inputs = tuple(torch.randn(1, 4, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    inputs += (torch.randn(1, 4, length, length, device="cuda", dtype=torch.bfloat16),)
+    want, plain = _double(attend, inputs, True), _run_plain(attend, inputs, True)
+    _poison()
+    options = {"strict": True, "attention": {"expect": 1, "impl": "efficient"}}
+    with kp_compiler.capture_reports() as reports:
+        got = _run(torch.compile(attend, backend="kp", fullgraph=True, options=options), inputs, True)
+    assert merged(reports).rewritten()[0].spec == "causal, 1 bias"
+    for mine, theirs, exact in zip(got, plain, want, strict=True):
+        assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
+
+
+@pytest.mark.parametrize("impl", ["flex", "efficient"])
+@pytest.mark.parametrize("given", [False, True], ids=["proved", "handed-in"])
+def test_rows_of_finite_fills(impl: str, given: bool) -> None:
+    """A row of nothing but finfo.min is the mean of all values, whether the mask is proved or was handed in.
+    A NaN there would spread to every row in the next layer."""
+    keep = torch.ones(2, 300, dtype=torch.bool, device="cuda")
+    keep[0, :40] = False
+    lowest = torch.finfo(torch.bfloat16).min
+
+    def mask_of(keep):
+        line = torch.arange(300, device="cuda")
+        allowed = ((line[None, :] <= line[:, None]) & keep[:, None, None, :]).expand(2, 1, 300, 300)
+        return torch.where(allowed, 0.0, lowest).to(torch.bfloat16)
+
+    dense = mask_of(keep)
+
+    def attend(q, k, v):
+        mask = dense if given else mask_of(keep)
+        scores = torch.matmul(q, k.transpose(2, 3)) * 0.125 + mask
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+    inputs = tuple(torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with torch.no_grad(), kp_compiler.capture_reports() as reports:
+        options = {"strict": True, "attention": {"impl": impl}}
+        got = torch.compile(attend, backend="kp", fullgraph=True, options=options)(*inputs)
+        plain, want = attend(*inputs), attend(*(x.double() for x in inputs))
+    report = merged(reports)
+    if given and impl == "efficient":
+        assert report.sites[0].reason.code == "dead-rows"
+    else:
+        assert report.rewritten()[0].impl == impl, report.why("")
+    mean = inputs[2].double().mean(2, keepdim=True)[0]
+    assert relative_error(got[0, :, :40], mean.expand(-1, 40, -1)) < 1e-2
+    alive = [got[1], plain[1], want[1]]
+    assert relative_error(alive[0], alive[2]) <= 1.3 * relative_error(alive[1], alive[2]) + 1e-3
