@@ -22,14 +22,14 @@ def tensor_of(node: Any) -> torch.Tensor | None:
 
 
 def number_of(value: Any) -> float | None:
-    """A Python number, or the value of a float that Dynamo made symbolic, where it is an attribute.
+    """A Python number, or the value of a float that Dynamo made symbolic, unless it is an argument.
 
     Under `dynamic=True` attributes such as `self.scaling` are symbolic. Reading one here makes Dynamo guard
     on it, so another value compiles anew. A float argument may change with every call and is left symbolic.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    from torch._dynamo.source import AttrSource  # not at import time
+    from torch._dynamo.source import LocalSource  # not at import time
 
     found = value_of(value)
     if not isinstance(value, Node) or not isinstance(found, float | torch.SymFloat):
@@ -38,7 +38,7 @@ def number_of(value: Any) -> float | None:
         return found
     holder = value.args[0] if value.op == "call_method" and value.target == "item" else value
     argument = holder.meta.get("grapharg") if isinstance(holder, Node) else None
-    if argument is None or not isinstance(argument.source, AttrSource):
+    if argument is None or isinstance(argument.source, LocalSource):
         return None
     return float(found)
 

@@ -108,7 +108,9 @@ def cpp_compiler() -> str | None:
     line = b'#include <cmath>\nextern "C" double probe(double x) { return std::exp(x); }\n'
     with tempfile.TemporaryDirectory() as folder:
         library = os.path.join(folder, "probe.so")
-        works = _succeeds([path, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], line)
+        works = _succeeds(
+            [path, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], line
+        ) and os.path.exists(library)
     return path if works else None
 
 
