@@ -1,5 +1,5 @@
-"""`plan` and `explain` on what users really pass (compiled models, closures, models that read values), and what
-they say of sites that stay as they are."""
+"""`plan` and `explain` on what users really pass: compiled models, closures, models that read values. What
+reports say of sites that stay as they are."""
 
 from __future__ import annotations
 
