@@ -65,8 +65,27 @@ def _ordered(emit: Any, flags: Node, *, flip: bool = False) -> tuple[Node, Node]
     count = emit.call(torch.sum, numbers, dim=-1, dtype=torch.int32)
     order = emit.call(torch.argsort, numbers, dim=-1, descending=True, stable=True)
     indices = emit.call(torch.ops.aten.to.dtype, order, torch.int32)
-    contiguous = torch.ops.aten.contiguous.default
-    return emit.call(contiguous, count), emit.call(contiguous, indices)
+    return _laid_out(emit, count), _laid_out(emit, indices)
+
+
+def _laid_out(emit: Any, lists: Node) -> Node:
+    """Contiguous in every stride. The kernel takes the stride of the heads, of which there is one, as that of
+    the batch; Inductor is free to give a dimension of size 1 any stride, and under inference it did: every
+    batch but the first then read the lists of no one (torch 2.11, 2026-11-26)."""
+    tensor = tensor_of(lists)
+    assert tensor is not None
+    lists = emit.call(torch.ops.aten.contiguous.default, lists)
+    if isinstance(tensor.shape[0], int) and tensor.shape[0] == 1:
+        return lists
+    sizes = [emit.size(lists, dim) for dim in range(tensor.dim())]
+    strides: list[Any] = [1]
+    for size in reversed(sizes[1:]):
+        strides.insert(0, _times(emit, strides[0], size))
+    return emit.call(torch.ops.aten.as_strided.default, lists, sizes, strides)
+
+
+def _times(emit: Any, a: Any, b: Any) -> Any:
+    return a * b if isinstance(a, int) and isinstance(b, int) else emit.call(operator.mul, a, b)
 
 
 class _Grid:

@@ -261,3 +261,22 @@ def test_windows_visit_few_blocks() -> None:
     assert call[4][4].flatten().tolist() == list(range(8))
     (call,) = recorded_calls(document, tensors, "flex_attention", FLEX)
     assert int((call[4][2] + call[4][4])[0].max()) <= 2
+
+
+@pytest.mark.parametrize("function", [causal, padding, document])
+def test_strides_of_block_lists_leave_nothing_open(function: Callable[..., torch.Tensor]) -> None:
+    """The kernel finds a batch's lists by the stride of their one head, and Inductor may choose that of a
+    dimension of size 1. So lists with a batch are handed over with every stride said."""
+    q, (k, v) = torch.randn(B, H, 300, D), (torch.randn(B, H, 300, D) for _ in range(2))
+    positions = torch.arange(300).remainder(100).expand(B, 300).contiguous()
+    graph = captured_graphs(function, q, k, v, positions, positions + 1, options=FLEX)[0].graph
+    (site,) = [node for node in graph.nodes if str(node.target) == "flex_attention"]
+    lists = [x for x in site.args[4] if isinstance(x, torch.fx.Node) and x.op == "call_function"]
+    assert len(lists) == 8
+    for node in lists:
+        sizes = node.meta["example_value"].shape
+        if sizes[0] == 1:
+            continue
+        assert node.target is torch.ops.aten.as_strided.default
+        assert tuple(node.args[2]) == torch.empty(sizes).stride()
+    assert (sizes[0] == 1) == (function is causal)

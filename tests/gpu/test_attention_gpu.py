@@ -300,14 +300,15 @@ def test_gradient_of_a_causal_bias(length: int) -> None:
     """A learned bias under a causal mask, several blocks long: the kernel leaves blocks above the diagonal
     unwritten, in the bias's gradient as well."""
 
-    def attend(q, k, v, bias):
+    def attend(q, k, v, table):
         line = torch.arange(length, device=q.device)
+        bias = F.embedding((line[None, :] - line[:, None]).clamp(-15, 15) + 15, table).permute(2, 0, 1)
         scores = q @ k.transpose(2, 3) * 0.125 + bias
         scores = scores.masked_fill(line[None, :] > line[:, None], float("-inf"))
         return F.softmax(scores, dim=-1) @ v
 
     inputs = tuple(torch.randn(1, 4, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    inputs += (torch.randn(1, 4, length, length, device="cuda", dtype=torch.bfloat16),)
+    inputs += (torch.randn(31, 4, device="cuda", dtype=torch.bfloat16),)
     want, plain = _double(attend, inputs, True), _run_plain(attend, inputs, True)
     _poison()
     options = {"strict": True, "attention": {"expect": 1, "impl": "efficient"}}
@@ -346,7 +347,7 @@ def test_rows_of_finite_fills(impl: str, given: bool) -> None:
         plain, want = attend(*inputs), attend(*(x.double() for x in inputs))
     report = merged(reports)
     if given and impl == "efficient":
-        assert report.sites[0].reason.code == "dead-rows"
+        assert report.sites[0].reason.code == "mask-is-input"
     else:
         assert report.rewritten()[0].impl == impl, report.why("")
     mean = inputs[2].double().mean(2, keepdim=True)[0]
