@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from kp_compiler.capture import versions
+
 RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]
 
@@ -131,14 +133,12 @@ def write(
 
 def here() -> dict[str, Any]:
     """Date, commit, device and versions of this run."""
-    import triton
-
     return {
         "date": datetime.date.today().isoformat(),
         "commit": os.environ.get("KP_COMMIT") or _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": versions().get("triton"),
     }
 
 

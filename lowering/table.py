@@ -58,16 +58,18 @@ ATEN_OPERATORS = aten.OPERATORS  # of the implementations that are one
 BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
 
 
-def order(target: Target, spec: AttentionSpec) -> tuple[Implementation, ...]:
+def order(target: Target, spec: AttentionSpec, *, training: bool = False) -> tuple[Implementation, ...]:
     """Fastest first. On sm90 (one H100, torch 2.11, 32k tokens, 16:4 heads, D128, 2026-11-23; printed again
     by benchmarks/attention_kernels.py), forward / forward + backward ms: causal FA4 7.16 / 23.0, cuDNN 7.21 /
     25.8, FlexAttention 11.1 / 39.7, FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112; window 1024
     FA4 1.14 / 3.84, FlexAttention 1.29 / 3.70, FlashAttention-2 1.39 / 4.69, memory-efficient with a dense
-    bias 66 / 247."""
+    bias 66 / 247. A window without gradients goes to FlashAttention-2 all the same: FlexAttention's kernel
+    took 5 of the 18.5 s that a two-layer Mistral needed to compile (same machine, 2026-11-26;
+    benchmarks/compile_time.py), and its block lists cost eight small kernels a mask."""
     if target.reference:
         return (REFERENCE,)
     if target.sm >= 90 and mask_render.is_band(spec.mask):
-        return (FA4, FLEX, FLASH, EFFICIENT)
+        return (FA4, FLEX, FLASH, EFFICIENT) if training else (FA4, FLASH, FLEX, EFFICIENT)
     if target.sm >= 90:
         return (FA4, CUDNN, FLASH, FLEX, EFFICIENT)
     return (FLASH, CUDNN, FLEX, EFFICIENT)
@@ -82,7 +84,7 @@ def choose(
         refused = wanted.check(spec, shape, target)
         return wanted if refused is None else refused
     reasons = []
-    for implementation in order(target, spec):
+    for implementation in order(target, spec, training=shape.training):
         refused = implementation.check(spec, shape, target)
         if refused is None:
             return implementation

@@ -203,7 +203,7 @@ def test_report_dir(tmp_path: Any) -> None:
     ("name", "kernel", "spec"),
     [
         ("llama", "cudnn", "causal"),
-        ("mistral", "flex", "causal+window(8)"),
+        ("mistral", "flash", "causal+window(8)"),
         ("llama_packed", "flex", "causal+document"),
     ],
 )

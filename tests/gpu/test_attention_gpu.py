@@ -103,6 +103,7 @@ CASES = [
     ("cudnn", "full", 2, 4, 4, 77, 64),
     ("flash", "causal", 2, 8, 2, 1000, 128),
     ("flash", "full", 1, 4, 4, 333, 64),
+    ("flash", "window", 1, 4, 2, 1500, 64),
     ("flex", "causal", 2, 8, 2, 1000, 128),
     ("flex", "window", 1, 4, 4, 1500, 64),
     ("flex", "document", 2, 8, 2, 1024, 64),
