@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
 EMPTY = "no results yet"
+MOST_ROWS = 120  # that a reader would scroll through
 
 
 def main() -> int:
@@ -81,7 +82,9 @@ def _section(path: Path) -> str:
         lines += ["", f"![{data['benchmark']}](benchmarks/results/{picture.name})"]
     if data.get("bars"):
         lines += ["", _bars(data["bars"])]
-    if data.get("rows"):
+    if len(data.get("rows", ())) > MOST_ROWS:
+        lines += ["", f"The file has {len(data['rows'])} rows."]
+    elif data.get("rows"):
         rows = _rows(data["rows"])
         lines += ["", f"<details><summary>all {len(data['rows'])} rows</summary>", "", rows, "", "</details>"]
     return "\n".join(lines)
