@@ -228,9 +228,9 @@ def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
 
 
 def _check_requirements(task: Run) -> None:
-    """`require` and `expect`: what must have fired, did. Judged graph by graph; a graph without a candidate
-    site (a graph break makes such ones) is no place where it could have."""
-    if task.plan_only or not task.report.sites:
+    """`require` and `expect`: what must have fired, did. Judged graph by graph; a graph without attention (a
+    graph break makes such ones, and a classifier has a softmax too) is no place where it could have."""
+    if task.plan_only or not any(s.reason is None or _is_attention(s.reason) for s in task.report.sites):
         return
     for each in ALL_PASSES:
         fired = sum(p.fired for p in task.report.passes if p.name == each.name)
@@ -242,16 +242,26 @@ def _check_requirements(task: Run) -> None:
         reasons |= {f"{s.module}: {note}" for s in task.report.sites for note in s.notes}
         if not reasons:
             reasons = {f"{len(task.report.sites)} candidates, nothing more for {each.name} to do"}
-        raise _requirement(each, fired, wanted, sorted(reasons))
+        raise _requirement(each, wanted, sorted(reasons), fired)
 
 
 def check_left_alone(gm: GraphModule, config: Config, why: Rejection) -> None:
     """The same for a graph that kp does not work on at all."""
     finder = ALL_PASSES[0]
-    for each in ALL_PASSES:
-        wanted = _required(each, config)
-        if wanted and any(True for unit, _ in bodies(gm) for _ in finder.sites(unit.graph)):
-            raise _requirement(each, 0, wanted, [str(why)])
+    demanded = [(each, wanted) for each in ALL_PASSES if (wanted := _required(each, config))]
+    if not demanded:
+        return
+    for unit, calls in bodies(gm):
+        ctx = Context(unit, config, Target("cpu"), calls)
+        for site in finder.sites(unit.graph):
+            found = finder.inspect(site, ctx)
+            if not isinstance(found, Rejection) or _is_attention(found):
+                raise _requirement(*demanded[0], [str(why)])
+
+
+def _is_attention(reason: Rejection) -> bool:
+    """A refusal of something that does look like attention: not of a router's or classifier's softmax."""
+    return reason.code not in ("no-qk-product", "no-value-product")
 
 
 def _required(each: Pass, config: Config) -> int:
@@ -262,7 +272,7 @@ def _required(each: Pass, config: Config) -> int:
     return 1 if settings.mode == "require" else 0
 
 
-def _requirement(each: Pass, fired: int, wanted: int, reasons: list[str]) -> KPRequirementError:
+def _requirement(each: Pass, wanted: int, reasons: list[str], fired: int = 0) -> KPRequirementError:
     listed = "\n  ".join(reasons)
     return KPRequirementError(
         f"{each.name} fired at {fired} sites of this graph, {wanted} required:\n  {listed}"

@@ -149,6 +149,9 @@ def test_required_on_a_graph_that_is_left_alone() -> None:
     assert isinstance(error, KPRequirementError)
     assert "[cpu]" in str(error)
     torch.compile(torch.sin, backend="kp", options={"attention": "require"})(torch.randn(3))
+    for options in ({"attention": "require"}, {"attention": "require", **REFERENCE}):
+        torch._dynamo.reset()  # a classifier is no place where attention could have been rewritten
+        torch.compile(lambda x: F.softmax(x, dim=-1), backend="kp", options=options)(torch.randn(3, 4))
 
 
 def test_required_without_what_it_builds_on() -> None:
