@@ -21,6 +21,12 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def stride_order(value: torch.Tensor) -> list[int]:
+    """Dimensions from the widest stride to the narrowest; sizes seen by this compilation decide."""
+    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    return sorted(range(value.dim()), key=lambda dim: (-hints[dim], dim))
+
+
 def number_of(value: Any) -> float | None:
     """A Python number, or the value of a float that Dynamo made symbolic, unless it is an argument.
 

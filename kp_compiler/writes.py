@@ -115,10 +115,10 @@ def constant(value: Any) -> float | None:
     op, storage = canonical(value), storage_of(value)
     if op is None or op.inplace or tensor.dtype.is_complex:
         return None
-    if any(storage_of(target) == storage for node in value.graph.nodes for target in written(node)):
-        return None
     source = {"full": "fill_value", "full_like": "fill_value", "tensor": "data", "new_tensor": "data"}
     if op.name not in (*source, "cast", "clone", "view", "expand", "unsqueeze", "sqrt"):
+        return None
+    if any(storage_of(target) == storage for node in value.graph.nodes for target in written(node)):
         return None
     number = constant(op[source.get(op.name, "input")])
     if number is None or (op.name == "sqrt" and number < 0):

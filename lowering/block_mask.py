@@ -80,12 +80,8 @@ def _laid_out(emit: Any, lists: Node) -> Node:
     sizes = [emit.size(lists, dim) for dim in range(tensor.dim())]
     strides: list[Any] = [1]
     for size in reversed(sizes[1:]):
-        strides.insert(0, _times(emit, strides[0], size))
+        strides.insert(0, emit.product([strides[0], size]))
     return emit.call(torch.ops.aten.as_strided.default, lists, sizes, strides)
-
-
-def _times(emit: Any, a: Any, b: Any) -> Any:
-    return a * b if isinstance(a, int) and isinstance(b, int) else emit.call(operator.mul, a, b)
 
 
 class _Grid:

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.config import Config
 from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.metadata import stride_order
 
 _MARK = "kp_softmax_barrier"
 
@@ -86,8 +87,8 @@ class _GradLayout(_Pass):
 
 def _match_layout(graph: Graph, user: Node, grad: Any, out: Any) -> None:
     """Give `user` its first argument in the order of strides that `out` has."""
-    order, have = _stride_order(out.meta["val"]), grad.meta["val"]
-    if _stride_order(have) == order and have.is_contiguous() == out.meta["val"].is_contiguous():
+    order, have = stride_order(out.meta["val"]), grad.meta["val"]
+    if stride_order(have) == order and have.is_contiguous() == out.meta["val"].is_contiguous():
         return
     inverse = sorted(range(len(order)), key=order.__getitem__)
     aten = torch.ops.aten
@@ -103,12 +104,6 @@ def _match_layout(graph: Graph, user: Node, grad: Any, out: Any) -> None:
             node = graph.call_function(target, (node, *args), kwargs)
             node.meta["val"] = value
     user.replace_input_with(grad, node)
-
-
-def _stride_order(value: torch.Tensor) -> list[int]:
-    """Dimensions from the widest stride to the narrowest; sizes seen by this compilation decide."""
-    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()]
-    return sorted(range(value.dim()), key=lambda dim: (-hints[dim], dim))
 
 
 def _is_softmax(node: Node) -> bool:

@@ -6,6 +6,7 @@ The runner (`kp_compiler.pipeline`) does the rest: flags, timing, records, undoi
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -133,6 +134,18 @@ class Emitter:
             if isinstance(size, int)
             else self.call(torch.ops.aten.sym_size.int, node, dim % tensor.dim())
         )
+
+    def product(self, sizes: Iterable[Any]) -> Any:
+        """The product of sizes: an int where all are static, else a node."""
+        total: Any = 1
+        for size in sizes:
+            if isinstance(total, int) and isinstance(size, int):
+                total *= size
+            else:
+                total = (
+                    size if isinstance(total, int) and total == 1 else self.call(operator.mul, total, size)
+                )
+        return total
 
     def reshape(self, node: Node, sizes: list[Any]) -> Node:
         """`torch.reshape`, left out where the shape is already right."""

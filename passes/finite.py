@@ -17,14 +17,14 @@ from kp_compiler.normalize import canonical
 from kp_compiler.writes import constant, written
 
 LARGE = 1e30
-# Operations whose result is finite where their tensor arguments are (short of overflow).
+# Operations whose result is finite where their arguments are (short of overflow).
 _KEEPS = {
     "add", "sub", "mul", "neg", "abs", "clone", "cast", "detach", "view", "permute", "transpose", "expand",
     "unsqueeze", "squeeze", "repeat", "repeat_interleave", "getitem", "narrow", "flip", "cat", "cumsum",
     "floor", "minimum", "maximum", "clamp", "where", "masked_fill", "tril", "triu", "outer", "matmul", "bmm",
-    "einsum", "linear", "embedding", "full_like", "softmax", "diff", "sum",
+    "einsum", "linear", "embedding", "full_like", "softmax", "diff", "sum", "tanh", "sigmoid", "arange",
+    "full", "tensor", "new_tensor",
 }  # fmt: skip
-_BOUNDED = {"tanh", "sigmoid", "arange", "full", "tensor", "new_tensor"}  # whatever tensors they take
 
 
 def is_finite(term: Any) -> bool:
@@ -66,7 +66,7 @@ def _arguments(node: Node, *, inside: bool) -> list[Any] | None:
         if _is_power(node):
             return [op["exponent"]]
         return [op["input"]] if exponent is not None and exponent >= 0 else None
-    if op.name in _KEEPS or op.name in _BOUNDED:
+    if op.name in _KEEPS:
         return list(op.args.values())
     return None
 

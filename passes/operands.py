@@ -6,14 +6,13 @@ taken from before a repetition of their heads where there is one.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from kp_compiler.metadata import tensor_of
+from kp_compiler.metadata import stride_order, tensor_of
 from kp_compiler.normalize import canonical, permutation
 from kp_compiler.passes.base import Emitter, loses_gradient, same
 from kp_compiler.passes.contraction import Dims, Operand
@@ -110,18 +109,8 @@ def _group(
         sizes |= dict(zip(full, grown, strict=True))
     shape: list[Any] = []
     for group in groups:
-        shape.append(_product(emit, [sizes[label] for label in group]))
+        shape.append(emit.product([sizes[label] for label in group]))
     return emit.reshape(node, [*shape, *(sizes.get(t, 1) for t in tail)])
-
-
-def _product(emit: Emitter, sizes: list[Any]) -> Any:
-    total: Any = 1
-    for size in sizes:
-        if isinstance(total, int) and isinstance(size, int):
-            total *= size
-        else:
-            total = size if isinstance(total, int) and total == 1 else emit.call(operator.mul, total, size)
-    return total
 
 
 def restore(emit: Emitter, node: Node, dims: Dims, frame: Frame, scores: Scores) -> Node:
@@ -141,7 +130,7 @@ def restore(emit: Emitter, node: Node, dims: Dims, frame: Frame, scores: Scores)
     node = emit.reshape(node, [sizes[label] for label in here])
     flat = [label for labels in dims for label in labels]
     node = emit.permute(node, [here.index(label) for label in flat])
-    return emit.reshape(node, [_product(emit, [sizes[label] for label in labels]) for labels in dims])
+    return emit.reshape(node, [emit.product([sizes[label] for label in labels]) for labels in dims])
 
 
 def with_strides_of(emit: Emitter, node: Node, root: Node) -> Node:
@@ -150,16 +139,12 @@ def with_strides_of(emit: Emitter, node: Node, root: Node) -> Node:
     value = tensor_of(root)
     if value is None or not _layout_matters(root):
         return node
-    order = sorted(range(value.dim()), key=lambda dim: (-_hint(value.stride(dim)), dim))
+    order = stride_order(value)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     copied = emit.call(
         torch.ops.aten.clone.default, emit.permute(node, order), memory_format=torch.contiguous_format
     )
     return emit.permute(copied, inverse)
-
-
-def _hint(size: Any) -> Any:
-    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _layout_matters(root: Node) -> bool:
