@@ -113,25 +113,11 @@ CASES = [
 ]
 
 
-def _mask(kind: str, batch: int, length: int):
-    rows, columns = torch.arange(length, device="cuda")[:, None], torch.arange(length, device="cuda")[None, :]
-    if kind == "full":
-        return None
-    if kind == "causal":
-        return columns <= rows
-    if kind == "window":
-        return (columns <= rows) & (columns > rows - 100)
-    if kind == "document":
-        segments = (torch.arange(length, device="cuda") // 150).expand(batch, length)
-        return (segments[:, None, :, None] == segments[:, None, None, :]) & (columns <= rows)
-    keep = torch.ones(batch, length, dtype=torch.bool, device="cuda")
-    keep[0, :37] = False
-    return keep[:, None, None, :] & (columns <= rows)
-
-
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(("impl", "kind", "batch", "heads", "kv_heads", "length", "width"), CASES)
-def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
-    """One kernel asked for by name, ragged lengths and grouped heads, forward and backward."""
+def test_kernel(impl, kind, batch, heads, kv_heads, length, width, train) -> None:
+    """One kernel asked for by name, ragged lengths and grouped heads. In inference Inductor lays a batch's
+    block lists out on its own."""
     q = torch.randn(batch, heads, length, width, device="cuda", dtype=torch.bfloat16)
     k, v = (
         torch.randn(batch, kv_heads, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2)
@@ -159,18 +145,19 @@ def test_kernel(impl, kind, batch, heads, kv_heads, length, width) -> None:
             q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=mask
         )
 
-    want = _double(attend, (q, k, v), True)
-    plain = _run_plain(attend, (q, k, v), True)
+    want = _double(attend, (q, k, v), train)
+    plain = _run_plain(attend, (q, k, v), train)
     _poison()
     options = {"strict": True, "attention": {"impl": impl, "expect": 1}}
     with kp_compiler.capture_reports() as reports:
-        got = _run(torch.compile(attend, backend="kp", fullgraph=True, options=options), (q, k, v), True)
+        got = _run(torch.compile(attend, backend="kp", fullgraph=True, options=options), (q, k, v), train)
     assert merged(reports).rewritten()[0].impl == impl
     for mine, theirs, exact in zip(got, plain, want, strict=True):
         assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
 
 
-def test_dead_rows_keep_their_meaning() -> None:
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_dead_rows_keep_their_meaning(train: bool) -> None:
     """A left-padded row is zero through SDPA, and the mean of all values through a finite fill, with its
     gradient."""
     keep = torch.ones(2, 300, dtype=torch.bool, device="cuda")
@@ -189,10 +176,10 @@ def test_dead_rows_keep_their_meaning() -> None:
         return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
     inputs = tuple(torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    want, plain = _double(by_hand, inputs, True), _run_plain(by_hand, inputs, True)
+    want, plain = _double(by_hand, inputs, train), _run_plain(by_hand, inputs, train)
     with kp_compiler.capture_reports() as reports:
         got = _run(
-            torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, True
+            torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, train
         )
     assert merged(reports).rewritten()[0].impl == "flex"
     for mine, theirs, exact in zip(got, plain, want, strict=True):
