@@ -165,15 +165,17 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
 
 
 def emit_efficient(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
-    """Biases and any mask but the plain causal one are summed into one tensor, whose rows start at multiples
-    of 16 bytes as the kernel wants; K and V heads are repeated. A causal mask goes into a bias that needs a
-    gradient as well: the kernel skips the blocks above the diagonal and never writes the bias's gradient
-    there (NaN or stale memory; one H100, torch 2.11, T5 at 1024 tokens, 2026-11-26), and `where` drops it."""
+    """Biases and any mask but the plain causal one are summed into one tensor; K and V heads are repeated. A
+    causal mask goes into a bias that needs a gradient as well: the kernel skips the blocks above the diagonal
+    and never writes the bias's gradient there (NaN or stale memory; one H100, torch 2.11, T5 at 1024 tokens,
+    2026-11-26), and `where` drops it."""
     q, k, v = (node.args[index] for index in range(3))
     if not _equal(shape.heads, shape.kv_heads):
         k, v = (emit.call(torch.repeat_interleave, x, _ratio(emit, q, x), dim=1) for x in (k, v))
     causal = mask_render.is_causal(spec.mask) and square(shape)
     bias = _merged_bias(emit, node, spec, shape, causal)
+    if bias is not None:
+        k, v, bias = _aligned(emit, k, v, bias, shape.training)
     out = emit.call(
         OPERATORS["efficient"],
         q, k, v, bias, shape.training, spec.dropout_p, causal, scale=spec.scale,
@@ -215,22 +217,26 @@ def _merged_bias(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionSha
         return None
     q, k = node.args[0], node.args[1]
     sizes = [emit.size(q, 0), emit.size(q, 1), emit.size(q, 2), emit.size(k, 2)]
-    total = emit.call(torch.ops.aten.expand.default, total, sizes)
-    return _align_rows(emit, total, sizes[3])
+    return emit.call(torch.ops.aten.expand.default, total, sizes)
 
 
-def _align_rows(emit: Any, bias: Any, keys: Any) -> Any:
+def _aligned(emit: Any, k: Any, v: Any, bias: Any, training: bool) -> tuple[Any, Any, Any]:
+    """k, v and a bias whose rows start at multiples of 16 bytes, as the kernel wants. A slice of longer rows
+    does in inference; Inductor drops its stride before the backward kernel, which then faults (300 keys; one
+    H100, torch 2.11, 2026-11-26), so with gradients there are keys more, to which nothing attends."""
+    keys = emit.size(k, 2)
     if isinstance(keys, int) and keys % 8 == 0:
-        tensor = tensor_of(bias)
-        return (
-            bias
-            if tensor is not None and tensor.stride(-1) == 1
-            else emit.call(torch.ops.aten.contiguous.default, bias)
-        )
-    pad = (
-        8 - keys % 8
-        if isinstance(keys, int)
-        else emit.call(operator.sub, 8, emit.call(operator.mod, keys, 8))
-    )
-    padded = emit.call(torch.nn.functional.pad, bias, (0, pad))
-    return emit.call(torch.ops.aten.slice.Tensor, padded, 3, 0, keys)
+        return k, v, _dense_rows(emit, bias)
+    rest = keys % 8 if isinstance(keys, int) else emit.call(operator.mod, keys, 8)
+    more = 8 - rest if isinstance(rest, int) else emit.call(operator.sub, 8, rest)  # never a symbolic 0
+    if training:
+        k, v = (emit.call(torch.nn.functional.pad, x, (0, 0, 0, more)) for x in (k, v))
+        return k, v, emit.call(torch.nn.functional.pad, bias, (0, more), value=float("-inf"))
+    padded = emit.call(torch.nn.functional.pad, bias, (0, more))
+    return k, v, emit.call(torch.ops.aten.slice.Tensor, padded, 3, 0, keys)
+
+
+def _dense_rows(emit: Any, bias: Any) -> Any:
+    tensor = tensor_of(bias)
+    dense = tensor is not None and tensor.stride(-1) == 1
+    return bias if dense else emit.call(torch.ops.aten.contiguous.default, bias)

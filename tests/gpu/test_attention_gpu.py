@@ -283,13 +283,14 @@ def test_gradient_layouts_do_not_disturb_each_other(first: bool) -> None:
             assert relative_error(mine, exact) < 1e-2
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("length", [300, 1024])
-def test_gradient_of_a_causal_bias(length: int) -> None:
+def test_gradient_of_a_causal_bias(length: int, dynamic: bool) -> None:
     """A learned bias under a causal mask, several blocks long: the kernel leaves blocks above the diagonal
-    unwritten, in the bias's gradient as well."""
+    unwritten, in the bias's gradient as well, and wants rows of 16 bytes."""
 
     def attend(q, k, v, table):
-        line = torch.arange(length, device=q.device)
+        line = torch.arange(q.shape[2], device=q.device)
         bias = F.embedding((line[None, :] - line[:, None]).clamp(-15, 15) + 15, table).permute(2, 0, 1)
         scores = q @ k.transpose(2, 3) * 0.125 + bias
         scores = scores.masked_fill(line[None, :] > line[:, None], float("-inf"))
@@ -301,7 +302,8 @@ def test_gradient_of_a_causal_bias(length: int) -> None:
     _poison()
     options = {"strict": True, "attention": {"expect": 1, "impl": "efficient"}}
     with kp_compiler.capture_reports() as reports:
-        got = _run(torch.compile(attend, backend="kp", fullgraph=True, options=options), inputs, True)
+        compiled = torch.compile(attend, backend="kp", fullgraph=True, options=options, dynamic=dynamic)
+        got = _run(compiled, inputs, True)
     assert merged(reports).rewritten()[0].spec == "causal, 1 bias"
     for mine, theirs, exact in zip(got, plain, want, strict=True):
         assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
