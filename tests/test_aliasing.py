@@ -235,6 +235,17 @@ def test_view_of_the_result(kernel: str) -> None:
     assert relative_error(got, want) < 1e-5
 
 
+def test_write_after_the_attention_does_not_disturb_it() -> None:
+    def attend(q, k, v):
+        out = A(q @ k.mT, v)
+        k[:, :, 0].zero_()
+        return out, k
+
+    outcome = run_both(attend, tuple(torch.randn(B, H, n, D) for n in (S, T, T)))
+    assert len(outcome.report.rewritten()) == 1
+    assert outcome.error < 1e-5
+
+
 def test_functorch_transforms_are_left_alone() -> None:
     def attend(q, k, v):
         return torch.func.vmap(lambda a, b, c: A(a @ b.mT, c))(q, k, v)

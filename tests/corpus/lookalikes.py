@@ -167,14 +167,6 @@ def query_overwritten(q, k, v):
 
 
 @twin("mutation")
-def value_view_overwritten(q, k, v):
-    probs = F.softmax(scores_of(q, k), dim=-1)
-    out = torch.matmul(probs, v)
-    k[:, :, 0].zero_()
-    return out + k
-
-
-@twin("mutation")
 def key_slice_assigned_before_values(q, k, v):
     scores = scores_of(q, k)
     k[:, :, :3] = 0.0
