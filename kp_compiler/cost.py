@@ -24,6 +24,7 @@ RATES = {
     "masked": 310e12,
 }
 BANDWIDTH = 3.0e12  # bytes/s, device to device copy on the same machine
+KERNEL = 3e-6  # seconds that the smallest kernel takes
 EAGER_PASSES = (
     5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
 )
@@ -37,14 +38,15 @@ class Cost:
 
     flops: sympy.Expr
     bytes: sympy.Expr
+    kernels: int = 1
 
     def seconds(self, rate: float, sizes: dict[Any, Any]) -> float | None:
-        """Whichever takes longer, arithmetic at `rate` or bytes at the device's bandwidth; None if sizes are
-        symbolic."""
+        """Whichever takes longer, arithmetic at `rate` or bytes at the device's bandwidth, and a floor for
+        every kernel; None if sizes are symbolic."""
         flops, moved = (expr.subs(sizes) for expr in (self.flops, self.bytes))
         if flops.free_symbols or moved.free_symbols:
             return None
-        return max(float(flops) / rate, float(moved) / BANDWIDTH)
+        return max(float(flops) / rate, float(moved) / BANDWIDTH) + self.kernels * KERNEL
 
 
 def attention(spec: AttentionSpec, width: int = 2) -> Cost:
@@ -71,7 +73,15 @@ def _dense(form: str, width: int) -> Cost:
     attention also moves the score matrix several times."""
     flops = 2 * SB * SH * SQ * ST * (SD + SE)
     passes = 1 if form == "sdpa" else EAGER_PASSES * width * SH
-    return Cost(flops, SB * SQ * ST * passes)
+    operands = width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE))
+    return Cost(flops, operands + SB * SQ * ST * passes, 1 if form == "sdpa" else 3)
+
+
+def _kernel_before(spec: AttentionSpec) -> str:
+    """What PyTorch runs where kp changes nothing. (Written out, attention is bound by bytes, not by this.)"""
+    if spec.biases:
+        return "efficient"
+    return "cudnn" if spec.form == "sdpa" and spec.mask.kind == "full" else "masked"
 
 
 def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Target) -> dict[str, Any] | None:
@@ -96,8 +106,7 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
     sizes = {name: size if isinstance(size, int) else name for name, size in sizes.items()}
     width = shape.dtype.itemsize
     after = attention(spec, width).seconds(RATES[impl], sizes)
-    unmasked = spec.form == "sdpa" and spec.mask.kind == "full"
-    before = _dense(spec.form, width).seconds(RATES["cudnn" if unmasked else "masked"], sizes)
+    before = _dense(spec.form, width).seconds(RATES[_kernel_before(spec)], sizes)
     if after is None or before is None:
         return None
     return {

@@ -136,3 +136,39 @@ class AttentionShape:
             f"B{self.batch} H{heads} S{self.queries}x{self.keys} D{self.head_dim} "
             f"{str(self.dtype).removeprefix('torch.')}"
         )
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """out[..., n] = sum_k x[..., k] * weight[n, k] + bias[n].
+
+    `transposed`: the weight is stored [K, N], as GPT-2's Conv1D and `x @ w` have it; otherwise [N, K].
+    """
+
+    transposed: bool = False
+    bias: bool = False
+    form: str = "linear"  # the spelling it was raised from
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> LinearSpec:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """M rows (the product of all leading sizes; an int or SymInt), K inputs, N outputs, the dtype of the
+    result, and which gradients are needed."""
+
+    rows: Any
+    inputs: Any
+    outputs: Any
+    dtype: Any
+    grad_x: bool = False
+    grad_w: bool = False
+
+    def describe(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"M{self.rows} K{self.inputs} N{self.outputs} {dtype}"

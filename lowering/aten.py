@@ -13,6 +13,8 @@ import torch
 from torch.fx import Node
 
 from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.dead_rows import after_additive_mask
+from kp_compiler.lowering.dense_mask import emit_mask
 from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -153,14 +155,14 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
         return Rejection("head-dim", "Memory-efficient attention needs head sizes that are multiples of 8.")
     if spec.mask.kind == "tensor" and spec.form == "sdpa":
         return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
-    if spec.dead_rows in ("zero", "nan"):
+    if spec.dead_rows == "nan" or (spec.dead_rows == "zero" and spec.biases):
         return Rejection(
             "dead-rows", f"Fully masked rows are {spec.dead_rows} here, which this kernel does not keep."
         )
     if spec.dead_rows == "mean" and shape.dtype == torch.float16:
         return Rejection("dead-rows", "No float16 fill is large enough to level fully masked rows.")
-    if spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
-        return Rejection("dead-rows", "Gradients of fully masked rows would differ.")
+    if spec.dead_rows == "mean" and spec.fill == "add" and shape.bias_grad:
+        return Rejection("dead-rows", "A bias would lose its gradient from fully masked rows.")
     return None
 
 
@@ -180,7 +182,10 @@ def emit_efficient(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionS
         OPERATORS["efficient"],
         q, k, v, bias, shape.training, spec.dropout_p, causal, scale=spec.scale,
     )  # fmt: skip
-    return emit.call(operator.getitem, out, 0)
+    result = emit.call(operator.getitem, out, 0)
+    if spec.dead_rows == "none" or spec.mask.kind == "full":
+        return result
+    return after_additive_mask(emit, node, spec, shape, result, emit_mask(emit, node, spec))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -197,8 +202,6 @@ def _ratio(emit: Any, q: Any, k: Any) -> Any:
 
 
 def _merged_bias(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, causal: bool) -> Any:
-    from kp_compiler.lowering.dense_mask import emit_mask
-
     operands: Any = node.args[3]
     total: Any = None
     for bias in spec.biases:

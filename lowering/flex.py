@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_mask import BLOCK, BlockLists, emit_block_lists
+from kp_compiler.lowering.dead_rows import mean_rows
 from kp_compiler.lowering.dense_mask import GraphIndices
 from kp_compiler.metadata import tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
@@ -302,27 +303,4 @@ def _epilogue(
     dead = emit.call(torch.eq, column, -math.inf)
     if spec.dead_rows == "nan":
         return emit.call(torch.masked_fill, out, dead, math.nan)
-    return emit.call(torch.where, dead, _mean_rows(emit, node, spec, shape), out)
-
-
-def _mean_rows(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
-    """The mean of all values, [B,H,1 or S,E]: what a softmax over equal fills gives.
-
-    Where the fill was added, the scores still have a gradient there. With p = 1/T the output is, to first
-    order, mean(v) + q · C with C = scale/T · Σ_j k_j (v_j − mean(v)); the value of q · C is taken out again,
-    its gradient to q and k stays.
-    """
-    q, k, v = (node.args[index] for index in range(3))
-    if not _known_equal(shape.heads, shape.kv_heads):
-        ratio = emit.call(operator.floordiv, emit.size(q, 1), emit.size(k, 1))
-        k, v = (emit.call(torch.repeat_interleave, x, ratio, dim=1) for x in (k, v))
-    mean = emit.call(torch.mean, v, dim=2, keepdim=True)
-    if spec.fill != "add" or not shape.training:
-        return mean
-    fixed = emit.call(torch.Tensor.detach, emit.call(torch.sub, v, mean))
-    keys = emit.call(torch.transpose, k, 2, 3)
-    share = emit.call(torch.mul, emit.call(torch.matmul, keys, fixed), spec.scale)
-    share = emit.call(torch.div, share, emit.size(k, 2))
-    moved = emit.call(torch.matmul, q, share)
-    still = emit.call(torch.Tensor.detach, moved)
-    return emit.call(torch.add, mean, emit.call(torch.sub, moved, still))
+    return emit.call(torch.where, dead, mean_rows(emit, node, spec, shape), out)

@@ -1,7 +1,8 @@
 """Contracts of kp's operators: schema and meaning. Torch only; kernels are imported when first used.
 
-`kp::attention` is the operator that recognisers produce and passes work on. It is composite: run as it
-stands, it computes the reference. Lowering replaces it before AOTAutograd sees the graph.
+`kp::attention` and `kp::linear` are the operators that recognisers produce and passes work on. They are
+composite: run as they stand, they compute the reference. Lowering replaces them before AOTAutograd sees the
+graph.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kp_compiler.specs import AttentionSpec
+from kp_compiler.specs import AttentionSpec, LinearSpec
 
+_LINEAR = "(Tensor x, Tensor weight, Tensor? bias, str spec) -> Tensor"
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, str spec) -> Tensor"
 
 
@@ -26,7 +28,16 @@ def _library() -> Any:
     library.define(f"reference_attention{_SCHEMA}")
     for name in ("attention", "reference_attention"):
         library.impl(name, reference, "CompositeImplicitAutograd")
+    library.define(f"linear{_LINEAR}")
+    library.impl("linear", _plain_linear, "CompositeImplicitAutograd")
     return library
+
+
+def _plain_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spec: str
+) -> torch.Tensor:
+    transposed = LinearSpec.from_json(spec).transposed
+    return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
 
 
 def attention() -> Any:
@@ -40,6 +51,17 @@ def reference_attention() -> Any:
     """The same computation under the name that survives lowering: the reference kernel."""
     _library()
     return torch.ops.kp.reference_attention.default
+
+
+def linear() -> Any:
+    """`kp::linear`: x [..., K], weight [N,K] ([K,N] where the spec says transposed), bias [N] or None;
+    returns [..., N]."""
+    _library()
+    return torch.ops.kp.linear.default
+
+
+def is_linear(node: Node) -> bool:
+    return node.op == "call_function" and node.target is linear()
 
 
 def is_attention(node: Node) -> bool:

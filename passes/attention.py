@@ -3,8 +3,9 @@
     kp.attention(q, k, v, [], causal) ─▶ aten._scaled_dot_product_cudnn_attention(q, k, v, None, …,
     is_causal=True)[0]
 
-Fires where the lowering table has a kernel for the spec on the target. Refuses where none has, or where a
-kernel asked for by name can't serve the site; the original nodes then come back.
+Fires where the lowering table has a kernel for the spec on the target. Refuses where none has, where a kernel
+asked for by name can't serve the site, and under `auto` where the cost model predicts no gain; the original
+nodes then come back.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ class Attention:
         chosen = table.choose(spec, shape, ctx.target, ctx.config.attention)
         if isinstance(chosen, Rejection):
             return chosen
+        predicted = cost.predict(spec, shape, chosen.name, ctx.target)
+        if ctx.config.attention.mode == "auto" and predicted is not None and predicted["gain"] < 1:
+            return Rejection(
+                "no-gain",
+                f"{chosen.name} is predicted to take {predicted['forward_ms']} ms, the site as it is "
+                f"{predicted['before_ms']}.",
+                "attention='on' takes it all the same.",
+            )
         note = _checkpoint_note(chosen, ctx)
         return Match(
             site,
@@ -54,7 +63,7 @@ class Attention:
             impl=chosen.name,
             spec=str(spec),
             shape=shape.describe(),
-            predicted=cost.predict(spec, shape, chosen.name, ctx.target),
+            predicted=predicted,
         )
 
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:

@@ -114,6 +114,15 @@ class Emitter:
         self.made.append(node)
         return node
 
+    def linear(self, x: Node, weight: Node, bias: Node | None, spec: str) -> Node:
+        """A `kp.linear` node. Its value is the origin's."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(ops.linear(), (x, weight, bias, spec))
+        copy_provenance(self.origin, node)
+        node.meta["example_value"] = self.origin.meta["example_value"]
+        self.made.append(node)
+        return node
+
     def _add(
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool
     ) -> Node:

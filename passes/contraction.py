@@ -110,7 +110,7 @@ def _aligned(shape: Any, dims: Dims) -> Dims:
     )
 
 
-def _parse_einsum(op: Op) -> tuple[list[str], str, list[Node]] | None:
+def parse_einsum(op: Op) -> tuple[list[str], str, list[Node]] | None:
     equation, operands = op["equation"], list(op["operands"])
     if not isinstance(equation, str) or len(operands) != 2 or not all(isinstance(o, Node) for o in operands):
         return None
@@ -120,13 +120,14 @@ def _parse_einsum(op: Op) -> tuple[list[str], str, list[Node]] | None:
         return None
     if "..." in equation:
         tensors = [tensor_of(operand) for operand in operands]
-        ranks = [
+        ranks = {
             -1 if tensor is None else tensor.dim() - len(term.replace("...", ""))
             for tensor, term in zip(tensors, inputs, strict=True)
-        ]
-        if len(set(ranks)) != 1 or "..." not in right or any("..." not in t for t in inputs):
+            if "..." in term
+        }
+        if len(ranks) != 1 or "..." not in right:
             return None
-        dots = "ABCDEFGHIJ"[: ranks[0]]
+        dots = "ABCDEFGHIJ"[: ranks.pop()]
         inputs, right = [t.replace("...", dots) for t in inputs], right.replace("...", dots)
     if any(len(set(term)) != len(term) for term in (*inputs, right)):
         return None
@@ -134,7 +135,7 @@ def _parse_einsum(op: Op) -> tuple[list[str], str, list[Node]] | None:
 
 
 def _einsum_scores(node: Node, op: Op) -> Product | None:
-    parsed = _parse_einsum(op)
+    parsed = parse_einsum(op)
     if parsed is None:
         return None
     (left, right), out, operands = parsed
@@ -162,7 +163,7 @@ def _einsum_scores(node: Node, op: Op) -> Product | None:
 
 
 def _einsum_values(op: Op, probs: Node, dims: Dims) -> tuple[Operand, Dims] | None:
-    parsed = _parse_einsum(op)
+    parsed = parse_einsum(op)
     if parsed is None:
         return None
     terms, out, operands = parsed

@@ -76,6 +76,8 @@ def _apply(state: _Replay, step: Step) -> Rejection | None:
         if not factor:
             return Rejection("scale", "The scores are divided by zero.")
         return _scaled(state, 1.0 / factor, step)
+    if name == "maximum" and _is_lowest(_other(step), step):
+        return None if not state.pending and not _grows(step) else _unknown(step)
     if name == "tanh":
         return _tanh(state)
     if state.pending:
@@ -98,11 +100,22 @@ def _apply(state: _Replay, step: Step) -> Rejection | None:
         return _sink(state, step)
     if name in ("mul", "div") and tensor_of(_other(step) if name == "mul" else op["other"]) is not None:
         return Rejection("tensor-scale", "The scores are scaled by a tensor; kernels take one number.")
+    return _unknown(step)
+
+
+def _unknown(step: Step) -> Rejection:
+    name = step.op.name
     if name == "unnamed":
         name = getattr(step.node.target, "__name__", str(step.node.target))
     return Rejection(
         "unknown-op", f"{name} between the product and the softmax is not part of attention as kp knows it."
     )
+
+
+def _is_lowest(value: Any, step: Step) -> bool:
+    """The most negative number of the scores' type: a floor that only catches sums of two finite fills."""
+    number, scores = constant(value), tensor_of(step.through)
+    return number is not None and scores is not None and number <= torch.finfo(scores.dtype).min
 
 
 def _other(step: Step) -> Any:

@@ -119,7 +119,9 @@ def _carriers(op: Op) -> list[Any]:
         return [op["input"]]
     if op.name in ("unsqueeze", "squeeze", "clamp", "exp", "log", "sigmoid", "neg", "abs", "pow", "unnamed"):
         return [op["input"]]
-    if op.name in ("add", "mul"):
+    if op.name in ("getitem", "repeat", "repeat_interleave", "cumsum", "flip"):  # a walk that will be refused
+        return [op["input"]]
+    if op.name in ("add", "mul", "maximum", "minimum"):
         return [op["input"], op["other"]]
     if op.name in ("sub", "div"):
         return [op["input"]]

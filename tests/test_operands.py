@@ -103,3 +103,26 @@ def test_one_query_head_for_many_key_heads() -> None:
     q, k, v = qkv()
     outcome = run_both(function, (q[:, :1], k, v), train=True)
     assert outcome.error < 1e-5, outcome.report.why("")
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_floor_below_two_finite_fills(train: bool) -> None:
+    """XGLM: a mask of finfo.min is added, and the sum is kept from becoming an infinity."""
+    lowest = torch.finfo(torch.float32).min
+
+    def attend(q, k, v):
+        scores = q @ k.mT + torch.where(causal(S), 0.0, lowest)
+        return F.softmax(torch.max(scores, torch.tensor(lowest)), dim=-1) @ v
+
+    outcome = run_both(attend, qkv(), train=train)
+    assert [site.spec for site in outcome.report.sites] == ["causal"]
+    assert outcome.error < 1e-5
+
+
+def test_floor_that_changes_scores_is_refused() -> None:
+    def attend(q, k, v):
+        return F.softmax(torch.max(q @ k.mT, torch.tensor(-1.0)), dim=-1) @ v
+
+    outcome = run_both(attend, qkv())
+    assert [site.reason.code for site in outcome.report.sites] == ["unknown-op"]
+    assert outcome.error < 1e-5

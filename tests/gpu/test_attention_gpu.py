@@ -157,35 +157,56 @@ def test_kernel(impl, kind, batch, heads, kv_heads, length, width, train) -> Non
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_dead_rows_keep_their_meaning(train: bool) -> None:
+@pytest.mark.parametrize("meaning", ["zero", "where", "add"])
+@pytest.mark.parametrize("impl", ["flex", "efficient"])
+def test_dead_rows_keep_their_meaning(impl: str, meaning: str, train: bool) -> None:
     """A left-padded row is zero through SDPA, and the mean of all values through a finite fill, with its
-    gradient."""
+    gradient: to q and k only where the fill was added."""
     keep = torch.ones(2, 300, dtype=torch.bool, device="cuda")
     keep[0, :40] = False
+    lowest = torch.finfo(torch.bfloat16).min
 
-    def by_hand(q, k, v):
-        rows, columns = (
-            torch.arange(300, device=q.device)[:, None],
-            torch.arange(300, device=q.device)[None, :],
-        )
-        mask = ((columns <= rows) & keep[:, None, None, :]).expand(2, 1, 300, 300)
-        bias = torch.where(
-            mask, torch.zeros((), dtype=q.dtype, device=q.device), torch.finfo(torch.bfloat16).min
-        )
-        scores = torch.matmul(q, k.transpose(2, 3)) * 0.125 + bias
+    def attend(q, k, v):
+        line = torch.arange(300, device=q.device)
+        mask = ((line[None, :] <= line[:, None]) & keep[:, None, None, :]).expand(2, 1, 300, 300)
+        if meaning == "zero":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        scores = torch.matmul(q, k.transpose(2, 3)) * 0.125
+        if meaning == "where":
+            scores = scores.masked_fill(~mask, lowest)
+        else:
+            scores = scores + torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), lowest)
         return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
     inputs = tuple(torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    want, plain = _double(by_hand, inputs, train), _run_plain(by_hand, inputs, train)
-    with kp_compiler.capture_reports() as reports:
-        got = _run(
-            torch.compile(by_hand, backend="kp", fullgraph=True, options={"strict": True}), inputs, train
-        )
-    assert merged(reports).rewritten()[0].impl == "flex"
+    want, plain = _double(attend, inputs, train), _run_plain(attend, inputs, train)
+    options = {"strict": True, "attention": {"expect": 1, "impl": impl}}
+    got = _run(torch.compile(attend, backend="kp", fullgraph=True, options=options), inputs, train)
     for mine, theirs, exact in zip(got, plain, want, strict=True):
         assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
-    mean = inputs[2].double().mean(2, keepdim=True)[0]
-    assert relative_error(got[0][0, :, :40], mean.expand(-1, 40, -1)) < 1e-2
+    mean = inputs[2].double().mean(2, keepdim=True)[0] * (meaning != "zero")
+    assert (got[0][0, :, :40].double() - mean).norm() <= 1e-2 * mean.norm()
+
+
+def test_dropout_beside_padding() -> None:
+    """What BERT and GPT-2 train with by default: unbiased, and a row without keys is zero."""
+    keep = torch.ones(2, 200, dtype=torch.bool, device="cuda")
+    keep[0, 150:] = False
+    keep[1] = False
+    q, k, v = (torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :], dropout_p=0.2)
+
+    options = {"strict": True, "attention": {"expect": 1}}
+    compiled = torch.compile(attend, backend="kp", fullgraph=True, options=options)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    outs = torch.stack([compiled(*leaves) for _ in range(64)])
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), keep[:, None, None, :])
+    assert relative_error(outs.double().mean(0)[0], exact[0]) < 0.25
+    assert torch.equal(outs[:, 1], torch.zeros_like(outs[:, 1]))
+    outs.sum().backward()
+    assert all(torch.isfinite(x.grad).all() and not x.grad[1].any() for x in leaves)
 
 
 def test_dropout_has_a_kernel() -> None:
