@@ -25,6 +25,7 @@ from kp_compiler.errors import KPConfigError
 Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"]
+Recipe = Literal["tensorwise", "rowwise", "rowwise_gw_hp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,33 @@ class AttentionConfig(PassConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RaiseLinearConfig(PassConfig):
+    """Recognising products with a weight. Runs where a pass that works on them is on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8LinearConfig(PassConfig):
+    """Products with a weight in FP8."""
+
+    mode: Mode = "off"
+    recipe: Recipe = "tensorwise"  # which elements share a scale, and in which products
+    grad_dtype: Literal["auto", "e4m3", "e5m2"] = "auto"  # auto: e5m2 with one scale a tensor, else e4m3
+    power_of_two_scales: bool = False  # scales that change no mantissa
+    fast_accum: tuple[str, ...] = (
+        "fprop",
+    )  # products whose partial sums are not promoted: fprop, dgrad, wgrad
+    merge: bool = True  # one product for all weights that read the same activation
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Every option, resolved."""
 
     raise_attention: RaiseAttentionConfig = field(default_factory=RaiseAttentionConfig)
     prove_masks: ProveMasksConfig = field(default_factory=ProveMasksConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    raise_linear: RaiseLinearConfig = field(default_factory=RaiseLinearConfig)
+    fp8_linear: Fp8LinearConfig = field(default_factory=Fp8LinearConfig)
     strict: bool = False  # a pass that fails raises instead of being undone
     verify: bool = False  # run every rewritten site beside the original before using it
     cpu_rewrites: bool = False  # rewrite CPU graphs too, onto the reference kernels
@@ -90,6 +112,8 @@ PASS_CONFIGS: dict[str, type[PassConfig]] = {
     "raise_attention": RaiseAttentionConfig,
     "prove_masks": ProveMasksConfig,
     "attention": AttentionConfig,
+    "raise_linear": RaiseLinearConfig,
+    "fp8_linear": Fp8LinearConfig,
 }
 GLOBAL_KEYS = ("strict", "verify", "cpu_rewrites", "lowering", "report_dir", "mode", "inductor")
 
@@ -148,13 +172,17 @@ def resolve(
 
 def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
     """A pass that must fire needs the ones it builds on."""
-    if getattr(values.get("raise_attention"), "mode", "auto") != "off":
-        return
-    for name in ("prove_masks", "attention"):
-        settings = values.get(name)
-        if settings is not None and (settings.mode == "require" or settings.expect):
-            where = sources.get("raise_attention.mode", "options")
-            raise KPConfigError(f"{name}: required, but raise_attention, which it needs, is off ({where})")
+    for finder, users in (
+        ("raise_attention", ("prove_masks", "attention")),
+        ("raise_linear", ("fp8_linear",)),
+    ):
+        if getattr(values.get(finder), "mode", "auto") != "off":
+            continue
+        for name in users:
+            settings = values.get(name)
+            if settings is not None and (settings.mode == "require" or settings.expect):
+                where = sources.get(f"{finder}.mode", "options")
+                raise KPConfigError(f"{name}: required, but {finder}, which it needs, is off ({where})")
 
 
 def _merge(values: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str) -> None:

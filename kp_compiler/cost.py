@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.specs import AttentionShape, AttentionSpec, LinearShape
 from kp_compiler.target import Target
 
 # Measured on one H100 80GB HBM3, torch 2.11, bf16, causal, 8k tokens, D128: benchmarks/attention_models.py
@@ -114,3 +114,57 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
         "before_ms": round(before * 1e3, 4),
         "gain": round(before / after, 2),
     }
+
+
+# --------------------------------------------------------------------------------------------------------
+# products with a weight
+
+# Measured on one H100 80GB HBM3, torch 2.11, random data, 8192 rows, 2026-11-26; printed again by
+# benchmarks/fp8_gemm.py: FLOP/s of one product in bfloat16 and in FP8.
+PRODUCT = 740e12
+FP8_PRODUCT = {"tensorwise": 1380e12, "rowwise": 1330e12, "rowwise_gw_hp": 1330e12}
+# Bytes that casting moves for each element of (x, w, dy), forward and then backward: the amax pass, the cast,
+# and the transposed copy.
+CAST_BYTES = {
+    "tensorwise": ((5, 5, 0), (3, 3, 6)),
+    "rowwise": ((3, 3, 0), (5, 5, 8)),
+    "rowwise_gw_hp": ((3, 3, 0), (0, 5, 3)),
+}
+SM, SI, SN = sympy.symbols("M K N", positive=True, integer=True)
+
+
+def product(passes: int) -> Cost:
+    """`passes` of the three products of a linear layer: 2MKN FLOPs each."""
+    return Cost(2 * passes * SM * SI * SN, 2 * passes * (SM * SI + SI * SN + SM * SN), passes)
+
+
+def casts(recipe: str, *, backward: bool) -> Cost:
+    """What quantising the operands moves."""
+    moved = [sum(pair) if backward else pair[0] for pair in zip(*CAST_BYTES[recipe], strict=True)]
+    elements = (SM * SI, SN * SI, SM * SN)
+    total = sum(count * size for count, size in zip(moved, elements, strict=True))
+    return Cost(sympy.Integer(0), sympy.sympify(total), 6 if backward else 3)
+
+
+def predict_linear(shape: LinearShape, recipe: str, target: Target) -> dict[str, Any] | None:
+    """Milliseconds of the site now and in FP8 with every cast, forward and backward as far as gradients are
+    needed; None off a GPU. Symbolic row counts are taken as this compilation saw them."""
+    if target.device != "cuda":
+        return None
+    passes = 1 + shape.grad_x + shape.grad_w
+    sizes = dict(zip((SM, SI, SN), (_hint(shape.rows), shape.inputs, shape.outputs), strict=True))
+    before = product(passes).seconds(PRODUCT, sizes)
+    after = product(passes).seconds(FP8_PRODUCT[recipe], sizes)
+    cast = casts(recipe, backward=passes > 1).seconds(1.0, sizes)
+    if before is None or after is None or cast is None:
+        return None
+    return {
+        "fp8_ms": round((after + cast) * 1e3, 4),
+        "before_ms": round(before * 1e3, 4),
+        "gain": round(before / (after + cast), 2),
+    }
+
+
+def _hint(size: Any) -> Any:
+    """The size that this compilation saw. It decides what is faster, never what is right: no guard."""
+    return size.node.hint if hasattr(size, "node") else size

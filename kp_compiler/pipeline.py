@@ -16,8 +16,7 @@ from kp_compiler.errors import KPError, KPRequirementError
 from kp_compiler.lowering import ops
 from kp_compiler.metadata import bodies, fill_metadata, tensor_of
 from kp_compiler.passes import ALL_PASSES
-from kp_compiler.passes.attention import revert
-from kp_compiler.passes.base import Context, Match, Pass, module_of, source_of
+from kp_compiler.passes.base import Context, Match, Pass, left_out, module_of, revert, source_of
 from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
 from kp_compiler.target import Target
@@ -82,13 +81,21 @@ def _run_all(task: Run, index: int, failed: dict[str, str]) -> None:
         if each.name in failed:
             task.report.passes.append(PassRecord(each.name, index, 0.0, 0, 0, error=failed[each.name]))
             continue
-        mode = getattr(task.config, each.name).mode
-        if mode == "off":
-            reason = Rejection("flag-off", f"The flag {each.name} is off.")
+        if reason := _off(each, task.config):
             task.report.passes.append(PassRecord(each.name, index, 0.0, 0, 0, skipped=reason))
             continue
         _run_pass(each, units, task, index)
     _finish(units, task, index, failed)
+
+
+def _off(each: Pass, config: Config) -> Rejection | None:
+    """The user switched the pass off, or everything that it is there for."""
+    modes = config.passes()
+    if modes[each.name].mode == "off":
+        return Rejection("flag-off", f"The flag {each.name} is off.")
+    if each.serves and all(modes[name].mode == "off" for name in each.serves):
+        return Rejection("not-needed", f"{' and '.join(each.serves)}, which it serves, is off.")
+    return None
 
 
 def _expand(units: list[_Unit], task: Run, failed: dict[str, str]) -> None:
@@ -136,11 +143,10 @@ def _run_pass(each: Pass, units: list[_Unit], task: Run, index: int) -> None:
 
 def _left_out(each: Pass, site: Node, config: Config) -> Rejection | None:
     """The user's `skip` and `only`."""
-    settings, module = getattr(config, each.name), module_of(site)
-    skipped = any(part in module for part in settings.skip)
-    if skipped or (settings.only and not any(part in module for part in settings.only)):
-        return Rejection("skipped-by-option", f"{each.name}.skip or {each.name}.only leaves {module} out.")
-    return None
+    if not left_out(getattr(config, each.name), site):
+        return None
+    text = f"{each.name}.skip or {each.name}.only leaves {module_of(site)} out."
+    return Rejection("skipped-by-option", text)
 
 
 def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index: int) -> bool:
@@ -188,21 +194,15 @@ _ROOT_CAUSES = ("mask-is-input", "mask-unproved")
 def _finish(units: list[_Unit], task: Run, index: int, failed: dict[str, str]) -> None:
     """Sites that no kernel was chosen for go back; checkpoint bodies lose the arguments that nothing
     reads."""
-    code, text = "flag-off", "The flag attention is off."
-    if failed:
-        errors = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        code, text = "pass-failed", f"A pass failed and was undone ({errors})."
+    errors = "; ".join(f"{name}: {error}" for name, error in failed.items())
+    lost = Rejection("pass-failed", f"A pass failed and was undone ({errors}).")
     for gm, _ in units:
-        for site in [n for n in gm.graph.nodes if ops.is_attention(n)]:
-            if not (task.plan_only and task.config.attention.mode != "off"):
-                record = _record(
-                    ALL_PASSES[-1],
-                    site,
-                    "refused",
-                    index,
-                    reason=Rejection(code, text),
-                    shape=_shape_text(site),
-                )
+        for site in [n for n in gm.graph.nodes if "kp_root" in n.meta and ops.is_raised(n)]:
+            last = _settling(site)
+            off = _off(last, task.config)
+            if failed or off or not task.plan_only:
+                reason = lost if failed or off is None else off
+                record = _record(last, site, "refused", index, reason=reason, shape=_shape_text(site))
                 task.report.sites.append(record)
             revert(site)
     for gm, calls in units:
@@ -212,6 +212,12 @@ def _finish(units: list[_Unit], task: Run, index: int, failed: dict[str, str]) -
         gm.recompile()
     task.gm.graph.lint()
     task.gm.recompile()
+
+
+def _settling(site: Node) -> Pass:
+    """The pass that has the last word on a site of this kind."""
+    kind = "attention" if ops.is_attention(site) else "linear"
+    return next(each for each in reversed(ALL_PASSES) if each.final and each.kind == kind)
 
 
 def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
@@ -228,38 +234,40 @@ def _drop_unread_arguments(body: GraphModule, calls: tuple[Node, ...]) -> None:
 
 
 def _check_requirements(task: Run) -> None:
-    """`require` and `expect`: what must have fired, did. Judged graph by graph; a graph without attention (a
-    graph break makes such ones, and a classifier has a softmax too) is no place where it could have."""
-    if task.plan_only or not any(s.reason is None or _is_attention(s.reason) for s in task.report.sites):
+    """`require` and `expect`: what must have fired, did. Judged graph by graph; a graph without a site of
+    the kind (a graph break makes such ones, and a classifier has a softmax too) is no place where it could
+    have."""
+    if task.plan_only:
         return
     for each in ALL_PASSES:
+        sites = [site for site in task.report.sites if site.kind == each.kind]
+        if not any(s.reason is None or _is_candidate(s.reason) for s in sites):
+            continue
         fired = sum(p.fired for p in task.report.passes if p.name == each.name)
         if fired >= (wanted := _required(each, task.config)):
             continue
-        reasons = {
-            f"{s.module or s.source or '?'}: {s.reason}" for s in task.report.sites if s.reason is not None
-        }
-        reasons |= {f"{s.module}: {note}" for s in task.report.sites for note in s.notes}
+        reasons = {f"{s.module or s.source or '?'}: {s.reason}" for s in sites if s.reason is not None}
+        reasons |= {f"{s.module}: {note}" for s in sites for note in s.notes}
         if not reasons:
-            reasons = {f"{len(task.report.sites)} candidates, nothing more for {each.name} to do"}
+            reasons = {f"{len(sites)} candidates, nothing more for {each.name} to do"}
         raise _requirement(each, wanted, sorted(reasons), fired)
 
 
 def check_left_alone(gm: GraphModule, config: Config, why: Rejection) -> None:
     """The same for a graph that kp does not work on at all."""
-    finder = ALL_PASSES[0]
-    demanded = [(each, wanted) for each in ALL_PASSES if (wanted := _required(each, config))]
-    if not demanded:
-        return
-    for unit, calls in bodies(gm):
-        ctx = Context(unit, config, Target("cpu"), calls)
-        for site in finder.sites(unit.graph):
-            found = finder.inspect(site, ctx)
-            if not isinstance(found, Rejection) or _is_attention(found):
-                raise _requirement(*demanded[0], [str(why)])
+    for each in ALL_PASSES:
+        if not _required(each, config):
+            continue
+        finder = next(other for other in ALL_PASSES if other.kind == each.kind)
+        for unit, calls in bodies(gm):
+            ctx = Context(unit, config, Target("cpu"), calls)
+            for site in finder.sites(unit.graph):
+                found = finder.inspect(site, ctx)
+                if not isinstance(found, Rejection) or _is_candidate(found):
+                    raise _requirement(each, _required(each, config), [str(why)])
 
 
-def _is_attention(reason: Rejection) -> bool:
+def _is_candidate(reason: Rejection) -> bool:
     """A refusal of something that does look like attention: not of a router's or classifier's softmax."""
     return reason.code not in ("no-qk-product", "no-value-product")
 

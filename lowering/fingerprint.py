@@ -16,9 +16,9 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for package in ("kp_compiler", "kp_compiler.passes", "kp_compiler.lowering"):
         for folder in _folders(package):
-            for path in sorted(folder.glob("*.py")):
+            for path in sorted(folder.rglob("*.py")):
                 content = path.read_bytes()
-                digest.update(f"{package}/{path.name} {len(content)} ".encode())
+                digest.update(f"{package}/{path.relative_to(folder)} {len(content)} ".encode())
                 digest.update(content)
     return digest.hexdigest()[:16]
 

@@ -85,6 +85,15 @@ class _GradLayout(_Pass):
             _match_layout(graph, node, node.args[0], node.args[4])
 
 
+class _FuseCasts(_Pass):
+    """FP8 casts into their producers, one kernel for each matrix."""
+
+    def apply(self, graph: Graph) -> None:
+        from kp_compiler.lowering.fp8.fuse import fuse_casts
+
+        fuse_casts(graph)
+
+
 def _match_layout(graph: Graph, user: Node, grad: Any, out: Any) -> None:
     """Give `user` its first argument in the order of strides that `out` has."""
     order, have = stride_order(out.meta["val"]), grad.meta["val"]
@@ -153,6 +162,7 @@ def compile_with_inductor(
         for key, passes in (
             ("joint_custom_pre_pass", (_Barrier,)),
             ("joint_custom_post_pass", (_Unbarrier, _GradLayout)),
+            ("post_grad_custom_pre_pass", (_FuseCasts,)),
         ):
             for each in passes:
                 patches[key] = each(patches.get(key, getattr(inductor_config, key)), config)

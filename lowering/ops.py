@@ -64,6 +64,11 @@ def is_linear(node: Node) -> bool:
     return node.op == "call_function" and node.target is linear()
 
 
+def is_raised(node: Node) -> bool:
+    """One of the operators that recognisers produce, which never reach AOTAutograd."""
+    return is_attention(node) or is_linear(node)
+
+
 def is_attention(node: Node) -> bool:
     return node.op == "call_function" and node.target is attention()
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from kp_compiler.passes.attention import Attention
 from kp_compiler.passes.base import Pass
+from kp_compiler.passes.fp8_linear import Fp8Linear
 from kp_compiler.passes.prove_masks import ProveMasks
 from kp_compiler.passes.raise_attention import RaiseAttention
+from kp_compiler.passes.raise_linear import RaiseLinear
 
-ALL_PASSES: tuple[Pass, ...] = (RaiseAttention(), ProveMasks(), Attention())
+ALL_PASSES: tuple[Pass, ...] = (
+    RaiseAttention(),
+    ProveMasks(),
+    Attention(),
+    RaiseLinear(),
+    Fp8Linear(),
+)

@@ -30,6 +30,7 @@ class Attention:
     tier: Tier = "exact"
     kind: Kind = "attention"
     final = True
+    serves: tuple[str, ...] = ()
 
     def applies(self, ctx: Context) -> Rejection | None:
         if ctx.target.device == "cpu" and not ctx.target.reference and not ctx.target.assumed:
@@ -118,12 +119,3 @@ def shape_of(site: Node, ctx: Context) -> AttentionShape:
         if assumed is not None and shape.dtype.is_floating_point
         else shape
     )
-
-
-def revert(site: Node) -> None:
-    """Put the original nodes of a recognised site back."""
-    root, out = site.meta["kp_root"], site.meta["kp_out"]
-    graph = site.graph
-    out.replace_all_uses_with(root, delete_user_cb=lambda user: user is not root, propagate_meta=False)
-    root.meta.pop("kp_replaced", None)
-    erase_orphans(graph, [out, site])

@@ -19,7 +19,7 @@ from kp_compiler.lowering import ops
 from kp_compiler.metadata import tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.target import Target
-from kp_compiler.writes import Writes
+from kp_compiler.writes import Writes, erase_orphans
 
 Tier = Literal["exact", "approximate", "distributed"]
 Kind = Literal["attention", "linear"]
@@ -64,6 +64,7 @@ class Pass(Protocol):
     tier: Tier
     kind: Kind
     final: bool  # a record of this pass settles the site
+    serves: tuple[str, ...]  # passes that work on its result: it runs where one of them is on; empty: always
 
     def applies(self, ctx: Context) -> Rejection | None:
         """Why the pass can do nothing for a whole graph, asked once per graph."""
@@ -80,6 +81,13 @@ class Pass(Protocol):
 
 def settings(ctx: Context, name: str) -> PassConfig:
     return getattr(ctx.config, name)
+
+
+def left_out(settings: PassConfig, site: Node) -> bool:
+    """The user's `skip` and `only` leave the site's module out."""
+    module = module_of(site)
+    skipped = any(part in module for part in settings.skip)
+    return skipped or (bool(settings.only) and not any(part in module for part in settings.only))
 
 
 class Emitter:
@@ -196,6 +204,14 @@ def loses_gradient(node: Node, reader: Node) -> bool:
 def _grad_is_off(node: Node, switches: list[Node]) -> bool:
     before = [switch for switch in switches if switch < node]
     return bool(before) and before[-1].args[0] is False
+
+
+def revert(site: Node) -> None:
+    """Put the original nodes of a recognised site back."""
+    root, out = site.meta["kp_root"], site.meta["kp_out"]
+    out.replace_all_uses_with(root, delete_user_cb=lambda user: user is not root, propagate_meta=False)
+    root.meta.pop("kp_replaced", None)
+    erase_orphans(site.graph, [out, site])
 
 
 def fake_mode(graph: Graph) -> Any:

@@ -73,6 +73,7 @@ class ProveMasks:
     tier: Tier = "exact"
     kind: Kind = "attention"
     final = False
+    serves: tuple[str, ...] = ()
 
     def applies(self, ctx: Context) -> Rejection | None:
         return None

@@ -78,6 +78,7 @@ class RaiseAttention:
     tier: Tier = "exact"
     kind: Kind = "attention"
     final = False
+    serves: tuple[str, ...] = ()
 
     def applies(self, ctx: Context) -> Rejection | None:
         return None

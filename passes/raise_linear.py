@@ -54,7 +54,7 @@ class RaiseLinear:
     tier: Tier = "exact"
     kind: Kind = "linear"
     final = False
-    serves = ("fp8_linear",)
+    serves: tuple[str, ...] = ("fp8_linear",)
 
     def applies(self, ctx: Context) -> Rejection | None:
         return None

@@ -1,0 +1,308 @@
+"""Fuse casts after AOTAutograd: each distinct activation, gradient and weight is read once.
+
+    f(a, b) ─▶ quantize ─┐                            a, b ─▶ kp.fp8_fused ─▶ row copy, transposed copy
+    f(a, b) ─▶ quantize transposed ─┘
+
+A cast that only wants the matrix as it lies is written out in ATen: Inductor fuses it into whatever
+computes the matrix, the norm or the activation. A cast that wants it transposed becomes a kernel of kp's,
+together with the plain cast of the same matrix and with the pointwise operations in front of them, and with
+other casts that read the same tensors: gradients of gate and up projection and the product they came from are
+one kernel. Scales are written out in ATen as well, first along rows, so that the maximum is taken where the
+matrix is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.fp8.fused import fp8_fused
+from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Program, Store
+from kp_compiler.lowering.fp8.write_out import Writer
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+# Operations a kernel may repeat, as Triton expressions of float32 values.
+_EXPRESSIONS: dict[Any, str] = {
+    aten.add.Tensor: "({0} + {1})",
+    aten.sub.Tensor: "({0} - {1})",
+    aten.mul.Tensor: "({0} * {1})",
+    aten.div.Tensor: "({0} / {1})",
+    aten.add.Scalar: "({0} + {1})",
+    aten.sub.Scalar: "({0} - {1})",
+    aten.mul.Scalar: "({0} * {1})",
+    aten.div.Scalar: "({0} / {1})",
+    aten.neg.default: "(-{0})",
+    aten.exp.default: "tl.exp({0})",
+    aten.sigmoid.default: "(1.0 / (1.0 + tl.exp(-{0})))",
+    aten.erf.default: "tl.erf({0})",
+    aten.tanh.default: "(2.0 / (1.0 + tl.exp(-2.0 * {0})) - 1.0)",
+    aten.reciprocal.default: "(1.0 / {0})",
+    aten.rsqrt.default: "(1.0 / tl.sqrt({0}))",
+    aten.relu.default: "tl.where({0} < 0.0, 0.0, {0})",
+}
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def fuse_casts(graph: Graph) -> None:
+    """Replace every `kp::fp8_scale` and `kp::fp8_quantize` of a post-grad graph."""
+    quantize = torch.ops.kp.fp8_quantize.default
+    casts = list(graph.find_nodes(op="call_function", target=quantize))
+    scales = list(graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_scale.default))
+    if not casts and not scales:
+        return
+    on_gpu = any(_value(node).is_cuda for node in (*casts, *scales))
+    if on_gpu:
+        for group in _groups(graph, casts):
+            _emit(graph, group)
+    for node in (*scales, *casts):
+        if not node._erased:
+            Writer(graph, node).write_out()
+    _sort(graph)
+
+
+@dataclass
+class Cast:
+    """All casts of one matrix with one scale, into one dtype."""
+
+    parts: tuple[Node, ...]
+    dim: int
+    scale: Node
+    dtype: torch.dtype
+    block: tuple[int, int]
+    plain: list[Node] = field(default_factory=list)
+    turned: list[Node] = field(default_factory=list)
+
+
+def _casts(nodes: list[Node]) -> list[Cast]:
+    found: dict[Any, Cast] = {}
+    for node in nodes:
+        parts, dim, scale, dtype, block, transpose, _ = node.args
+        key = (tuple(parts), dim, scale, dtype, tuple(block))  # type: ignore[arg-type]
+        cast = found.setdefault(key, Cast(*key))
+        (cast.turned if transpose else cast.plain).append(node)
+    return list(found.values())
+
+
+def _groups(graph: Graph, nodes: list[Node]) -> Iterator[list[Cast]]:
+    """Casts that become one operator: those that want a transposed copy or join several matrices, put
+    together where they read a tensor in common and nothing lies between them."""
+    wanted = [c for c in _casts(nodes) if c.turned or len(c.parts) > 1]
+    wanted = [c for c in wanted if max(c.block) <= 1]
+    absorbed = _absorbed(graph, nodes)
+    reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    rest = wanted
+    while rest:
+        group, rest = [rest[0]], rest[1:]
+        for other in list(rest):
+            shared = any(reads[id(other)] & reads[id(mine)] for mine in group)
+            if shared and _same_rows(group[0], other) and _independent([*group, other], order):
+                group.append(other)
+                rest.remove(other)
+        yield group
+
+
+def _same_rows(one: Cast, other: Cast) -> bool:
+    a, b = _value(one.parts[0]), _value(other.parts[0])
+    return bool(one.dim == other.dim or len(one.parts) == len(other.parts) == 1) and a.shape == b.shape
+
+
+def _independent(group: list[Cast], order: dict[Node, int]) -> bool:
+    """No member needs what another one makes."""
+    made = {node for cast in group for node in (*cast.plain, *cast.turned)}
+    first = min(order[node] for node in made)
+    queue = [n for cast in group for n in (*cast.parts, cast.scale)]
+    seen: set[Node] = set()
+    while queue:
+        node = queue.pop()
+        if node in made:
+            return False
+        if node not in seen and order.get(node, -1) > first:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what a kernel repeats
+
+
+def _absorbed(graph: Graph, casts: list[Node]) -> set[Node]:
+    """Pointwise nodes whose every use is a cast, a scale, or another such node."""
+    sinks = {torch.ops.kp.fp8_quantize.default, torch.ops.kp.fp8_scale.default}
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op != "call_function" or not node.users or not _repeatable(node):
+            continue
+        if all(user.target in sinks or user in found for user in node.users):
+            found.add(node)
+    return found
+
+
+def _repeatable(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    if node.target is prims.convert_element_type.default or node.target in _VIEWS:
+        source = _value(node.args[0])
+        return source.is_floating_point() and (node.target not in _VIEWS or _merges_rows(source, value))
+    if node.target is aten.expand.default:
+        return True
+    if node.target is aten.pow.Tensor_Scalar:
+        return node.args[1] in (2, 3)
+    return node.target in _EXPRESSIONS and not node.kwargs
+
+
+def _merges_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """A view that only splits or merges the leading dimensions."""
+    return before.dim() > 0 and after.dim() > 0 and bool(before.shape[-1] == after.shape[-1])
+
+
+def _leaves(node: Node, absorbed: set[Node]) -> list[Node]:
+    """The tensors that a kernel for `node` reads."""
+    if node not in absorbed:
+        return [node]
+    return list(dict.fromkeys(leaf for source in node.all_input_nodes for leaf in _leaves(source, absorbed)))
+
+
+def _value(node: Any) -> torch.Tensor:
+    value: torch.Tensor = node.meta["val"]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# writing the operator
+
+
+class _Builder:
+    """Collects tensors and launches of one operator."""
+
+    def __init__(self, graph: Graph, anchor: Node, absorbed: set[Node]) -> None:
+        self.graph, self.anchor, self.absorbed = graph, anchor, absorbed
+        self.writer = Writer(graph, anchor)
+        self.tensors: list[Node] = []
+        self.buffers: list[Buffer] = []
+        self.results: list[list[Node]] = []  # for each buffer, the nodes it stands for
+
+    def tensor(self, node: Node) -> int:
+        if node not in self.tensors:
+            self.tensors.append(node)
+        return self.tensors.index(node)
+
+    def buffer(self, nodes: list[Node], *, transposed: bool, rows: int, columns: int) -> int:
+        if not nodes:
+            return -1
+        dtype = str(_value(nodes[0]).dtype).removeprefix("torch.")
+        self.buffers.append(Buffer(dtype, rows, columns, transposed))
+        self.results.append(nodes)
+        return len(self.buffers) - 1
+
+
+class _Launches:
+    """The expressions of one launch."""
+
+    def __init__(self, builder: _Builder, rows: Any, columns: int) -> None:
+        self.builder, self.rows, self.columns = builder, rows, columns
+        self.leaves: list[tuple[int, Kind]] = []
+        self.code: list[str] = []
+        self.names: dict[Any, str] = {}
+        self.stores: list[Store] = []
+
+    def read(self, node: Node, kind: Kind) -> int:
+        leaf = (self.builder.tensor(node), kind)
+        if leaf not in self.leaves:
+            self.leaves.append(leaf)
+        return self.leaves.index(leaf)
+
+    def expression(self, node: Any) -> str:
+        """The name of a node's value at (m, k)."""
+        if not isinstance(node, Node):
+            return repr(float(node))
+        if node in self.names:
+            return self.names[node]
+        if node not in self.builder.absorbed:
+            name = f"x{self.read(*self._leaf(node))}"
+        elif node.target in (*_VIEWS, prims.convert_element_type.default, aten.expand.default):
+            name = self.expression(node.args[0])
+        else:
+            if node.target is aten.pow.Tensor_Scalar:
+                base = self.expression(node.args[0])
+                text = " * ".join([base] * int(node.args[1]))  # type: ignore[call-overload]
+            else:
+                text = _EXPRESSIONS[node.target].format(*map(self.expression, node.args))
+            name = f"v{len(self.code)}"
+            self.code.append(f"{name} = {text}")
+        self.names[node] = name
+        return name
+
+    def _leaf(self, node: Node) -> tuple[Node, Kind]:
+        """A tensor as the kernel reads it: a matrix, a vector along rows or columns, a number."""
+        value = _value(node)
+        writer = self.builder.writer
+        if all(size == 1 for size in value.shape):
+            return node, "scalar"
+        if value.dim() == 1 or all(size == 1 for size in value.shape[:-1]):
+            return (node if value.dim() == 1 else writer.view(node, [self.columns])), "column"
+        if value.shape[-1] == 1:
+            return writer.view(node, [-1]), "row"
+        return (node if value.dim() == 2 else writer.view(node, [-1, self.columns])), "full"
+
+
+def _emit(graph: Graph, group: list[Cast]) -> None:
+    nodes = [node for cast in group for node in (*cast.plain, *cast.turned)]
+    absorbed = _absorbed(graph, nodes)
+    builder = _Builder(graph, max(nodes), absorbed)
+    launches: dict[Any, _Launches] = {}
+    for cast in group:
+        _add(cast, builder, launches)
+    program = Program(
+        tuple(Launch(tuple(one.leaves), tuple(one.code), tuple(one.stores)) for one in launches.values()),
+        tuple(builder.buffers),
+        fingerprint(),
+    )
+    outs = builder.writer.call(fp8_fused(), builder.tensors, program.to_json())
+    for index, stands_for in enumerate(builder.results):
+        out = builder.writer.item(outs, index)
+        for node in stands_for:
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+
+
+def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
+    """The stores of one matrix; parts of equal width that start elsewhere share a launch where they can."""
+    sizes = [_value(part).shape for part in cast.parts]
+    along_rows = cast.dim == 0 and len(cast.parts) > 1
+    rows = sum(int(s[0]) for s in sizes) if along_rows else -1
+    columns = int(sizes[0][1]) if cast.dim == 0 else sum(int(s[1]) for s in sizes)
+    plain = builder.buffer(cast.plain, transposed=False, rows=rows, columns=columns)
+    turned = builder.buffer(cast.turned, transposed=True, rows=rows, columns=columns)
+    place = 0
+    for part, size in zip(cast.parts, sizes, strict=True):
+        key = part if along_rows else int(size[1])
+        one = launches.setdefault(key, _Launches(builder, size[0], int(size[1])))
+        kind: Kind = "scalar" if cast.block == (0, 0) else "row" if cast.block[0] else "column"
+        scale, node = cast.scale, builder.writer
+        if kind != "scalar":
+            length = [-1]
+            scale = node.view(scale, length)
+            if len(cast.parts) > 1 and (kind == "column") == (cast.dim == 1):
+                scale = node.slice(scale, place, place + int(size[cast.dim]))
+        value = one.expression(part)
+        offset = (place, 0) if along_rows else (0, place if cast.dim == 1 else 0)
+        one.stores.append(Store(value, one.read(scale, kind), plain, turned, *offset))
+        place += int(size[cast.dim])
+
+
+def _sort(graph: Graph) -> None:
+    """Every node after what it reads, otherwise as before."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()

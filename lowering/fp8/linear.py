@@ -1,0 +1,176 @@
+"""A linear layer in FP8, or several that read the same activation, forward and backward.
+
+`kp::fp8_linear` is composite: AOTAutograd traces through it, so that its casts and products are nodes of
+the joint graph, where equal ones merge and `fuse` finds them. Only high-precision tensors are read by the
+backward pass: it casts x and w again, transposed, next to the gradient. No FP8 copy lives from forward to
+backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering.fp8.mm import fp8_mm
+from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, Block, fp8_quantize, fp8_scale
+from kp_compiler.lowering.fp8.recipes import RECIPES, TENSOR, Fp8Spec, Recipe
+
+_SCHEMA = "(Tensor x, Tensor[] weights, Tensor?[] biases, str spec) -> Tensor[]"
+
+
+@cache
+def _library() -> Any:
+    library = torch.library.Library("kp", "FRAGMENT")
+    library.define(f"fp8_linear{_SCHEMA}")
+    library.impl("fp8_linear", _linear, "CompositeImplicitAutograd")
+    return library
+
+
+def fp8_linear() -> Any:
+    """`kp::fp8_linear`: x [..., K], weights [N_i, K] ([K, N_i] where the spec says transposed), biases [N_i]
+    or None; returns [..., N_i] each."""
+    _library()
+    return torch.ops.kp.fp8_linear.default
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Fp8Spec:
+    return Fp8Spec.from_json(text)
+
+
+def _linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], spec: str) -> list[Tensor]:
+    plan = _parse(spec)
+    outs = _Fp8Linear.apply(plan, x.reshape(-1, x.shape[-1]), *weights)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    dtype = getattr(torch, plan.dtype)
+    return [
+        (out if bias is None else out + bias.to(dtype)).reshape([*x.shape[:-1], out.shape[-1]])
+        for out, bias in zip(outs, biases, strict=True)
+    ]
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """y_i [M, N_i] = x [M, K] · w_iᵀ, the weights as they are stored."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *weights: Tensor) -> Any:
+        recipe, dtype = RECIPES[plan.recipe], getattr(torch, plan.dtype)
+        scale_x, scale_w = _scale(plan, [x], recipe.x), _weight_scale(plan, weights, recipe.w)
+        out = fp8_mm(
+            fp8_quantize([x], scale_x, E4M3, recipe.x),
+            _weight(plan, weights, scale_w, recipe.w, by_outputs=True),
+            scale_x, _as_rows(plan, scale_w), dtype=dtype, fast_accum="fprop" in plan.fast_accum,
+        )  # fmt: skip
+        ctx.plan, ctx.sizes = plan, [w.shape[1 if plan.transposed else 0] for w in weights]
+        ctx.save_for_backward(x, *_tensor_scales(recipe, scale_x, scale_w), *weights)
+        return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        plan: Fp8Spec = ctx.plan
+        recipe = RECIPES[plan.recipe]
+        x, scale_x, scale_w, *weights = ctx.saved_tensors
+        scale_dy = _scale(plan, grads, recipe.dy, DTYPES[plan.grad_dtype], dim=1)
+        dx, needed = None, ctx.needs_input_grad[2:]
+        if ctx.needs_input_grad[1]:
+            dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w).to(x.dtype)
+        if not any(needed):
+            return (None, dx, *[None] * len(weights))
+        dw = _wgrad(plan, recipe, grads, scale_dy, x, scale_x).to(weights[0].dtype)
+        parts = dw.split(ctx.sizes, 1 if plan.transposed else 0) if len(weights) > 1 else (dw,)
+        return (None, dx, *(part if need else None for part, need in zip(parts, needed, strict=True)))
+
+
+def _tensor_scales(recipe: Recipe, scale_x: Tensor, scale_w: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Scales that the backward pass can use again: those of whole tensors."""
+    return (
+        scale_x if recipe.x == recipe.x_t == TENSOR else None,
+        scale_w if recipe.w == recipe.w_t == TENSOR else None,
+    )
+
+
+def _scale(
+    plan: Fp8Spec, parts: Sequence[Tensor], block: Block, dtype: torch.dtype = E4M3, *, dim: int = 0
+) -> Tensor:
+    return fp8_scale(list(parts), dtype, block, power_of_two=plan.power_of_two, dim=dim)
+
+
+# Weights are cast from where they lie, [N,K] or [K,N]; recipes speak of [N,K].
+
+
+def _stored(plan: Fp8Spec, block: Block) -> Block:
+    return (block[1], block[0]) if plan.transposed else block
+
+
+def _weight_scale(plan: Fp8Spec, weights: Sequence[Tensor], block: Block) -> Tensor:
+    return _scale(plan, weights, _stored(plan, block), dim=1 if plan.transposed else 0)
+
+
+def _as_rows(plan: Fp8Spec, scale: Tensor) -> Tensor:
+    """Scales of stored weights as those of [N,K]."""
+    return scale.t() if plan.transposed else scale
+
+
+def _weight(
+    plan: Fp8Spec,
+    weights: Sequence[Tensor],
+    scale: Tensor,
+    block: Block,
+    *,
+    by_outputs: bool,
+    after: Tensor | None = None,
+) -> Tensor:
+    """[N,K] to contract the inputs, or [K,N] to contract the outputs."""
+    return fp8_quantize(
+        list(weights), scale, E4M3, _stored(plan, block), dim=1 if plan.transposed else 0,
+        transpose=by_outputs == plan.transposed, after=after,
+    )  # fmt: skip
+
+
+def _dgrad(
+    plan: Fp8Spec,
+    recipe: Recipe,
+    grads: Sequence[Tensor],
+    scale_dy: Tensor,
+    weights: Sequence[Tensor],
+    scale_w: Tensor | None,
+) -> Tensor:
+    """dx [M,K] = dy [M,N] · w [N,K]."""
+    if scale_w is None:
+        scale_w = _weight_scale(plan, weights, recipe.w_t)
+    return fp8_mm(
+        fp8_quantize(list(grads), scale_dy, DTYPES[plan.grad_dtype], recipe.dy, dim=1),
+        _weight(plan, weights, scale_w, recipe.w_t, by_outputs=False, after=scale_dy),
+        scale_dy, _as_rows(plan, scale_w).t(), dtype=grads[0].dtype, fast_accum="dgrad" in plan.fast_accum,
+    )  # fmt: skip
+
+
+def _wgrad(
+    plan: Fp8Spec,
+    recipe: Recipe,
+    grads: Sequence[Tensor],
+    scale_dy: Tensor,
+    x: Tensor,
+    scale_x: Tensor | None,
+) -> Tensor:
+    """dw [N,K] = dyᵀ [N,M] · x [M,K], or its transpose where weights are stored so."""
+    if recipe.x_t is None or recipe.dy_t is None:
+        dy, x = torch.cat(list(grads), dim=1), x.to(grads[0].dtype)
+        return x.t() @ dy if plan.transposed else dy.t() @ x
+    grad_dtype = DTYPES[plan.grad_dtype]
+    if recipe.dy_t != recipe.dy:
+        scale_dy = _scale(plan, grads, recipe.dy_t, grad_dtype, dim=1)
+    if scale_x is None:
+        scale_x = _scale(plan, [x], recipe.x_t)
+    operands = [
+        (fp8_quantize(list(grads), scale_dy, grad_dtype, recipe.dy_t, dim=1, transpose=True), scale_dy.t()),
+        (fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=scale_dy), scale_x.t()),
+    ]
+    (a, scale_a), (b, scale_b) = reversed(operands) if plan.transposed else operands
+    fast = "wgrad" in plan.fast_accum
+    return fp8_mm(a, b, scale_a, scale_b, dtype=grads[0].dtype, fast_accum=fast)

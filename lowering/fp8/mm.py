@@ -1,0 +1,95 @@
+"""One product in FP8: `a @ b.t()`, both operands contracted along their last dimension, as Hopper's tensor
+cores want them.
+
+On a CUDA device this is `aten._scaled_mm` (cuBLASLt); elsewhere an emulation that first refuses what an H100
+would refuse, so that a test on a CPU can't pass with operands the real kernel does not take.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering.fp8.quantize import ALIGNMENT, DTYPES, E5M2
+
+_SCHEMA = "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype) -> Tensor"
+
+
+@cache
+def _library() -> Any:
+    library = torch.library.Library("kp", "FRAGMENT")
+    library.define(f"fp8_mm{_SCHEMA}")
+    library.impl("fp8_mm", emulated, "CompositeExplicitAutograd")
+    torch.library.register_fake("kp::fp8_mm", _fake, lib=library)
+    return library
+
+
+def fp8_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """a [M,K], b [N,K] in FP8, scales as `quantize` made them; returns [M,N] in `dtype`.
+
+    `fast_accum` leaves partial sums in the tensor core's own accumulator (about 14 bits of mantissa).
+    """
+    inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
+    if inverse_a.shape != inverse_b.shape and 1 in (inverse_a.numel(), inverse_b.numel()):
+        inverse_a, inverse_b = inverse_a.expand(a.shape[0], 1), inverse_b.expand(b.shape[0], 1)
+        inverse_a, inverse_b = inverse_a.contiguous(), inverse_b.contiguous()
+    if a.device.type != "cuda":
+        _library()
+        return torch.ops.kp.fp8_mm.default(a, b, inverse_a, inverse_b, bias, dtype)
+    return torch.ops.aten._scaled_mm.default(
+        a, b.t(), inverse_a, inverse_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=fast_accum
+    )
+
+
+def refusal(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Any, dtype: Any) -> str | None:
+    """What an H100 says to these operands, or None where it takes them."""
+    if a.dtype not in DTYPES.values() or b.dtype not in DTYPES.values():
+        return f"operands must be FP8, these are {a.dtype} and {b.dtype}"
+    if a.dtype == b.dtype == E5M2:
+        return "two e5m2 operands have no kernel"
+    if a.stride(-1) != 1 or b.stride(-1) != 1:
+        return "both operands must be contiguous along the contracted dimension"
+    if a.shape[1] != b.shape[1] or a.shape[1] % ALIGNMENT:
+        return f"contracted sizes {a.shape[1]} and {b.shape[1]} must be equal multiples of {ALIGNMENT}"
+    if b.shape[0] % ALIGNMENT:
+        return f"{b.shape[0]} outputs are no multiple of {ALIGNMENT}"
+    if inverse_a.dtype != torch.float32 or inverse_b.dtype != torch.float32:
+        return "scales must be float32"
+    if bias is not None and (dtype == torch.float32 or bias.dtype != dtype):
+        return f"a bias of {bias.dtype} can't be added to {dtype}"
+    shapes = (tuple(inverse_a.shape), tuple(inverse_b.shape))
+    if shapes not in (((1, 1), (1, 1)), ((a.shape[0], 1), (b.shape[0], 1))):
+        return f"scales of shapes {shapes[0]} and {shapes[1]} go with no kernel"
+    if shapes[0] != (1, 1) and dtype != torch.bfloat16:
+        return f"one scale a row gives bfloat16, not {dtype}"
+    return None
+
+
+def emulated(
+    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same product in float32."""
+    on_gpu = torch.bfloat16 if dtype == torch.float32 and inverse_a.numel() > 1 else dtype
+    said = refusal(a, b, inverse_a, inverse_b, None if dtype == torch.float32 else bias, on_gpu)
+    if said is not None:
+        raise RuntimeError(f"kp::fp8_mm: {said}")
+    out = (a.float() * inverse_a) @ (b.float() * inverse_b).t()
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def _fake(
+    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)

@@ -1,0 +1,86 @@
+"""Recipes: which elements share a scale in each of a linear layer's three products.
+
+    fprop  y  [M,N] = x · wᵀ        contracts K: x by rows [M,K], w by rows [N,K]
+    dgrad  dx [M,K] = dy · w        contracts N: dy by rows [M,N], w transposed [K,N]
+    wgrad  dw [N,K] = dyᵀ · x       contracts M: dy transposed [N,M], x transposed [K,M]
+
+Blocks are those of the matrix as it lies in memory before a transpose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from kp_compiler.config import Fp8LinearConfig
+from kp_compiler.lowering.fp8.quantize import Block
+
+TENSOR: Block = (0, 0)
+ROW: Block = (1, 0)
+COLUMN: Block = (0, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Blocks of the operands. `x_t`, `dy_t` are those of wgrad, None where it runs in high precision; `w_t`
+    is the weight of dgrad."""
+
+    x: Block
+    w: Block
+    dy: Block
+    w_t: Block
+    x_t: Block | None
+    dy_t: Block | None
+    grad_dtype: str = "e4m3"
+
+
+RECIPES = {
+    # one scale a tensor, from the tensor itself (torchao's and Transformer Engine's "current scaling")
+    "tensorwise": Recipe(TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, "e5m2"),
+    # one scale for each row of an operand, along the contracted dimension
+    "rowwise": Recipe(ROW, ROW, ROW, COLUMN, COLUMN, COLUMN),
+    # the same, with the weight's gradient left in high precision (torchao's rowwise_with_gw_hp)
+    "rowwise_gw_hp": Recipe(ROW, ROW, ROW, TENSOR, None, None),
+}
+
+
+@dataclass(frozen=True)
+class Fp8Spec:
+    """What one operator needs to know, as its spec string."""
+
+    recipe: str
+    grad_dtype: str
+    power_of_two: bool
+    fast_accum: tuple[str, ...]
+    transposed: bool  # weights are stored [K, N]
+    dtype: str  # of the outputs
+    fingerprint: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Fp8Spec:
+        data: dict[str, Any] = json.loads(text)
+        data["fast_accum"] = tuple(data["fast_accum"])
+        return cls(**data)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [self.recipe, f"e4m3/{self.grad_dtype}", *(["2^n scales"] if self.power_of_two else [])]
+        )
+
+
+def spec_for(config: Fp8LinearConfig, transposed: bool, dtype: str, fingerprint: str) -> Fp8Spec:
+    grad_dtype = RECIPES[config.recipe].grad_dtype if config.grad_dtype == "auto" else config.grad_dtype
+    return Fp8Spec(
+        config.recipe,
+        grad_dtype,
+        config.power_of_two_scales,
+        config.fast_accum,
+        transposed,
+        dtype,
+        fingerprint,
+    )

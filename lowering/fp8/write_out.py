@@ -1,0 +1,99 @@
+"""Write nodes of a post-grad graph, with values; and scales and casts in ATen, for Inductor to fuse."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+class Writer:
+    """Writes nodes in front of `anchor`."""
+
+    def __init__(self, graph: Graph, anchor: Node) -> None:
+        self.graph, self.anchor = graph, anchor
+        self.mode = _fake_mode(anchor)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        return self.call(operator.getitem, node, index)
+
+    def view(self, node: Node, sizes: list[Any]) -> Node:
+        value = node.meta["val"]
+        if len(sizes) == value.dim() == 1:
+            return node
+        return self.call(aten.reshape.default, node, sizes)
+
+    def slice(self, node: Node, start: int, end: int) -> Node:
+        return self.call(aten.slice.Tensor, node, 0, start, end)
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        return (
+            node
+            if node.meta["val"].dtype == dtype
+            else self.call(prims.convert_element_type.default, node, dtype)
+        )
+
+    def write_out(self) -> None:
+        """Replace the anchor, a `kp::fp8_scale` or `kp::fp8_quantize`, by ATen."""
+        node = self.anchor
+        scale = node.target is torch.ops.kp.fp8_scale.default
+        out = self._scale(*node.args) if scale else self._quantize(*node.args)
+        node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
+
+    def _scale(self, parts: Any, dim: int, dtype: torch.dtype, block: list[int], power_of_two: bool) -> Node:
+        if list(block) == [0, 0]:
+            found = [self._amax(self._amax(self.call(aten.abs.default, p), [-1]), [0]) for p in parts]
+            amax = found[0]
+            for other in found[1:]:
+                amax = self.call(aten.maximum.default, amax, other)
+            amax = self.call(aten.reshape.default, amax, [1, 1])
+        else:
+            x = parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)
+            amax = self.call(aten.amax.default, self.call(aten.abs.default, x), [1 if block[0] else 0], True)
+        limit = torch.finfo(dtype).max
+        amax = self.cast(amax, torch.float32)
+        tiny = self.call(aten.lt.Scalar, amax, limit * 2.0**-126)
+        full = self.call(aten.full.default, [], limit, dtype=torch.float32, device=amax.meta["val"].device)
+        scale = self.call(aten.div.Tensor, full, self.call(aten.where.self, tiny, full, amax))
+        if power_of_two:
+            scale = self.call(
+                aten.exp2.default, self.call(aten.floor.default, self.call(aten.log2.default, scale))
+            )
+        return scale
+
+    def _amax(self, x: Node, dims: list[int]) -> Node:
+        return self.call(aten.amax.default, x, dims)
+
+    def _quantize(
+        self, parts: Any, dim: int, scale: Node, dtype: torch.dtype, block: Any, transpose: bool, after: Any
+    ) -> Node:
+        x = parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)
+        limit = torch.finfo(dtype).max
+        q = self.call(aten.mul.Tensor, self.cast(x, torch.float32), scale)
+        q = self.call(aten.clamp_max.default, self.call(aten.clamp_min.default, q, -limit), limit)
+        if not transpose:
+            return self.cast(q, dtype)
+        more = -x.meta["val"].shape[0] % 16
+        q = self.call(aten.permute.default, q, [1, 0])
+        if not (isinstance(more, int) and more == 0):
+            q = self.call(aten.constant_pad_nd.default, q, [0, more], 0.0)
+        return self.call(aten.clone.default, self.cast(q, dtype), memory_format=torch.contiguous_format)
+
+
+def _fake_mode(node: Node) -> Any:
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, list | tuple) else value
+    return value.fake_mode

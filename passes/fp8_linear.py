@@ -1,0 +1,224 @@
+"""Run products with a weight in FP8.
+
+    kp.linear(x, w) ─▶ kp.fp8_linear(x, [w])[0] ─▶ scale ─▶ cast ─▶ _scaled_mm, and the same backward
+    kp.linear(x, wq), kp.linear(x, wk), kp.linear(x, wv) ─▶ one kp.fp8_linear(x, [wq, wk, wv])
+
+Approximate, and off by default. Fires on bfloat16 and float16 sites whose sizes are multiples of 16, where
+the cost model predicts a gain (`auto`) or wherever that is possible (`on`). Refuses other sizes and types,
+devices without FP8, and rows of scales with float16. Weights that read the same activation become one
+product, unless a result is written to or viewed in a way that needs it contiguous.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from kp_compiler import cost
+from kp_compiler.lowering import ops
+from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.fp8 import linear
+from kp_compiler.lowering.fp8.quantize import ALIGNMENT
+from kp_compiler.lowering.fp8.recipes import Fp8Spec, spec_for
+from kp_compiler.metadata import tensor_of, value_of
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, fake_mode, left_out
+from kp_compiler.specs import LinearShape, LinearSpec
+from kp_compiler.writes import erase_orphans, storage_of
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that become one operator: `members` in graph order, the first stands for all."""
+
+    members: tuple[Node, ...]
+    spec: Fp8Spec
+    shape: LinearShape
+
+
+class Fp8Linear:
+    """See the module docstring."""
+
+    name = "fp8_linear"
+    tier: Tier = "approximate"
+    kind: Kind = "linear"
+    final = True
+    serves: tuple[str, ...] = ()
+
+    def applies(self, ctx: Context) -> Rejection | None:
+        target = ctx.target
+        if target.reference:
+            return None
+        if target.device == "cpu":
+            return Rejection(
+                "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
+            )
+        if target.sm < 89:
+            return Rejection("device", f"FP8 needs compute capability 8.9, this is {target.sm / 10}.")
+        return None
+
+    def sites(self, graph: Graph) -> Iterator[Node]:
+        yield from (node for node in graph.nodes if ops.is_linear(node))
+
+    def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
+        if (group := ctx.cache.get(site)) is not None:  # decided with the first member
+            return self._match(site, group, ctx)
+        refused = _check(site, ctx)
+        if refused is not None:
+            return refused
+        group = _group(site, ctx)
+        if ctx.config.fp8_linear.mode == "auto":
+            predicted = cost.predict_linear(group.shape, group.spec.recipe, ctx.target)
+            if predicted is not None and predicted["gain"] < 1:
+                return Rejection(
+                    "no-gain",
+                    f"FP8 is predicted to take {predicted['fp8_ms']} ms, now it is {predicted['before_ms']}.",
+                    "fp8_linear='on' takes it all the same.",
+                )
+        ctx.cache.update(dict.fromkeys(group.members, group))
+        return self._match(site, group, ctx)
+
+    def _match(self, site: Node, group: Group, ctx: Context) -> Match:
+        text = str(group.spec) + (f", {len(group.members)} merged" if len(group.members) > 1 else "")
+        impl = "reference" if ctx.target.reference else "scaled_mm"
+        predicted = cost.predict_linear(group.shape, group.spec.recipe, ctx.target)
+        return Match(
+            site, group, impl=impl, spec=text, shape=_shape(site, ctx).describe(), predicted=predicted
+        )
+
+    def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
+        site, group = match.site, match.data
+        if "kp_fp8" not in site.meta:
+            _emit(group)
+        out = site.meta["kp_fp8"]
+        root, arguments = site.meta["kp_root"], site.all_input_nodes
+        site.replace_all_uses_with(out, propagate_meta=False)
+        graph.erase_node(site)
+        erase_orphans(graph, [root, *arguments])
+        return out
+
+
+def _emit(group: Group) -> None:
+    """Write the operator in front of the first member; each member finds its output in its metadata."""
+    first = group.members[0]
+    emit = Emitter(first, first.meta["kp_root"])
+    weights, biases = [m.args[1] for m in group.members], [m.args[2] for m in group.members]
+    node = emit.call(linear.fp8_linear(), first.args[0], weights, biases, group.spec.to_json())
+    for index, member in enumerate(group.members):
+        member.meta["kp_fp8"] = emit.call(operator.getitem, node, index)
+
+
+def _shape(site: Node, ctx: Context) -> LinearShape:
+    x, weight, out = (tensor_of(node) for node in (site.args[0], site.args[1], site))
+    assert x is not None and weight is not None and out is not None
+    rows: Any = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    inputs, outputs = weight.shape if _transposed(site) else reversed(weight.shape)
+    training = out.requires_grad
+    return LinearShape(
+        rows, inputs, outputs, ctx.assumed_dtype or out.dtype,
+        training and x.requires_grad, training and weight.requires_grad,
+    )  # fmt: skip
+
+
+def _transposed(site: Node) -> bool:
+    return LinearSpec.from_json(str(site.args[3])).transposed
+
+
+def _check(site: Node, ctx: Context) -> Rejection | None:
+    shape = _shape(site, ctx)
+    if shape.dtype not in HALF and not (ctx.target.reference and shape.dtype == torch.float32):
+        return Rejection("dtype", f"FP8 products give bfloat16 or float16, this site is {shape.dtype}.")
+    if shape.dtype == torch.float16 and ctx.config.fp8_linear.recipe != "tensorwise":
+        return Rejection("dtype", "Products with one scale a row give bfloat16 only.")
+    for name, size in (("inputs (K)", shape.inputs), ("outputs (N)", shape.outputs)):
+        if size % ALIGNMENT:
+            return Rejection("alignment", f"{size} {name} are no multiple of {ALIGNMENT}.")
+    return None
+
+
+def _group(site: Node, ctx: Context) -> Group:
+    """The site and the later ones that can share its product."""
+    members = [site]
+    config = ctx.config.fp8_linear
+    if config.merge:
+        members += [
+            other for other in _siblings(site, ctx) if _check(other, ctx) is None and _joins(site, other, ctx)
+        ]
+        wider = sum(_shape(member, ctx).outputs for member in members)
+        if len(members) > 1 and not all(_takes_strides(member, wider, ctx) for member in members):
+            members = [site]
+    shapes = [_shape(member, ctx) for member in members]
+    total = LinearShape(
+        shapes[0].rows, shapes[0].inputs, sum(s.outputs for s in shapes), shapes[0].dtype,
+        any(s.grad_x for s in shapes), any(s.grad_w for s in shapes),
+    )  # fmt: skip
+    tensor = tensor_of(site)
+    assert tensor is not None
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Group(tuple(members), spec_for(config, _transposed(site), dtype, fingerprint()), total)
+
+
+def _siblings(site: Node, ctx: Context) -> list[Node]:
+    """Later `kp.linear` nodes that read the same activation and have no group yet."""
+    x = site.args[0]
+    assert isinstance(x, Node)
+    return sorted(n for n in x.users if ops.is_linear(n) and n > site and n not in ctx.cache)
+
+
+def _joins(site: Node, other: Node, ctx: Context) -> bool:
+    """`other` could stand where `site` stands: its weight and bias are there, nothing was written in between,
+    and gradients are wanted of both alike."""
+    operands = [a for a in other.args[1:3] if isinstance(a, Node)]
+    if any(not (a < site) or ctx.writes.between(a, other, since=site) for a in (*operands, site.args[0])):
+        return False
+    mine, theirs = _shape(site, ctx), _shape(other, ctx)
+    alike = mine.dtype == theirs.dtype and mine.grad_w == theirs.grad_w
+    alike = alike and _transposed(site) == _transposed(other)
+    return alike and not left_out(ctx.config.fp8_linear, other)
+
+
+def _takes_strides(site: Node, wider: int, ctx: Context) -> bool:
+    """Nothing asks the result for a layout that a slice of a matrix of `wider` columns does not have: every
+    view of it, and of that, is tried. Operators from elsewhere may assume more than they say."""
+    if storage_of(site) in ctx.writes.by_storage:
+        return False
+    out = tensor_of(site)
+    assert out is not None
+    strides = [*(wider * stride // out.shape[-1] for stride in out.stride()[:-1]), 1]
+    with fake_mode(site.graph):
+        value = torch.empty_strided(out.shape, strides, dtype=out.dtype, device=out.device)
+    return _views_work(site, value, storage_of(site))
+
+
+def _views_work(node: Node, value: torch.Tensor, storage: int | None) -> bool:
+    for user in node.users:
+        if isinstance(user.target, torch._ops.OpOverload) and user.target.namespace not in ("aten", "kp"):
+            return False
+        if user.op not in ("call_function", "call_method"):
+            return False  # leaves the graph: who reads it next is not known
+        if storage_of(user) != storage:
+            continue
+        args, kwargs = torch.fx.map_arg(
+            (user.args, user.kwargs), lambda n: value if n is node else value_of(n)
+        )
+        try:
+            with fake_mode(node.graph):
+                target: Any = user.target
+                view = (
+                    getattr(args[0], target)(*args[1:], **kwargs)
+                    if user.op == "call_method"
+                    else target(*args, **kwargs)
+                )
+        except Exception:  # whatever torch says to a view that can't be had
+            return False
+        if not isinstance(view, torch.Tensor) or not _views_work(user, view, storage):
+            return False
+    return True

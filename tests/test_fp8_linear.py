@@ -1,0 +1,454 @@
+"""FP8 products: what is recognised, what merges, how far results are off, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kp_compiler
+from kp_compiler.capture import merged
+from kp_compiler.lowering.fp8 import mm
+from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, fp8_quantize, fp8_scale, sqnr
+from tests.helpers import REFERENCE, captured_graphs, run_both
+
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+M, K, N = 40, 64, 96
+
+
+def fp8(recipe: str = "tensorwise", **settings: Any) -> dict[str, Any]:
+    return {"fp8_linear": {"mode": "on", "recipe": recipe, **settings}}
+
+
+def operands(*shape: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(*(shape or (2, M // 2)), K), torch.randn(N, K) / 8, torch.randn(N)
+
+
+class Weight(nn.Module):
+    """A function of x and a parameter [N,K] or [K,N], and a bias."""
+
+    def __init__(self, function: Callable[..., Any], weight: torch.Tensor) -> None:
+        super().__init__()
+        self.function, self.weight, self.bias = function, nn.Parameter(weight), nn.Parameter(torch.randn(N))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x, self.weight, self.bias)
+
+
+def compiled(function: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
+    """The result under kp, and the report."""
+    with kp_compiler.capture_reports() as reports:
+        out = torch.compile(function, backend="kp", fullgraph=True, options={**REFERENCE, **options})(*inputs)
+    return out, merged(reports)
+
+
+# --------------------------------------------------------------------------------------------- recognition
+
+SPELLINGS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "linear": (lambda x, w, b: F.linear(x, w), False),
+    "linear with bias": (lambda x, w, b: F.linear(x, w, b), False),
+    "matmul, transposed": (lambda x, w, b: torch.matmul(x, w.t()), False),
+    "@ w.T": (lambda x, w, b: x @ w.T, False),
+    "@ w.mT + b": (lambda x, w, b: x @ w.mT + b, False),
+    "@ w": (lambda x, w, b: x @ w, True),
+    "w.transpose": (lambda x, w, b: x.matmul(w.transpose(0, 1)), False),
+    "Conv1D": (lambda x, w, b: torch.addmm(b, x.view(-1, K), w).view(*x.shape[:-1], N), True),
+    "einsum": (lambda x, w, b: torch.einsum("bsk,nk->bsn", x, w), False),
+    "einsum, weight first": (lambda x, w, b: torch.einsum("nk,bsk->bsn", w, x), False),
+    "einsum, dots": (lambda x, w, b: torch.einsum("...k,kn->...n", x, w), True),
+    "cast weight": (lambda x, w, b: F.linear(x, w.float().to(x.dtype)), False),
+    "linear of a transposed weight": (lambda x, w, b: F.linear(x, w.t()), True),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling(name: str, recipe: str) -> None:
+    """Every spelling is rewritten, with the error of one FP8 product forward and backward."""
+    function, transposed = SPELLINGS[name]
+    torch.manual_seed(0)
+    module = Weight(function, torch.randn(K, N) if transposed else torch.randn(N, K))
+    x = torch.randn(2, 20, K, requires_grad=True)
+    grad = torch.randn(2, 20, N)
+    results = []
+    for run in (module, None):
+        if run is None:
+            run, report = compiled_module(module, x, recipe)
+        out = run(x)
+        out.backward(grad)
+        results.append([out.detach(), x.grad, module.weight.grad])
+        x.grad = None
+        module.zero_grad()
+    assert [s.status for s in report.sites] == ["rewritten"], report.why("")
+    want, got = results
+    floor = 24.0 if recipe == "tensorwise" else 27.5
+    for index, limit in enumerate((27.5, floor, floor)):
+        assert sqnr(got[index], want[index]) >= limit
+
+
+def compiled_module(module: nn.Module, x: torch.Tensor, recipe: str) -> tuple[Any, Any]:
+    run = torch.compile(module, backend="kp", fullgraph=True, options={**REFERENCE, **fp8(recipe)})
+    with kp_compiler.capture_reports() as reports:
+        run(x)
+    return run, merged(reports)
+
+
+def test_off_by_default() -> None:
+    outcome = run_both(F.linear, operands())
+    assert outcome.report.sites == []
+    assert outcome.error == 0.0
+
+
+def scaled_addmm(x, w, b):
+    return torch.addmm(b, x.view(-1, K), w.t(), beta=2)
+
+
+def low_rank(x, w, b):
+    return F.linear(x, w[:8])
+
+
+def odd_outputs(x, w, b):
+    return F.linear(x, w[:90])
+
+
+def double(x, w, b):
+    return F.linear(x.double(), w.double())
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [
+        (scaled_addmm, "scaled-addition"),
+        (low_rank, "low-rank"),
+        (odd_outputs, "alignment"),
+        (double, "dtype"),
+    ],
+)
+def test_refused(function: Callable[..., Any], code: str) -> None:
+    module, (x, w, _) = None, operands()
+    module = Weight(function, w)
+    out, report = compiled(module, (x,), **fp8())
+    assert [site.reason.code for site in report.sites] == [code]
+    assert torch.equal(out, module(x))
+
+
+def test_products_of_activations_are_no_sites() -> None:
+    outcome = run_both(lambda a, b: a @ b, (torch.randn(32, 32), torch.randn(32, 32)), options=fp8())
+    assert outcome.report.sites == []
+
+
+def test_weight_written_to_after_its_cast_is_read_as_cast() -> None:
+    def function(x, w, b):
+        half = w.to(torch.bfloat16)
+        w.zero_()
+        return F.linear(x.to(torch.bfloat16), half)
+
+    x, w, _ = operands()
+    with torch.no_grad():
+        want = F.linear(x.bfloat16(), w.bfloat16())
+        got, report = compiled(Weight(function, w.clone()), (x,), **fp8())
+    assert len(report.rewritten("linear")) == 1
+    assert sqnr(got, want) > 27
+
+
+def test_skip_and_only() -> None:
+    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
+    for settings in ({"skip": "1"}, {"only": "0"}):
+        _, report = compiled(model, (torch.randn(4, K),), **fp8(**settings))
+        assert [s.status for s in report.sites] == ["rewritten", "refused"]
+        assert report.sites[1].reason.code == "skipped-by-option"
+
+
+def test_auto_asks_the_cost_model() -> None:
+    """Small sites gain nothing on an H100; large ones do, and the report says how much."""
+    small, large = nn.Linear(256, 256), nn.Linear(4096, 14336)
+    for model, rows, status in ((small, 64, "refused"), (large, 8192, "rewritten")):
+        x = torch.empty(rows, model.in_features, device="meta", requires_grad=True)
+        plan = kp_compiler.plan(
+            model.to("meta"), x, target="cuda:sm90", dtype=torch.bfloat16, options={"fp8_linear": "auto"}
+        )
+        (site,) = plan.sites
+        assert site.status == status, plan.why("")
+        if status == "refused":
+            assert site.reason.code == "no-gain"
+        else:
+            assert site.predicted["gain"] > 1.2
+
+
+# ------------------------------------------------------------------------------------------------- merging
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(K, N), nn.Linear(K, N, bias=False), nn.Linear(N, K)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def targets(graph: Any, name: str) -> list[Any]:
+    return [n for n in graph.nodes if n.op == "call_function" and name in str(n.target)]
+
+
+def test_products_of_one_activation_merge() -> None:
+    (gm,) = captured_graphs(
+        Gated(), torch.randn(M, K), options={"cpu_rewrites": True, **fp8(), "attention": "auto"}
+    )
+    calls = targets(gm.graph, "kp.fp8_linear")
+    assert [len(call.args[1]) for call in calls] == [2, 1]
+    (gm,) = captured_graphs(Gated(), torch.randn(M, K), options={"cpu_rewrites": True, **fp8(merge=False)})
+    assert [len(call.args[1]) for call in targets(gm.graph, "kp.fp8_linear")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_merged_gradients(merge: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(2, M, K, requires_grad=True)
+    results = []
+    options = {**REFERENCE, **fp8("rowwise", merge=merge)}
+    for run in (model, torch.compile(model, backend="kp", fullgraph=True, options=options)):
+        out = run(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in model.parameters())])
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+    assert all(sqnr(got, want) > 18 for want, got in zip(*results, strict=True))
+
+
+def viewed_flat(q, k):
+    return q.view(-1) * 2, k
+
+
+def written(q, k):
+    return q.mul_(2) + 1, k + 1
+
+
+def returned(q, k):
+    return q, k + 1
+
+
+@pytest.mark.parametrize("use", [viewed_flat, written, returned])
+def test_results_that_must_be_contiguous_do_not_merge(use: Callable[..., Any]) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(K, N), nn.Linear(K, N)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return use(self.q(x), self.k(x))
+
+    (gm,) = captured_graphs(Two(), torch.randn(M, K), options={"cpu_rewrites": True, **fp8()})
+    assert [len(call.args[1]) for call in targets(gm.graph, "kp.fp8_linear")] == [1, 1]
+    out, _ = compiled(Two(), (torch.randn(M, K),), **fp8())
+    assert all(o.is_contiguous() for o in out)
+
+
+# -------------------------------------------------------------------------------------- casts and products
+
+
+def joint_counts(model: nn.Module, x: torch.Tensor, recipe: str) -> tuple[int, int]:
+    """Casts in the forward and in the backward graph that AOTAutograd makes."""
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    counts: list[int] = []
+
+    def count(gm: Any, inputs: Any) -> Any:
+        counts.append(len(targets(gm.graph, "fp8_quantize")))
+        return gm.forward
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        from kp_compiler.config import resolve
+        from kp_compiler.pipeline import Run, run
+        from kp_compiler.target import Target
+
+        run(Run(graph, resolve({"cpu_rewrites": True, **fp8(recipe)}), Target("cpu", reference=True)))
+        return aot_module_simplified(
+            graph, inputs, fw_compiler=count, bw_compiler=count,
+            partition_fn=min_cut_rematerialization_partition,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(x).sum().backward()
+    return counts[0], counts[1]
+
+
+def test_one_cast_for_each_matrix() -> None:
+    """Forward: two activations and two groups of weights. Backward: each gradient and its transpose, each
+    weight and each activation transposed."""
+    x = torch.randn(M, K, requires_grad=True)
+    assert joint_counts(Gated(), x, "tensorwise") == (4, 8)
+
+
+@pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1), (1, 128), (128, 1), (128, 128)])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_cast(block: tuple[int, int], dtype: torch.dtype, power_of_two: bool) -> None:
+    """Nothing overflows, every block uses its range, and the transposed copy is the same numbers."""
+    x = torch.randn(200, 288) * torch.logspace(-3, 3, 288)
+    scale = fp8_scale([x], dtype, block, power_of_two=power_of_two)
+    q, turned = (fp8_quantize([x], scale, dtype, block, transpose=t) for t in (False, True))
+    assert turned.shape == (288, 208)
+    assert torch.equal(turned[:, :200].float(), q.t().float())
+    assert not turned[:, 200:].float().any()
+    largest = q.float().abs().max()
+    limit = torch.finfo(dtype).max
+    assert limit / 2 < largest <= limit if power_of_two else largest == limit
+    wide = scale
+    for dim, size in enumerate(block):
+        wide = wide.repeat_interleave(size, dim).narrow(dim, 0, x.shape[dim]) if size > 1 else wide
+    coarse = dtype == E5M2
+    if block != (0, 0) and block != (1, 0):
+        assert sqnr(q.float() / wide, x) > (24 if coarse else 30)
+
+
+def test_cast_of_parts_is_the_cast_of_their_concatenation() -> None:
+    a, b = torch.randn(32, 48), torch.randn(16, 48)
+    for dim, parts in ((0, [a, b]), (1, [a.t(), b.t()])):
+        whole = torch.cat(parts, dim)
+        for block in ((0, 0), (1, 0), (0, 1)):
+            scale = fp8_scale(parts, E4M3, block, power_of_two=False, dim=dim)
+            assert torch.equal(scale, fp8_scale([whole], E4M3, block, power_of_two=False))
+            for turned in (False, True):
+                got = fp8_quantize(parts, scale, E4M3, block, dim=dim, transpose=turned)
+                want = fp8_quantize([whole], scale, E4M3, block, transpose=turned)
+                assert torch.equal(got.float(), want.float())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, float("inf"), float("nan")])
+def test_special_values(value: float) -> None:
+    """Zeros and denormals stay zero; an infinity or a NaN shows in all that shares its scale."""
+    x = torch.zeros(16, 16)
+    x[0, 0] = value
+    scale = fp8_scale([x], E4M3, (0, 0), power_of_two=False)
+    q = fp8_quantize([x], scale, E4M3, (0, 0)).float() / scale
+    if value in (0.0, 1e-42):
+        assert not q.any()
+    else:
+        assert q.isnan().all()
+
+
+def test_scales_of_rows_keep_a_spike_to_its_row() -> None:
+    """A spike of 1e5 times the rest costs one scale a tensor its precision, and one scale a row nothing."""
+    x, w = torch.randn(64, K), torch.randn(N, K)
+    x[3, 5] = 1e5
+    want = x @ w.t()
+    rest = [i for i in range(64) if i != 3]
+    found = {}
+    for recipe in ("tensorwise", "rowwise"):
+        got, _ = compiled(Weight(lambda x, w, b: F.linear(x, w), w.clone()), (x,), **fp8(recipe))
+        found[recipe] = sqnr(got[rest], want[rest])
+    assert found["rowwise"] >= 27
+    assert found["tensorwise"] < 20
+
+
+REFUSED = {
+    "dtypes": lambda a, b, s, t: (a.float(), b, s, t),
+    "two e5m2": lambda a, b, s, t: (a.to(E5M2), b.float().to(E5M2), s, t),
+    "contiguous along": lambda a, b, s, t: (a, b.t().contiguous().t(), s, t),
+    "multiples of 16": lambda a, b, s, t: (a[:, :40], b[:, :40], s, t),
+    "no multiple of 16": lambda a, b, s, t: (a, b[:24], s, t),
+    "must be float32": lambda a, b, s, t: (a, b, s.double(), t),
+    "go with no kernel": lambda a, b, s, t: (a, b, s.expand(a.shape[0], 1), t),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_the_emulation_refuses_what_an_h100_refuses(said: str) -> None:
+    a, b, one = torch.randn(48, 64).to(E4M3), torch.randn(32, 64).to(E4M3), torch.ones(1, 1)
+    assert mm.refusal(a, b, one, one, None, torch.bfloat16) is None
+    text = mm.refusal(*REFUSED[said](a, b, one, one), None, torch.bfloat16)
+    assert text is not None
+    if said == "dtypes":
+        assert "must be FP8" in text
+    else:
+        assert said in text
+
+
+# --------------------------------------------------------------------------------------------- composition
+
+
+def test_dynamic_rows_compile_once() -> None:
+    model = Gated().bfloat16()
+    run = torch.compile(model, backend="kp", fullgraph=True, options={**REFERENCE, **fp8()}, dynamic=True)
+    with kp_compiler.capture_reports() as reports:
+        for rows in (2, 7, 33, 257):
+            x = torch.randn(rows, K, dtype=torch.bfloat16, requires_grad=True)
+            out = run(x)
+            out.sum().backward()
+            assert sqnr(out, model(x)) > 20
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_autocast(recipe: str) -> None:
+    model, x = Gated(), torch.randn(M, K, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, report = compiled(model, (x,), **fp8(recipe))
+        want = model(x)
+    assert out.dtype == want.dtype == torch.bfloat16
+    assert len(report.rewritten("linear")) == 3
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert sqnr(out, want) > 20
+
+
+def test_activation_checkpointing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(M, K, requires_grad=True)
+    grads = []
+    for function in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        out, report = compiled(function, (x,), **fp8("rowwise"))
+        assert len(report.rewritten("linear")) == 3
+        out.square().sum().backward()
+        grads.append(x.grad)
+        x.grad = None
+    assert torch.equal(*grads)
+
+
+def test_inference_and_frozen_weights() -> None:
+    model, x = Gated(), torch.randn(M, K)
+    with torch.no_grad():
+        out, _ = compiled(model, (x,), **fp8())
+    assert not out.requires_grad
+    model.gate.weight.requires_grad_(False)
+    out, _ = compiled(model, (x.requires_grad_(),), **fp8())
+    out.sum().backward()
+    assert model.gate.weight.grad is None
+    assert model.up.weight.grad is not None and x.grad is not None
+
+
+def test_under_inductor() -> None:
+    torch.manual_seed(0)
+    model, x = Gated().bfloat16(), torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)
+    want = model(x)
+    out, _ = compiled(model, (x,), **{**fp8(), "lowering": "inductor"})
+    out.sum().backward()
+    assert sqnr(out, want) > 20
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_beside_attention() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(K, K) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).view(*x.shape[:2], 4, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.o(out.transpose(1, 2).reshape(x.shape))
+
+    model, x = Block(), torch.randn(2, 20, K)
+    out, report = compiled(model, (x,), **fp8("rowwise"))
+    assert len(report.rewritten("attention")) == 1
+    assert len(report.rewritten("linear")) == 4
+    assert report.rewritten("linear")[0].spec.endswith("3 merged")
+    assert sqnr(out, model(x)) > 20
