@@ -76,6 +76,7 @@ class Fp8LinearConfig(PassConfig):
         "fprop",
     )  # products whose partial sums are not promoted: fprop, dgrad, wgrad
     merge: bool = True  # one product for all weights that read the same activation
+    cache_weights: bool = True  # inference: keep weights in FP8 until a parameter's version counter moves
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 
 def value_of(node: Any) -> Any:
@@ -87,6 +87,18 @@ def trace_fake(node: Node, mode: Any, *, grad: bool = True) -> None:
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def copied(graph: Graph) -> Graph:
+    """A copy of Dynamo's graph with its output and metadata."""
+    copy = Graph(owning_module=graph.owning_module)
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, mapping.__getitem__)
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd asks placeholders for it
+            mapping[node]._dynamo_source = node._dynamo_source
+    copy._codegen = graph._codegen
+    return copy
 
 
 def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, tuple[Node, ...]]]:

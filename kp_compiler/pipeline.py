@@ -14,11 +14,12 @@ from torch.fx import Graph, GraphModule, Node
 from kp_compiler.config import Config
 from kp_compiler.errors import KPError, KPRequirementError
 from kp_compiler.lowering import ops
-from kp_compiler.metadata import bodies, fill_metadata, tensor_of
+from kp_compiler.metadata import bodies, copied, fill_metadata, tensor_of
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.passes.base import Context, Match, Pass, left_out, module_of, revert, source_of
 from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
+from kp_compiler.runtime import forget
 from kp_compiler.target import Target
 from kp_compiler.verify import verify_site
 from kp_compiler.writes import erase_orphans
@@ -311,21 +312,10 @@ def _text(task: Run) -> str:
 
 
 def _snapshot(gm: GraphModule) -> list[tuple[GraphModule, Graph]]:
-    return [(each, _copy(each.graph)) for each, _ in bodies(gm)]
+    return [(each, copied(each.graph)) for each, _ in bodies(gm)]
 
 
 def _restore(gm: GraphModule, pristine: list[tuple[GraphModule, Graph]]) -> None:
     for each, graph in pristine:
-        each.graph = _copy(graph)
-
-
-def _copy(graph: Graph) -> Graph:
-    """A copy of a graph with its output and metadata."""
-    copied = Graph(owning_module=graph.owning_module)
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        mapping[node] = copied.node_copy(node, lambda n: mapping[n])
-        if hasattr(node, "_dynamo_source"):  # AOTAutograd asks placeholders for it
-            mapping[node]._dynamo_source = node._dynamo_source
-    copied._codegen = graph._codegen
-    return copied
+        each.graph = copied(graph)
+    forget(gm)

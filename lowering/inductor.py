@@ -16,6 +16,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
+from kp_compiler import runtime
 from kp_compiler.config import Config
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.metadata import stride_order
@@ -138,13 +139,18 @@ def lower(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool
 ) -> Callable[..., Any]:
     """Compile a graph as the options say. `guarded` keeps Inductor's attention patterns away from it."""
+    whole, inputs = runtime.extended(gm, example_inputs)
+    return runtime.provided(_lowered(whole, inputs, config, guarded=guarded), gm)
+
+
+def _lowered(gm: GraphModule, inputs: list[Any], config: Config, *, guarded: bool) -> Callable[..., Any]:
     if config.lowering == "eager":
         return gm.forward
     if config.lowering == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, list(example_inputs))
-    return compile_with_inductor(gm, example_inputs, config, guarded=guarded)
+        return aot_eager(gm, inputs)
+    return compile_with_inductor(gm, inputs, config, guarded=guarded)
 
 
 def compile_with_inductor(

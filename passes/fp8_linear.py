@@ -22,11 +22,12 @@ from torch.fx import Graph, Node
 from kp_compiler import cost
 from kp_compiler.lowering import ops
 from kp_compiler.lowering.fingerprint import fingerprint
-from kp_compiler.lowering.fp8 import linear
+from kp_compiler.lowering.fp8 import cached, linear
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT
 from kp_compiler.lowering.fp8.recipes import Fp8Spec, spec_for
 from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, fake_mode, left_out
+from kp_compiler.runtime import add_inputs, position
 from kp_compiler.specs import LinearShape, LinearSpec
 from kp_compiler.writes import erase_orphans, storage_of
 
@@ -95,7 +96,7 @@ class Fp8Linear:
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
         site, group = match.site, match.data
         if "kp_fp8" not in site.meta:
-            _emit(group)
+            _emit(group, ctx)
         out = site.meta["kp_fp8"]
         root, arguments = site.meta["kp_root"], site.all_input_nodes
         site.replace_all_uses_with(out, propagate_meta=False)
@@ -104,14 +105,35 @@ class Fp8Linear:
         return out
 
 
-def _emit(group: Group) -> None:
+def _emit(group: Group, ctx: Context) -> None:
     """Write the operator in front of the first member; each member finds its output in its metadata."""
     first = group.members[0]
     emit = Emitter(first, first.meta["kp_root"])
+    x, spec = first.args[0], group.spec.to_json()
     weights, biases = [m.args[1] for m in group.members], [m.args[2] for m in group.members]
-    node = emit.call(linear.fp8_linear(), first.args[0], weights, biases, group.spec.to_json())
+    if _cacheable(group, weights, ctx):
+        provider = cached.CachedWeights(tuple(map(position, weights)), spec)
+        with emit.mode, torch.no_grad():
+            values = cached.quantized([tensor_of(w) for w in weights], spec)
+        copies = add_inputs(ctx.gm, provider, values, first)
+        sizes = [_shape(member, ctx).outputs for member in group.members]
+        node = emit.call(cached.fp8_linear_cached(), x, *copies, sizes, biases, spec)
+    else:
+        node = emit.call(linear.fp8_linear(), x, weights, biases, spec)
     for index, member in enumerate(group.members):
         member.meta["kp_fp8"] = emit.call(operator.getitem, node, index)
+
+
+def _cacheable(group: Group, weights: list[Any], ctx: Context) -> bool:
+    """No gradient is wanted, and the weights are parameters of the whole graph that it does not write to."""
+    if not ctx.config.fp8_linear.cache_weights or ctx.calls or group.shape.grad_x or group.shape.grad_w:
+        return False
+    return all(
+        w.op == "placeholder"
+        and isinstance(tensor_of(w), torch.nn.Parameter)
+        and storage_of(w) not in ctx.writes.by_storage
+        for w in weights
+    )
 
 
 def _shape(site: Node, ctx: Context) -> LinearShape:

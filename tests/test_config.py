@@ -15,6 +15,7 @@ import kp_compiler
 from kp_compiler import config as configs
 from kp_compiler.config import PASS_CONFIGS, Config, resolve
 from kp_compiler.errors import KPConfigError, KPError, KPRequirementError
+from kp_compiler.passes import ALL_PASSES
 from tests.helpers import REFERENCE, run_both
 
 
@@ -37,7 +38,8 @@ def qkv() -> list[torch.Tensor]:
 def test_defaults_are_valid_and_exact_passes_are_auto() -> None:
     config = resolve({}, env={})
     assert config == Config()
-    assert {each.mode for each in config.passes().values()} == {"auto"}
+    modes = {each.name: config.passes()[each.name].mode for each in ALL_PASSES}
+    assert modes == {each.name: "auto" if each.tier == "exact" else "off" for each in ALL_PASSES}
     assert not (config.strict or config.verify or config.cpu_rewrites or config.disabled)
 
 
@@ -193,7 +195,7 @@ def test_kp_disable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pass_that_is_off(flag: str) -> None:
     outcome = run_both(attend, tuple(qkv()), options={flag: "off"})
     skipped = {record.name: record.skipped.code for record in outcome.report.passes if record.skipped}
-    assert skipped == {flag: "flag-off"}
+    assert skipped == {flag: "flag-off", "raise_linear": "not-needed", "fp8_linear": "flag-off"}
     assert len(outcome.report.rewritten()) == (flag == "prove_masks")
     assert outcome.error < 1e-6
 

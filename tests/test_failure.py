@@ -39,6 +39,13 @@ def raising(*_: Any) -> Any:
     raise ZeroDivisionError("a bug in a pass")
 
 
+def site_of(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A function with a site for a pass, its inputs, and the options that switch the pass on."""
+    if name in ("raise_linear", "fp8_linear"):
+        return F.linear, (torch.randn(4, 32), torch.randn(48, 32)), {"fp8_linear": "on"}
+    return attend, qkv(), {}
+
+
 PASSES = [
     (index, each.name, step) for index, each in enumerate(ALL_PASSES) for step in ("inspect", "rewrite")
 ]
@@ -48,7 +55,8 @@ PASSES = [
 def test_failing_pass_is_undone(index: int, name: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is right, training included, the record has the error, and nothing half-done is left."""
     monkeypatch.setattr(ALL_PASSES[index], step, raising, raising=True)
-    outcome = run_both(attend, qkv(), train=True, options=LENIENT)
+    function, inputs, options = site_of(name)
+    outcome = run_both(function, inputs, train=True, options={**LENIENT, **options})
     assert outcome.error < 1e-5
     errors = {record.name: record.error for record in outcome.report.passes if record.error}
     assert set(errors) == {name}
@@ -56,16 +64,17 @@ def test_failing_pass_is_undone(index: int, name: str, step: str, monkeypatch: p
     assert "a bug in a pass" in str(errors[name])
     statuses = {site.status for site in outcome.report.sites}
     assert statuses <= ({"rewritten"} if name == "prove_masks" else {"refused"})
-    (graph,) = captured_graphs(attend, *qkv(), options=LENIENT)
+    (graph,) = captured_graphs(function, *inputs, options={**LENIENT, **options})
     targets = [str(node.target) for node in graph.graph.nodes]
-    assert not any("kp.attention" in target for target in targets)
+    assert not any("kp.attention" in target or "kp.linear" in target for target in targets)
 
 
 @pytest.mark.parametrize("index", range(len(ALL_PASSES)), ids=[each.name for each in ALL_PASSES])
 def test_strict_raises(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ALL_PASSES[index], "inspect", raising)
+    function, inputs, options = site_of(ALL_PASSES[index].name)
     with pytest.raises(BackendCompilerFailed) as caught:
-        torch.compile(attend, backend="kp", options=REFERENCE)(*qkv())
+        torch.compile(function, backend="kp", options={**REFERENCE, **options})(*inputs)
     assert isinstance(caught.value.inner_exception, ZeroDivisionError)
 
 
@@ -158,7 +167,7 @@ def test_report_of_both_kinds_of_sites() -> None:
     assert "reference_attention" in report.diff("attention")
     assert "kp.attention" in report.diff("raise_attention")
     with pytest.raises(ValueError, match="'raise_attention'"):
-        report.diff("fp8_linear")
+        report.diff("fp9_linear")
 
 
 def test_backend_not_called() -> None:

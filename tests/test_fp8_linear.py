@@ -425,6 +425,53 @@ def test_inference_and_frozen_weights() -> None:
     assert model.up.weight.grad is not None and x.grad is not None
 
 
+@pytest.mark.parametrize("lowering", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_of_inference_are_cast_once(
+    recipe: str, lowering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again when a parameter is written to, replaced by `.data =`, or belongs to another module."""
+    from kp_compiler.lowering.fp8 import cached
+
+    casts = []
+    original = cached.quantized
+    monkeypatch.setattr(cached, "quantized", lambda *args: casts.append(1) or original(*args))
+    torch.manual_seed(0)
+    model, x = Gated().bfloat16(), torch.randn(M, K, dtype=torch.bfloat16)
+    run = torch.compile(model, backend="kp", options={**REFERENCE, **fp8(recipe), "lowering": lowering})
+
+    def check() -> int:
+        casts.clear()
+        for _ in range(2):
+            assert sqnr(run(x), model(x)) > 20
+        return len(casts)
+
+    with torch.no_grad():
+        run(x)
+        assert check() == 0
+        model.up.weight.mul_(-3)
+        assert check() == 1  # gate and up are one product
+        model.down.weight.data = torch.randn(K, N, dtype=torch.bfloat16)
+        assert check() == 1
+    out = run(x.requires_grad_())  # training compiles anew and casts in the graph
+    out.sum().backward()
+    assert check() == 0
+
+
+def test_a_graph_that_writes_to_a_weight_does_not_cache_it() -> None:
+    def function(x, w, b):
+        w.mul_(2)
+        return F.linear(x, w)
+
+    x, w, _ = operands()
+    module = Weight(function, w.clone())
+    with torch.no_grad():
+        run = torch.compile(module, backend="kp", options={**REFERENCE, **fp8()})
+        for _ in range(3):
+            w *= 2
+            assert sqnr(run(x), F.linear(x, w)) > 27
+
+
 def test_under_inductor() -> None:
     torch.manual_seed(0)
     model, x = Gated().bfloat16(), torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)

@@ -38,14 +38,18 @@ def fp8_linear() -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _parse(text: str) -> Fp8Spec:
+def parse_spec(text: str) -> Fp8Spec:
     return Fp8Spec.from_json(text)
 
 
 def _linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], spec: str) -> list[Tensor]:
-    plan = _parse(spec)
+    plan = parse_spec(spec)
     outs = _Fp8Linear.apply(plan, x.reshape(-1, x.shape[-1]), *weights)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    return finish(plan, x, outs if isinstance(outs, tuple) else (outs,), biases)
+
+
+def finish(plan: Fp8Spec, x: Tensor, outs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Products [M, N_i] with their biases, in the leading dimensions of `x`."""
     dtype = getattr(torch, plan.dtype)
     return [
         (out if bias is None else out + bias.to(dtype)).reshape([*x.shape[:-1], out.shape[-1]])
@@ -59,10 +63,10 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *weights: Tensor) -> Any:
         recipe, dtype = RECIPES[plan.recipe], getattr(torch, plan.dtype)
-        scale_x, scale_w = _scale(plan, [x], recipe.x), _weight_scale(plan, weights, recipe.w)
+        scale_w = weight_scale(plan, weights)
+        quantized, scale_x = cast_activation(plan, x)
         out = fp8_mm(
-            fp8_quantize([x], scale_x, E4M3, recipe.x),
-            _weight(plan, weights, scale_w, recipe.w, by_outputs=True),
+            quantized, weight_cast(plan, weights, scale_w),
             scale_x, _as_rows(plan, scale_w), dtype=dtype, fast_accum="fprop" in plan.fast_accum,
         )  # fmt: skip
         ctx.plan, ctx.sizes = plan, [w.shape[1 if plan.transposed else 0] for w in weights]
@@ -98,6 +102,23 @@ def _scale(
     plan: Fp8Spec, parts: Sequence[Tensor], block: Block, dtype: torch.dtype = E4M3, *, dim: int = 0
 ) -> Tensor:
     return fp8_scale(list(parts), dtype, block, power_of_two=plan.power_of_two, dim=dim)
+
+
+def cast_activation(plan: Fp8Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M,K] for fprop, and its scale."""
+    block = RECIPES[plan.recipe].x
+    scale = _scale(plan, [x], block)
+    return fp8_quantize([x], scale, E4M3, block), scale
+
+
+def weight_scale(plan: Fp8Spec, weights: Sequence[Tensor]) -> Tensor:
+    """The scale of weights for fprop, as they are stored."""
+    return _weight_scale(plan, weights, RECIPES[plan.recipe].w)
+
+
+def weight_cast(plan: Fp8Spec, weights: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """Weights [N,K] for fprop."""
+    return _weight(plan, weights, scale, RECIPES[plan.recipe].w, by_outputs=True)
 
 
 # Weights are cast from where they lie, [N,K] or [K,N]; recipes speak of [N,K].

@@ -1,0 +1,101 @@
+"""Weights of inference: quantised once, and again when a parameter changes.
+
+`CachedWeights` holds the FP8 copy and its scale beside the parameters, and looks at each parameter's version
+counter and address on every call. A changed weight is cast again into the same memory, so a captured CUDA
+graph reads the new one. Writes through `.data` do not count versions and are not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering.fp8.linear import cast_activation, finish, parse_spec, weight_cast, weight_scale
+from kp_compiler.lowering.fp8.mm import fp8_mm
+
+_SCHEMA = "(Tensor x, Tensor weight, Tensor scale, int[] sizes, Tensor?[] biases, str spec) -> Tensor[]"
+
+
+@cache
+def _library() -> Any:
+    library = torch.library.Library("kp", "FRAGMENT")
+    library.define(f"fp8_linear_cached{_SCHEMA}")
+    library.impl("fp8_linear_cached", _linear, "CompositeImplicitAutograd")
+    return library
+
+
+def fp8_linear_cached() -> Any:
+    """`kp::fp8_linear_cached`: x [..., K], weight [N,K] in FP8 and its scale as `CachedWeights` made them,
+    the sizes N_i that N is the sum of; returns [..., N_i] each. Inference only."""
+    _library()
+    return torch.ops.kp.fp8_linear_cached.default
+
+
+def _linear(
+    x: Tensor, weight: Tensor, scale: Tensor, sizes: list[int], biases: list[Tensor | None], spec: str
+) -> list[Tensor]:
+    plan = parse_spec(spec)
+    quantized, scale_x = cast_activation(plan, x.reshape(-1, x.shape[-1]))
+    out = fp8_mm(
+        quantized, weight, scale_x, scale,
+        dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum,
+    )  # fmt: skip
+    outs = out.split(sizes, dim=1) if len(sizes) > 1 else (out,)
+    return finish(plan, x, outs, biases)
+
+
+class CachedWeights:
+    """The provider of (FP8 weight [N,K], scale) for the weights at some argument positions."""
+
+    def __init__(self, positions: tuple[int, ...], spec: str) -> None:
+        self.positions, self.spec = positions, spec
+        self.kept: dict[tuple[int, ...], _Kept] = {}  # by identity: a graph may serve several layers
+
+    def tensors(self, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        weights = [args[position] for position in self.positions]
+        key = tuple(map(id, weights))
+        kept = self.kept.get(key)
+        if kept is None or not kept.belongs_to(weights):
+            self.kept = {k: v for k, v in self.kept.items() if v.alive()}
+            kept = self.kept[key] = _Kept(weights)
+        return kept.current(weights, self.spec)
+
+
+class _Kept:
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.owners = [weakref.ref(w) for w in weights]
+        self.state: tuple[Any, ...] | None = None
+        self.copies: tuple[Tensor, Tensor] | None = None
+
+    def alive(self) -> bool:
+        return all(owner() is not None for owner in self.owners)
+
+    def belongs_to(self, weights: list[Tensor]) -> bool:
+        return all(owner() is weight for owner, weight in zip(self.owners, weights, strict=True))
+
+    def current(self, weights: list[Tensor], spec: str) -> tuple[Tensor, Tensor]:
+        state = tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights)
+        unknown = any(version is None for _, version in state)  # inference tensors count no versions
+        if self.copies is None or unknown or state != self.state:
+            with torch.no_grad():
+                fresh = quantized([w.detach() for w in weights], spec)
+            if self.copies is None or self.copies[0].device != fresh[0].device:
+                self.copies = fresh
+            else:
+                for old, new in zip(self.copies, fresh, strict=True):
+                    old.copy_(new)
+            self.state = state
+        assert self.copies is not None
+        return self.copies
+
+
+def quantized(weights: Sequence[Any], spec: str) -> tuple[Tensor, Tensor]:
+    """(weights [N,K] in FP8, their scale) for fprop."""
+    plan = parse_spec(spec)
+    scale = weight_scale(plan, weights)
+    return weight_cast(plan, weights, scale), scale.t().contiguous() if plan.transposed else scale

@@ -1,0 +1,167 @@
+"""FP8 on the device: fused casts against the reference operators, products against bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kp_compiler
+from kp_compiler.capture import merged
+from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, fp8_quantize, fp8_scale, sqnr
+
+pytestmark = pytest.mark.gpu
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+
+
+def _rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _poison() -> None:
+    blocks = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]
+    del blocks
+
+
+def _compiled(function: Any) -> Any:
+    """Through kp's post-grad pass, where casts are fused. kp has nothing to rewrite before AOTAutograd."""
+    return torch.compile(function, backend="kp", fullgraph=True, options={"fp8_linear": "on"}, dynamic=False)
+
+
+PRODUCERS = {
+    "itself": lambda a, b: a,
+    "swiglu": lambda a, b: F.silu(a) * b,
+    "gelu": lambda a, b: F.gelu(a),
+    "tanh gelu": lambda a, b: F.gelu(a, approximate="tanh"),
+    "residual": lambda a, b: a + b,
+    "norm": lambda a, b: F.rms_norm(a, (a.shape[-1],), b[0]),
+    "half of a wider one": lambda a, b: torch.cat([a, b], 1)[:, : a.shape[1]],
+}
+
+
+@pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize(("rows", "columns"), [(256, 512), (77, 208), (1, 64), (1000, 144)])
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_fused_cast(producer: str, rows: int, columns: int, block: tuple[int, int]) -> None:
+    """Both layouts are one set of numbers, within rounding of the reference; padding is zeros."""
+    function = PRODUCERS[producer]
+    a, b = _rand(rows, columns), _rand(rows, columns)
+
+    def both(a: torch.Tensor, b: torch.Tensor) -> Any:
+        x = function(a, b)
+        scale = fp8_scale([x], E4M3, block, power_of_two=False)
+        casts = [fp8_quantize([x], scale, E4M3, block, transpose=t) for t in (False, True)]
+        return scale, *(cast.to(torch.float32) for cast in casts)
+
+    _poison()
+    scale, plain, turned = _compiled(both)(a, b)
+    exact = function(a.double(), b.double())
+    assert torch.equal(turned[:, :rows], plain.t())
+    assert not turned[:, rows:].any()
+    assert sqnr(plain / scale, exact) > 30
+    if producer == "itself":
+        assert torch.equal(plain, both(a, b)[1])
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_fused_cast_of_parts(dtype: torch.dtype) -> None:
+    """Gradients of gate and up projection, and the product they come from, in one operator."""
+
+    def backward(g: torch.Tensor, u: torch.Tensor, dh: torch.Tensor) -> Any:
+        s = torch.sigmoid(g.float())
+        h, silu = (g * s * u), g * s
+        grads = [dh * u * (s + silu * (1 - s)), dh * silu]
+        grads = [x.to(torch.bfloat16) for x in grads]
+        scale = fp8_scale(grads, dtype, (0, 0), power_of_two=False, dim=1)
+        one = torch.ones(1, 1, device="cuda")
+        casts = [fp8_quantize(grads, scale, dtype, (0, 0), dim=1, transpose=t) for t in (False, True)]
+        casts.append(fp8_quantize([h.to(torch.bfloat16)], one, E4M3, (0, 0), transpose=True, after=scale))
+        return scale, *(cast.to(torch.float32) for cast in casts)
+
+    inputs = tuple(_rand(300, 192) for _ in range(3))
+    _poison()
+    got, want = _compiled(backward)(*inputs), backward(*inputs)
+    coarse = dtype == E5M2
+    for mine, theirs in zip(got[1:], want[1:], strict=True):
+        assert mine.shape == theirs.shape
+        assert sqnr(mine, theirs) > (30 if coarse else 36)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_special_values(value: float) -> None:
+    def both(x: torch.Tensor) -> Any:
+        scale = fp8_scale([x], E4M3, (0, 0), power_of_two=False)
+        return [fp8_quantize([x], scale, E4M3, (0, 0), transpose=t).to(torch.float32) for t in (False, True)]
+
+    x = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
+    x[3, 4] = value
+    for q in _compiled(both)(x):
+        assert q.isnan().all() if value else not q.any()
+
+
+class Block(nn.Module):
+    """Attention and a gated MLP of Llama's shape, with or without biases."""
+
+    def __init__(self, dim: int, hidden: int, *, bias: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.q, self.k, self.v = (
+            nn.Linear(dim, dim, bias),
+            nn.Linear(dim, dim // 4, bias),
+            nn.Linear(dim, dim // 4, bias),
+        )
+        self.o, self.gate, self.up = (
+            nn.Linear(dim, dim, bias),
+            nn.Linear(dim, hidden, bias),
+            nn.Linear(dim, hidden, bias),
+        )
+        self.down = nn.Linear(hidden, dim, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).view(*x.shape[:2], -1, 64).transpose(1, 2) for f in (self.q, self.k, self.v))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(a.transpose(1, 2).reshape(x.shape))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [512, 333])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_block(recipe: str, rows: int, bias: bool) -> None:
+    """Forward and every gradient, against the same block in float32; ragged row counts included."""
+    torch.manual_seed(0)
+    block = Block(512, 1024, bias=bias).cuda().bfloat16()
+    x = _rand(2, rows, 512)
+    grads = []
+    options = {"strict": True, "fp8_linear": {"mode": "on", "recipe": recipe, "expect": 7}}
+    reference = Block(512, 1024, bias=bias).cuda()
+    reference.load_state_dict(block.state_dict())
+    with kp_compiler.capture_reports() as reports:
+        for run, leaf in (
+            (reference, x.float()),
+            (torch.compile(block, backend="kp", fullgraph=True, options=options), x),
+        ):
+            leaf = leaf.clone().requires_grad_()
+            _poison()
+            out = run(leaf)
+            out.square().mean().backward()
+            grads.append([out.detach(), leaf.grad, *(p.grad for p in run.parameters())])
+    assert len(merged(reports).rewritten("linear")) == 7
+    assert all(sqnr(got, want) > 14 for want, got in zip(*grads, strict=True))
+    assert sqnr(grads[1][0], grads[0][0]) > 26
+
+
+def test_inference_reads_new_weights() -> None:
+    layer, x = nn.Linear(1024, 2048).cuda().bfloat16(), _rand(64, 1024)
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        run = torch.compile(layer, backend="kp", options={"fp8_linear": "on", "mode": mode})
+        with torch.no_grad():
+            for _ in range(3):
+                for _ in range(3):
+                    assert sqnr(run(x), layer(x)) > 27
+                layer.weight.mul_(-2)
