@@ -11,10 +11,34 @@ from torch import nn
 
 import kp_compiler
 from kp_compiler.capture import merged
-from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, fp8_quantize, fp8_scale, sqnr
+from kp_compiler.lowering.fp8 import quantize
+from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, sqnr
 
 pytestmark = pytest.mark.gpu
 RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+
+
+def fp8_scale(parts: Any, dtype: Any, block: Any, *, dim: int = 0) -> torch.Tensor:
+    return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), False)
+
+
+def fp8_quantize(
+    parts: Any,
+    scale: Any,
+    dtype: Any,
+    block: Any,
+    *,
+    dim: int = 0,
+    transpose: bool = False,
+    after: Any = None,
+) -> torch.Tensor:
+    return torch.ops.kp.fp8_quantize.default(parts, dim, scale, dtype, list(block), transpose, after)
+
+
+@pytest.fixture(autouse=True)
+def operators() -> None:
+    """Registered before Dynamo sees their names."""
+    quantize._library()
 
 
 def _rand(*shape: int) -> torch.Tensor:
@@ -52,7 +76,7 @@ def test_fused_cast(producer: str, rows: int, columns: int, block: tuple[int, in
 
     def both(a: torch.Tensor, b: torch.Tensor) -> Any:
         x = function(a, b)
-        scale = fp8_scale([x], E4M3, block, power_of_two=False)
+        scale = fp8_scale([x], E4M3, block)
         casts = [fp8_quantize([x], scale, E4M3, block, transpose=t) for t in (False, True)]
         return scale, *(cast.to(torch.float32) for cast in casts)
 
@@ -75,7 +99,7 @@ def test_fused_cast_of_parts(dtype: torch.dtype) -> None:
         h, silu = (g * s * u), g * s
         grads = [dh * u * (s + silu * (1 - s)), dh * silu]
         grads = [x.to(torch.bfloat16) for x in grads]
-        scale = fp8_scale(grads, dtype, (0, 0), power_of_two=False, dim=1)
+        scale = fp8_scale(grads, dtype, (0, 0), dim=1)
         one = torch.ones(1, 1, device="cuda")
         casts = [fp8_quantize(grads, scale, dtype, (0, 0), dim=1, transpose=t) for t in (False, True)]
         casts.append(fp8_quantize([h.to(torch.bfloat16)], one, E4M3, (0, 0), transpose=True, after=scale))
@@ -93,7 +117,7 @@ def test_fused_cast_of_parts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
 def test_special_values(value: float) -> None:
     def both(x: torch.Tensor) -> Any:
-        scale = fp8_scale([x], E4M3, (0, 0), power_of_two=False)
+        scale = fp8_scale([x], E4M3, (0, 0))
         return [fp8_quantize([x], scale, E4M3, (0, 0), transpose=t).to(torch.float32) for t in (False, True)]
 
     x = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
