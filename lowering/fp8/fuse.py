@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8.fused import fp8_fused
@@ -245,13 +246,17 @@ class _Launches:
         """A tensor as the kernel reads it: a matrix, a vector along rows or columns, a number."""
         value = _value(node)
         writer = self.builder.writer
+        if (
+            value.dim() >= 2
+            and statically_known_true(value.numel() == self.rows * self.columns)
+            and value.shape[-1] != 1
+        ):
+            return (node if value.dim() == 2 else writer.view(node, [-1, self.columns])), "full"
         if all(size == 1 for size in value.shape):
             return node, "scalar"
         if value.dim() == 1 or all(size == 1 for size in value.shape[:-1]):
             return (node if value.dim() == 1 else writer.view(node, [self.columns])), "column"
-        if value.shape[-1] == 1:
-            return writer.view(node, [-1]), "row"
-        return (node if value.dim() == 2 else writer.view(node, [-1, self.columns])), "full"
+        return writer.view(node, [-1]), "row"
 
 
 def _emit(graph: Graph, group: list[Cast]) -> None:
