@@ -25,7 +25,8 @@ from kp_compiler.errors import KPConfigError
 Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"]
-Recipe = Literal["tensorwise", "rowwise", "rowwise_gw_hp"]
+PRODUCTS = ("fprop", "dgrad", "wgrad")
+Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,9 @@ class Fp8LinearConfig(PassConfig):
     fast_accum: tuple[str, ...] = (
         "fprop",
     )  # products whose partial sums are not promoted: fprop, dgrad, wgrad
+    amax_history: int = 1024  # delayed: steps that a largest magnitude is remembered for
+    margin: int = 1  # delayed: powers of two of headroom above the largest magnitude
+    reduce_amax: bool = False  # delayed: the largest magnitude over all processes of the default group
     merge: bool = True  # one product for all weights that read the same activation
     cache_weights: bool = True  # inference: keep weights in FP8 until a parameter's version counter moves
 
@@ -216,6 +220,11 @@ def _pass_settings(name: str, value: Any) -> dict[str, Any]:
     given = {key: _checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()}
     if (given.get("expect") or 0) < 0:
         raise KPConfigError(f"{name}.expect: got {given['expect']}, expected a number of sites")
+    if given.get("amax_history", 1) < 1:
+        raise KPConfigError(f"{name}.amax_history: got {given['amax_history']}, expected at least one step")
+    for product in given.get("fast_accum", ()):
+        if product not in PRODUCTS:
+            raise KPConfigError(_unexpected(f"{name}.fast_accum", product, PRODUCTS))
     if given.get("fill_threshold", -1.0) >= 0.0:
         raise KPConfigError(f"{name}.fill_threshold: got {given['fill_threshold']:g}, expected less than 0")
     if value and "mode" not in given and given.get("expect") is not None:

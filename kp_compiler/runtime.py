@@ -34,14 +34,18 @@ def add_inputs(
     gm: GraphModule, provider: Provider, values: Sequence[torch.Tensor], before: Node
 ) -> list[Node]:
     """Stand-ins for `provider`'s tensors in front of a node; `values` are fake."""
-    number = len(providers(gm))
+    known = gm.meta.setdefault(_KEY, [])
+    if provider not in known:
+        known.append(provider)
+    number = known.index(provider)
+    earlier = gm.graph.find_nodes(op="call_function", target=provided_input)
+    start = sum(node.args[0] == number for node in earlier)
     nodes = []
-    for index, value in enumerate(values):
+    for index, value in enumerate(values, start):
         with gm.graph.inserting_before(before):
             node = gm.graph.call_function(provided_input, (number, index))
         node.meta["example_value"] = value
         nodes.append(node)
-    gm.meta.setdefault(_KEY, []).append(provider)
     return nodes
 
 

@@ -22,12 +22,12 @@ from torch.fx import Graph, Node
 from kp_compiler import cost
 from kp_compiler.lowering import ops
 from kp_compiler.lowering.fingerprint import fingerprint
-from kp_compiler.lowering.fp8 import cached, linear
+from kp_compiler.lowering.fp8 import cached, delayed, linear
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT
 from kp_compiler.lowering.fp8.recipes import Fp8Spec, spec_for
 from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, fake_mode, left_out
-from kp_compiler.runtime import add_inputs, position
+from kp_compiler.runtime import add_inputs, position, providers
 from kp_compiler.specs import LinearShape, LinearSpec
 from kp_compiler.writes import erase_orphans, storage_of
 
@@ -118,10 +118,41 @@ def _emit(group: Group, ctx: Context) -> None:
         copies = add_inputs(ctx.gm, provider, values, first)
         sizes = [_shape(member, ctx).outputs for member in group.members]
         node = emit.call(cached.fp8_linear_cached(), x, *copies, sizes, biases, spec)
+    elif group.spec.recipe == "delayed" and (group.shape.grad_x or group.shape.grad_w):
+        inputs = _delayed_inputs(first, weights, group.spec, ctx)
+        node = emit.call(delayed.fp8_linear_delayed(), x, weights, biases, inputs[:3], inputs[3:], spec)
     else:
         node = emit.call(linear.fp8_linear(), x, weights, biases, spec)
     for index, member in enumerate(group.members):
         member.meta["kp_fp8"] = emit.call(operator.getitem, node, index)
+
+
+def _delayed_inputs(site: Node, weights: list[Any], spec: Fp8Spec, ctx: Context) -> list[Node]:
+    """Scales and one-element tensors of a site, as nodes of its graph. One provider serves all sites."""
+    outer = ctx.calls[0] if ctx.calls else site
+    top, config = outer.graph.owning_module, ctx.config.fp8_linear
+    provider = next((p for p in providers(top) if isinstance(p, delayed.DelayedScaling)), None)
+    if provider is None:
+        limits = delayed.limits_of(spec)
+        provider = delayed.DelayedScaling(
+            config.amax_history, config.margin, limits, reduce=config.reduce_amax
+        )
+    provider.add(tuple(position(_outer(w, ctx)) for w in weights))
+    like = tensor_of(weights[0])
+    assert like is not None
+    with fake_mode(outer.graph), torch.no_grad():
+        values = delayed.fake_inputs(like)
+    nodes = add_inputs(top, provider, values, top.graph.find_nodes(op="placeholder")[-1].next)
+    return [ops.import_node(node, site, ctx.calls) for node in nodes]
+
+
+def _outer(node: Node, ctx: Context) -> Node:
+    """What a checkpoint body's placeholder stands for."""
+    if not ctx.calls or node.op != "placeholder":
+        return node
+    places = node.graph.find_nodes(op="placeholder")
+    outer = ctx.calls[0].args[1 + places.index(node)]
+    return outer if isinstance(outer, Node) else node
 
 
 def _cacheable(group: Group, weights: list[Any], ctx: Context) -> bool:
@@ -160,6 +191,12 @@ def _check(site: Node, ctx: Context) -> Rejection | None:
         return Rejection("dtype", f"FP8 products give bfloat16 or float16, this site is {shape.dtype}.")
     if shape.dtype == torch.float16 and ctx.config.fp8_linear.recipe != "tensorwise":
         return Rejection("dtype", "Products with one scale a row give bfloat16 only.")
+    if ctx.config.fp8_linear.recipe == "delayed" and (shape.grad_x or shape.grad_w):
+        weight = _outer(site.args[1], ctx)  # type: ignore[arg-type]
+        if weight.op != "placeholder" or not isinstance(tensor_of(weight), torch.nn.Parameter):
+            return Rejection("no-parameter", "Delayed scaling keeps its state with a parameter: none here.")
+        if len(ctx.calls) > 1:
+            return Rejection("shared-body", "A checkpointed body that is called twice has no own state.")
     for name, size in (("inputs (K)", shape.inputs), ("outputs (N)", shape.outputs)):
         if size % ALIGNMENT:
             return Rejection("alignment", f"{size} {name} are no multiple of {ALIGNMENT}.")

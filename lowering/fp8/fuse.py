@@ -13,6 +13,7 @@ matrix is made.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,9 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.fp8 import quantize
 from kp_compiler.lowering.fp8.fused import fp8_fused
-from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Program, Store
+from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Layout, Program, Store, tile_for
 from kp_compiler.lowering.fp8.write_out import Writer
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -51,15 +53,21 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def fuse_casts(graph: Graph) -> None:
-    """Replace every `kp::fp8_scale` and `kp::fp8_quantize` of a post-grad graph."""
-    quantize = torch.ops.kp.fp8_quantize.default
-    casts = list(graph.find_nodes(op="call_function", target=quantize))
-    scales = list(graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_scale.default))
+    """Replace every operator of `quantize` in a post-grad graph."""
+    quantize._library()
+    casts = list(graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_quantize.default))
+    kp = torch.ops.kp
+    scales = [
+        node
+        for target in (kp.fp8_scale.default, kp.fp8_amax.default)
+        for node in graph.find_nodes(op="call_function", target=target)
+    ]
     if not casts and not scales:
         return
     on_gpu = any(_value(node).is_cuda for node in (*casts, *scales))
     if on_gpu:
-        for group in _groups(graph, casts):
+        amaxes = [node for node in scales if node.target is kp.fp8_amax.default]
+        for group in _groups(graph, casts, amaxes):
             _emit(graph, group)
     for node in (*scales, *casts):
         if not node._erased:
@@ -78,6 +86,10 @@ class Cast:
     block: tuple[int, int]
     plain: list[Node] = field(default_factory=list)
     turned: list[Node] = field(default_factory=list)
+    amax: list[Node] = field(default_factory=list)
+
+    def nodes(self) -> list[Node]:
+        return [*self.plain, *self.turned, *self.amax]
 
 
 def _casts(nodes: list[Node]) -> list[Cast]:
@@ -90,12 +102,21 @@ def _casts(nodes: list[Node]) -> list[Cast]:
     return list(found.values())
 
 
-def _groups(graph: Graph, nodes: list[Node]) -> Iterator[list[Cast]]:
+def _take_amax(casts: list[Cast], amaxes: list[Node]) -> None:
+    """The largest magnitude of a matrix is found where it is cast."""
+    for cast in casts:
+        same = [node for node in amaxes if (tuple(node.args[0]), node.args[1]) == (cast.parts, cast.dim)]
+        cast.amax += same
+        amaxes = [node for node in amaxes if node not in same]
+
+
+def _groups(graph: Graph, nodes: list[Node], amaxes: list[Node]) -> Iterator[list[Cast]]:
     """Casts that become one operator: those that want a transposed copy or join several matrices, put
     together where they read a tensor in common and nothing lies between them."""
     wanted = [c for c in _casts(nodes) if c.turned or len(c.parts) > 1]
     wanted = [c for c in wanted if max(c.block) <= 1]
-    absorbed = _absorbed(graph, nodes)
+    _take_amax(wanted, amaxes)
+    absorbed = _absorbed(graph)
     reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
     order = {node: index for index, node in enumerate(graph.nodes)}
     rest = wanted
@@ -116,7 +137,7 @@ def _same_rows(one: Cast, other: Cast) -> bool:
 
 def _independent(group: list[Cast], order: dict[Node, int]) -> bool:
     """No member needs what another one makes."""
-    made = {node for cast in group for node in (*cast.plain, *cast.turned)}
+    made = {node for cast in group for node in cast.nodes()}
     first = min(order[node] for node in made)
     queue = [n for cast in group for n in (*cast.parts, cast.scale)]
     seen: set[Node] = set()
@@ -134,9 +155,10 @@ def _independent(group: list[Cast], order: dict[Node, int]) -> bool:
 # what a kernel repeats
 
 
-def _absorbed(graph: Graph, casts: list[Node]) -> set[Node]:
+def _absorbed(graph: Graph) -> set[Node]:
     """Pointwise nodes whose every use is a cast, a scale, or another such node."""
-    sinks = {torch.ops.kp.fp8_quantize.default, torch.ops.kp.fp8_scale.default}
+    kp = torch.ops.kp
+    sinks = {kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default}
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op != "call_function" or not node.users or not _repeatable(node):
@@ -190,17 +212,18 @@ class _Builder:
         self.tensors: list[Node] = []
         self.buffers: list[Buffer] = []
         self.results: list[list[Node]] = []  # for each buffer, the nodes it stands for
+        self.maxima: dict[int, tuple[Cast, _Launches]] = {}  # buffers of one number a tile
 
     def tensor(self, node: Node) -> int:
         if node not in self.tensors:
             self.tensors.append(node)
         return self.tensors.index(node)
 
-    def buffer(self, nodes: list[Node], *, transposed: bool, rows: int, columns: int) -> int:
+    def buffer(self, nodes: list[Node], layout: Layout, rows: int, columns: int) -> int:
         if not nodes:
             return -1
         dtype = str(_value(nodes[0]).dtype).removeprefix("torch.")
-        self.buffers.append(Buffer(dtype, rows, columns, transposed))
+        self.buffers.append(Buffer(dtype, rows, columns, layout))
         self.results.append(nodes)
         return len(self.buffers) - 1
 
@@ -214,6 +237,10 @@ class _Launches:
         self.code: list[str] = []
         self.names: dict[Any, str] = {}
         self.stores: list[Store] = []
+
+    def finished(self) -> Launch:
+        leaves = tuple(self.leaves)
+        return Launch(leaves, tuple(self.code), tuple(self.stores), tile_for(leaves))
 
     def read(self, node: Node, kind: Kind) -> int:
         leaf = (self.builder.tensor(node), kind)
@@ -260,23 +287,33 @@ class _Launches:
 
 
 def _emit(graph: Graph, group: list[Cast]) -> None:
-    nodes = [node for cast in group for node in (*cast.plain, *cast.turned)]
-    absorbed = _absorbed(graph, nodes)
-    builder = _Builder(graph, max(nodes), absorbed)
+    builder = _Builder(graph, max(node for cast in group for node in cast.nodes()), _absorbed(graph))
     launches: dict[Any, _Launches] = {}
     for cast in group:
         _add(cast, builder, launches)
+    for index, (_, one) in builder.maxima.items():
+        height, width, _ = tile_for(tuple(one.leaves))
+        builder.buffers[index] = dataclasses.replace(builder.buffers[index], tile=(height, width))
     program = Program(
-        tuple(Launch(tuple(one.leaves), tuple(one.code), tuple(one.stores)) for one in launches.values()),
-        tuple(builder.buffers),
-        fingerprint(),
+        tuple(one.finished() for one in launches.values()), tuple(builder.buffers), fingerprint()
     )
     outs = builder.writer.call(fp8_fused(), builder.tensors, program.to_json())
+    largest: dict[int, list[Node]] = {}
     for index, stands_for in enumerate(builder.results):
         out = builder.writer.item(outs, index)
-        for node in stands_for:
-            node.replace_all_uses_with(out)
-            graph.erase_node(node)
+        if index in builder.maxima:
+            largest.setdefault(id(builder.maxima[index][0]), []).append(out)
+        else:
+            _replace(stands_for, out)
+    for cast in group:
+        if cast.amax:
+            _replace(cast.amax, builder.writer.largest(largest[id(cast)]))
+
+
+def _replace(nodes: list[Node], out: Node) -> None:
+    for node in nodes:
+        node.replace_all_uses_with(out)
+        node.graph.erase_node(node)
 
 
 def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
@@ -285,8 +322,8 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
     along_rows = cast.dim == 0 and len(cast.parts) > 1
     rows = sum(int(s[0]) for s in sizes) if along_rows else -1
     columns = int(sizes[0][1]) if cast.dim == 0 else sum(int(s[1]) for s in sizes)
-    plain = builder.buffer(cast.plain, transposed=False, rows=rows, columns=columns)
-    turned = builder.buffer(cast.turned, transposed=True, rows=rows, columns=columns)
+    plain = builder.buffer(cast.plain, "plain", rows, columns)
+    turned = builder.buffer(cast.turned, "turned", rows, columns)
     place = 0
     for part, size in zip(cast.parts, sizes, strict=True):
         key = part if along_rows else int(size[1])
@@ -300,7 +337,10 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
                 scale = node.slice(scale, place, place + int(size[cast.dim]))
         value = one.expression(part)
         offset = (place, 0) if along_rows else (0, place if cast.dim == 1 else 0)
-        one.stores.append(Store(value, one.read(scale, kind), plain, turned, *offset))
+        amax = builder.buffer(cast.amax, "tiles", int(size[0]) if along_rows else -1, int(size[1]))
+        if amax >= 0:
+            builder.maxima[amax] = (cast, one)
+        one.stores.append(Store(value, one.read(scale, kind), plain, turned, *offset, amax))
         place += int(size[cast.dim])
 
 

@@ -80,14 +80,37 @@ class _Fp8Linear(torch.autograd.Function):
         recipe = RECIPES[plan.recipe]
         x, scale_x, scale_w, *weights = ctx.saved_tensors
         scale_dy = _scale(plan, grads, recipe.dy, DTYPES[plan.grad_dtype], dim=1)
-        dx, needed = None, ctx.needs_input_grad[2:]
-        if ctx.needs_input_grad[1]:
-            dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w).to(x.dtype)
-        if not any(needed):
-            return (None, dx, *[None] * len(weights))
-        dw = _wgrad(plan, recipe, grads, scale_dy, x, scale_x).to(weights[0].dtype)
-        parts = dw.split(ctx.sizes, 1 if plan.transposed else 0) if len(weights) > 1 else (dw,)
-        return (None, dx, *(part if need else None for part, need in zip(parts, needed, strict=True)))
+        needed = ctx.needs_input_grad[2:]
+        dx, dw = gradients(
+            plan, grads, scale_dy, x, scale_x, weights, scale_w,
+            need_dx=ctx.needs_input_grad[1], need_dw=any(needed), sizes=ctx.sizes, after=scale_dy,
+        )  # fmt: skip
+        return (None, dx, *(part if need else None for part, need in zip(dw, needed, strict=True)))
+
+
+def gradients(
+    plan: Fp8Spec,
+    grads: Sequence[Tensor],
+    scale_dy: Tensor,
+    x: Tensor,
+    scale_x: Tensor | None,
+    weights: Sequence[Tensor],
+    scale_w: Tensor | None,
+    *,
+    need_dx: bool,
+    need_dw: bool,
+    sizes: list[int],
+    after: Tensor,
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """dx, and dw of each weight. `after` is a tensor of the backward pass that its casts wait for."""
+    recipe = RECIPES[plan.recipe]
+    dx = None
+    if need_dx:
+        dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w, after).to(x.dtype)
+    if not need_dw:
+        return dx, [None] * len(weights)
+    dw = _wgrad(plan, recipe, grads, scale_dy, x, scale_x, after).to(weights[0].dtype)
+    return dx, dw.split(sizes, 1 if plan.transposed else 0) if len(weights) > 1 else (dw,)
 
 
 def _tensor_scales(recipe: Recipe, scale_x: Tensor, scale_w: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -160,13 +183,14 @@ def _dgrad(
     scale_dy: Tensor,
     weights: Sequence[Tensor],
     scale_w: Tensor | None,
+    after: Tensor,
 ) -> Tensor:
     """dx [M,K] = dy [M,N] · w [N,K]."""
     if scale_w is None:
         scale_w = _weight_scale(plan, weights, recipe.w_t)
     return fp8_mm(
         fp8_quantize(list(grads), scale_dy, DTYPES[plan.grad_dtype], recipe.dy, dim=1),
-        _weight(plan, weights, scale_w, recipe.w_t, by_outputs=False, after=scale_dy),
+        _weight(plan, weights, scale_w, recipe.w_t, by_outputs=False, after=after),
         scale_dy, _as_rows(plan, scale_w).t(), dtype=grads[0].dtype, fast_accum="dgrad" in plan.fast_accum,
     )  # fmt: skip
 
@@ -178,6 +202,7 @@ def _wgrad(
     scale_dy: Tensor,
     x: Tensor,
     scale_x: Tensor | None,
+    after: Tensor,
 ) -> Tensor:
     """dw [N,K] = dyᵀ [N,M] · x [M,K], or its transpose where weights are stored so."""
     if recipe.x_t is None or recipe.dy_t is None:
@@ -190,7 +215,7 @@ def _wgrad(
         scale_x = _scale(plan, [x], recipe.x_t)
     operands = [
         (fp8_quantize(list(grads), scale_dy, grad_dtype, recipe.dy_t, dim=1, transpose=True), scale_dy.t()),
-        (fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=scale_dy), scale_x.t()),
+        (fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=after), scale_x.t()),
     ]
     (a, scale_a), (b, scale_b) = reversed(operands) if plan.transposed else operands
     fast = "wgrad" in plan.fast_accum

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 # How a tensor is read at (m, k): all of it, one number a row, one a column, one number.
 Kind = Literal["full", "row", "column", "scalar"]
+Layout = Literal["plain", "turned", "tiles"]
 
 
 @dataclass(frozen=True)
 class Store:
-    """`value * leaf[scale]` in FP8, as it is into buffer `plain`, transposed into buffer `turned` (-1: not),
-    starting at (`row`, `column`) of the untransposed matrix."""
+    """`value * leaf[scale]` in FP8, as it is into buffer `plain`, transposed into buffer `turned`, starting
+    at (`row`, `column`) of the untransposed matrix; and the largest magnitude of `value` in each tile into
+    buffer `amax`. -1: not."""
 
     value: str
     scale: int
@@ -25,32 +27,38 @@ class Store:
     turned: int
     row: int = 0
     column: int = 0
+    amax: int = -1
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel: `leaves` are (index of the operator's tensor, kind), read as x0, x1, …; `code` are
-    assignments of float32 expressions to v0, v1, …."""
+    assignments of float32 expressions to v0, v1, …; `tile` is rows, columns, warps."""
 
     leaves: tuple[tuple[int, Kind], ...]
     code: tuple[str, ...]
     stores: tuple[Store, ...]
+    tile: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A result: [rows, columns], or transposed [columns, rows rounded up to 16]. `rows` of -1 are the M of
-    the launches."""
+    """A result: [rows, columns], or transposed [columns, rows rounded up to 16], or one number for each tile
+    of `tile`. `rows` of -1 are the M of the launches."""
 
     dtype: str
     rows: int
     columns: int
-    transposed: bool
+    layout: Layout
+    tile: tuple[int, int] = (1, 1)
 
     def shape(self, rows: Any) -> list[Any]:
         """Its sizes, for launches over `rows` rows."""
         total = rows if self.rows < 0 else self.rows
-        return [self.columns, (total + 15) // 16 * 16] if self.transposed else [total, self.columns]
+        if self.layout == "turned":
+            return [self.columns, (total + 15) // 16 * 16]
+        height, width = self.tile
+        return [(total + height - 1) // height, (self.columns + width - 1) // width]
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,20 @@ class Program:
                 tuple((index, kind) for index, kind in one["leaves"]),
                 tuple(one["code"]),
                 tuple(Store(**store) for store in one["stores"]),
+                tuple(one["tile"]),
             )
             for one in data["launches"]
         )
-        return cls(launches, tuple(Buffer(**b) for b in data["buffers"]), data["fingerprint"])
+        buffers = tuple(Buffer(**{**b, "tile": tuple(b["tile"])}) for b in data["buffers"])
+        return cls(launches, buffers, data["fingerprint"])
+
+
+# Rows, columns and warps of a tile, by the number of matrices read. One H100 80GB HBM3, torch 2.11, triton
+# 3.6, 2026-11-26: 8192x14336 bfloat16 to both layouts 2809 GB/s, dSwiGLU to five copies 2774 GB/s (a plain copy:
+# 2953).
+_TILE = (128, 128, 8)
+_TILE_OF_MANY = (64, 128, 8)
+
+
+def tile_for(leaves: tuple[tuple[int, Kind], ...]) -> tuple[int, int, int]:
+    return _TILE if sum(kind == "full" for _, kind in leaves) == 1 else _TILE_OF_MANY

@@ -1,10 +1,10 @@
-"""Scales and casts, as two operators: what a matrix is multiplied by, and the matrix in FP8.
+"""Scales and casts, as operators: what a matrix is multiplied by, and the matrix in FP8.
 
     scale[i, j] = max_finite / max |x| over block (i, j), in float32            kp::fp8_scale
     q           = clamp(x * scale, ±max_finite) in FP8                          kp::fp8_quantize
 
 A block is `(rows, columns)`, 0 for all of them: (0, 0) is one scale a matrix, (1, 0) one a row, (1, 128)
-one for 128 elements of a row. Both operators take a list of matrices that stand for their concatenation along
+one for 128 elements of a row. They take a list of matrices that stand for their concatenation along
 `dim`: weights that read the same activation, and the gradients of their results, become one matrix without
 being copied together first.
 They are functional and opaque, so that a graph pass can move and fuse them (`fuse`); run as they stand they
@@ -30,6 +30,7 @@ ALIGNMENT = 16  # elements: what a contracted dimension must be a multiple of
 Block = tuple[int, int]
 
 _SCALE = "(Tensor[] parts, int dim, ScalarType dtype, int[] block, bool power_of_two) -> Tensor"
+_AMAX = "(Tensor[] parts, int dim) -> Tensor"
 _QUANTIZE = (
     "(Tensor[] parts, int dim, Tensor scale, ScalarType dtype, int[] block, bool transpose, Tensor? after)"
     " -> Tensor"
@@ -42,6 +43,7 @@ def _library() -> Any:
     for name, schema, function, fake in (
         ("fp8_scale", _SCALE, scale_of, _fake_scale),
         ("fp8_quantize", _QUANTIZE, quantized, _fake_quantized),
+        ("fp8_amax", _AMAX, amax_of, _fake_amax),
     ):
         library.define(f"{name}{schema}")
         library.impl(name, function, "CompositeExplicitAutograd")
@@ -55,6 +57,12 @@ def fp8_scale(
     """parts, together [R, C], to scales [ceil(R / rows), ceil(C / columns)] in float32."""
     _library()
     return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), power_of_two)
+
+
+def fp8_amax(parts: list[Tensor], *, dim: int = 0) -> Tensor:
+    """The largest magnitude of all parts, [1] in float32. `dim` says how the parts lie, as in their cast."""
+    _library()
+    return torch.ops.kp.fp8_amax.default(parts, dim)
 
 
 def fp8_quantize(
@@ -82,10 +90,18 @@ def scale_of(
 ) -> Tensor:
     """The reference of `kp::fp8_scale`."""
     if block == [0, 0]:
-        found = [part.abs().amax(-1).amax() for part in parts]
-        amax = found[0] if len(found) == 1 else torch.stack(found).amax()
-        return scale_from_amax(amax.reshape(1, 1), dtype, power_of_two)
+        return scale_from_amax(amax_of(parts, dim).reshape(1, 1), dtype, power_of_two)
     return scale_from_amax(_block_amax(_joined(parts, dim), block), dtype, power_of_two)
+
+
+def amax_of(parts: list[Tensor], dim: int) -> Tensor:
+    """The reference of `kp::fp8_amax`."""
+    found = [part.abs().amax(-1).amax() for part in parts]
+    return (found[0] if len(found) == 1 else torch.stack(found).amax()).float().reshape(1)
+
+
+def _fake_amax(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0].new_empty((1,), dtype=torch.float32)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

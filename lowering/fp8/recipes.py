@@ -39,6 +39,8 @@ class Recipe:
 RECIPES = {
     # one scale a tensor, from the tensor itself (torchao's and Transformer Engine's "current scaling")
     "tensorwise": Recipe(TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, "e5m2"),
+    # one scale a tensor, from earlier steps (`delayed`)
+    "delayed": Recipe(TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, "e5m2"),
     # one scale for each row of an operand, along the contracted dimension
     "rowwise": Recipe(ROW, ROW, ROW, COLUMN, COLUMN, COLUMN),
     # the same, with the weight's gradient left in high precision (torchao's rowwise_with_gw_hp)

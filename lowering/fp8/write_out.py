@@ -46,20 +46,21 @@ class Writer:
         )
 
     def write_out(self) -> None:
-        """Replace the anchor, a `kp::fp8_scale` or `kp::fp8_quantize`, by ATen."""
+        """Replace the anchor, one of the operators of `quantize`, by ATen."""
         node = self.anchor
-        scale = node.target is torch.ops.kp.fp8_scale.default
-        out = self._scale(*node.args) if scale else self._quantize(*node.args)
+        kp = torch.ops.kp
+        if node.target is kp.fp8_amax.default:
+            out = self.call(aten.reshape.default, self._amax_of(node.args[0]), [1])
+        elif node.target is kp.fp8_scale.default:
+            out = self._scale(*node.args)
+        else:
+            out = self._quantize(*node.args)
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
 
     def _scale(self, parts: Any, dim: int, dtype: torch.dtype, block: list[int], power_of_two: bool) -> Node:
         if list(block) == [0, 0]:
-            found = [self._amax(self._amax(self.call(aten.abs.default, p), [-1]), [0]) for p in parts]
-            amax = found[0]
-            for other in found[1:]:
-                amax = self.call(aten.maximum.default, amax, other)
-            amax = self.call(aten.reshape.default, amax, [1, 1])
+            amax = self.call(aten.reshape.default, self._amax_of(parts), [1, 1])
         else:
             x = parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)
             amax = self.call(aten.amax.default, self.call(aten.abs.default, x), [1 if block[0] else 0], True)
@@ -74,8 +75,24 @@ class Writer:
             )
         return scale
 
-    def _amax(self, x: Node, dims: list[int]) -> Node:
-        return self.call(aten.amax.default, x, dims)
+    def largest(self, tiles: list[Node]) -> Node:
+        """The largest of several tensors of magnitudes, [1]."""
+        found = [self.call(aten.amax.default, each, [0, 1]) for each in tiles]
+        amax = found[0]
+        for other in found[1:]:
+            amax = self.call(aten.maximum.default, amax, other)
+        return self.call(aten.reshape.default, amax, [1])
+
+    def _amax_of(self, parts: Any) -> Node:
+        """Along rows first, where the matrix is made, then over what that leaves."""
+        found = []
+        for part in parts:
+            rows = self.call(aten.amax.default, self.call(aten.abs.default, part), [-1])
+            found.append(self.call(aten.amax.default, rows, [0]))
+        amax = found[0]
+        for other in found[1:]:
+            amax = self.call(aten.maximum.default, amax, other)
+        return self.cast(amax, torch.float32)
 
     def _quantize(
         self, parts: Any, dim: int, scale: Node, dtype: torch.dtype, block: Any, transpose: bool, after: Any

@@ -19,14 +19,13 @@ import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
-from kp_compiler.lowering.fp8.program import Launch, Program
+from kp_compiler.lowering.fp8.program import Launch, Program, Store
 
-_TRITON = {torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5"}
-# Tile sizes and warps, by the number of matrices read. One H100 80GB HBM3, torch 2.11, triton 3.6,
-# 2026-11-26: 8192x14336 bfloat16 to both layouts 2809 GB/s, dSwiGLU to five copies 2774 GB/s (a plain copy:
-# 2953).
-_TILE = {1: (128, 128, 8)}
-_TILE_OF_MANY = (64, 128, 8)
+_TRITON = {
+    torch.float8_e4m3fn: "tl.float8e4nv",
+    torch.float8_e5m2: "tl.float8e5",
+    torch.float32: "tl.float32",
+}
 
 
 def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
@@ -36,6 +35,10 @@ def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
     for launch in program.launches:
         _launch(launch, program, tensors, outs)
     return outs
+
+
+def _buffers(store: Store) -> list[int]:
+    return [buffer for buffer in (store.plain, store.turned, store.amax) if buffer >= 0]
 
 
 def _first_full(launch: Launch) -> int:
@@ -49,8 +52,8 @@ def _launch(launch: Launch, program: Program, tensors: list[Tensor], outs: list[
     if any(x.stride(1) != 1 for x in full):
         leaves = [x.contiguous() if x.dim() == 2 else x for x in leaves]
         full = [x for x, (_, kind) in zip(leaves, launch.leaves, strict=True) if kind == "full"]
-    height, width, warps = _TILE.get(len(full), _TILE_OF_MANY)
-    targets = [outs[b] for store in launch.stores for b in (store.plain, store.turned) if b >= 0]
+    height, width, warps = launch.tile
+    targets = [outs[b] for store in launch.stores for b in _buffers(store)]
     dtypes = tuple(_TRITON[out.dtype] for out in targets)
     kernel = _kernel(launch, dtypes)
     even = rows % height == 0 and columns % width == 0
@@ -99,6 +102,14 @@ def source(launch: Launch, dtypes: tuple[str, ...]) -> str:
                 f"    line = (tl.trans(k) + {store.column}).to(tl.int64)",
                 f"    place = line * t{number} + tl.trans(m) + {store.row}",
                 f"    tl.store(o{number} + place, tl.trans(q), mask=None if EVEN else tl.trans(edge))",
+            ]
+            number += 1
+        if store.amax >= 0:
+            lines += [
+                f"    top = tl.max(tl.where(inside, tl.abs({store.value}), 0.0))",
+                f"    bad = tl.max(tl.where(inside & ({store.value} != {store.value}), 1, 0))",
+                "    top = tl.where(bad > 0, float('nan'), top)",
+                f"    tl.store(o{number} + tl.program_id(1) * t{number} + tl.program_id(0), top)",
             ]
             number += 1
     return "\n".join(lines) + "\n"
