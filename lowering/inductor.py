@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler import runtime
 from kp_compiler.config import Config
+from kp_compiler.lowering import fp8
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.metadata import stride_order
 
@@ -139,6 +140,7 @@ def lower(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config, *, guarded: bool
 ) -> Callable[..., Any]:
     """Compile a graph as the options say. `guarded` keeps Inductor's attention patterns away from it."""
+    fp8.register()
     whole, inputs = runtime.extended(gm, example_inputs)
     return runtime.provided(_lowered(whole, inputs, config, guarded=guarded), gm)
 

@@ -22,17 +22,18 @@ _SCHEMA = "(Tensor x, Tensor weight, Tensor scale, int[] sizes, Tensor?[] biases
 
 
 @cache
-def _library() -> Any:
-    library = torch.library.Library("kp", "FRAGMENT")
-    library.define(f"fp8_linear_cached{_SCHEMA}")
-    library.impl("fp8_linear_cached", _linear, "CompositeImplicitAutograd")
-    return library
+def library() -> Any:
+    """Registers the operators of this file, once."""
+    made = torch.library.Library("kp", "FRAGMENT")
+    made.define(f"fp8_linear_cached{_SCHEMA}")
+    made.impl("fp8_linear_cached", _linear, "CompositeImplicitAutograd")
+    return made
 
 
 def fp8_linear_cached() -> Any:
     """`kp::fp8_linear_cached`: x [..., K], weight [N,K] in FP8 and its scale as `CachedWeights` made them,
     the sizes N_i that N is the sum of; returns [..., N_i] each. Inference only."""
-    _library()
+    library()
     return torch.ops.kp.fp8_linear_cached.default
 
 

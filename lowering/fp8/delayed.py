@@ -36,17 +36,18 @@ _SCHEMA = (
 
 
 @cache
-def _library() -> Any:
-    library = torch.library.Library("kp", "FRAGMENT")
-    library.define(f"fp8_linear_delayed{_SCHEMA}")
-    library.impl("fp8_linear_delayed", _linear, "CompositeImplicitAutograd")
-    return library
+def library() -> Any:
+    """Registers the operators of this file, once."""
+    made = torch.library.Library("kp", "FRAGMENT")
+    made.define(f"fp8_linear_delayed{_SCHEMA}")
+    made.impl("fp8_linear_delayed", _linear, "CompositeImplicitAutograd")
+    return made
 
 
 def fp8_linear_delayed() -> Any:
     """`kp::fp8_linear`, with `scales` [1,1] of x, w and dy given, and their largest magnitudes written to
     `seen` [1]; dy's in the backward pass."""
-    _library()
+    library()
     return torch.ops.kp.fp8_linear_delayed.default
 
 

@@ -54,7 +54,7 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 def fuse_casts(graph: Graph) -> None:
     """Replace every operator of `quantize` in a post-grad graph."""
-    quantize._library()
+    quantize.library()
     casts = list(graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_quantize.default))
     kp = torch.ops.kp
     scales = [
@@ -64,11 +64,9 @@ def fuse_casts(graph: Graph) -> None:
     ]
     if not casts and not scales:
         return
-    on_gpu = any(_value(node).is_cuda for node in (*casts, *scales))
-    if on_gpu:
-        amaxes = [node for node in scales if node.target is kp.fp8_amax.default]
-        for group in _groups(graph, casts, amaxes):
-            _emit(graph, group)
+    amaxes = [node for node in scales if node.target is kp.fp8_amax.default]
+    for group in _groups(graph, casts, amaxes):
+        _emit(graph, group)
     for node in (*scales, *casts):
         if not node._erased:
             Writer(graph, node).write_out()
@@ -118,13 +116,12 @@ def _groups(graph: Graph, nodes: list[Node], amaxes: list[Node]) -> Iterator[lis
     _take_amax(wanted, amaxes)
     absorbed = _absorbed(graph)
     reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
-    order = {node: index for index, node in enumerate(graph.nodes)}
     rest = wanted
     while rest:
         group, rest = [rest[0]], rest[1:]
         for other in list(rest):
             shared = any(reads[id(other)] & reads[id(mine)] for mine in group)
-            if shared and _same_rows(group[0], other) and _independent([*group, other], order):
+            if shared and _same_rows(group[0], other) and _independent([*group, other]):
                 group.append(other)
                 rest.remove(other)
         yield group
@@ -135,17 +132,16 @@ def _same_rows(one: Cast, other: Cast) -> bool:
     return bool(one.dim == other.dim or len(one.parts) == len(other.parts) == 1) and a.shape == b.shape
 
 
-def _independent(group: list[Cast], order: dict[Node, int]) -> bool:
-    """No member needs what another one makes."""
+def _independent(group: list[Cast]) -> bool:
+    """No member needs what another one makes, be it through an operator that was written before."""
     made = {node for cast in group for node in cast.nodes()}
-    first = min(order[node] for node in made)
     queue = [n for cast in group for n in (*cast.parts, cast.scale)]
     seen: set[Node] = set()
     while queue:
         node = queue.pop()
         if node in made:
             return False
-        if node not in seen and order.get(node, -1) > first:
+        if node not in seen:
             seen.add(node)
             queue.extend(node.all_input_nodes)
     return True
@@ -298,16 +294,16 @@ def _emit(graph: Graph, group: list[Cast]) -> None:
         tuple(one.finished() for one in launches.values()), tuple(builder.buffers), fingerprint()
     )
     outs = builder.writer.call(fp8_fused(), builder.tensors, program.to_json())
-    largest: dict[int, list[Node]] = {}
-    for index, stands_for in enumerate(builder.results):
-        out = builder.writer.item(outs, index)
-        if index in builder.maxima:
-            largest.setdefault(id(builder.maxima[index][0]), []).append(out)
-        else:
-            _replace(stands_for, out)
-    for cast in group:
-        if cast.amax:
-            _replace(cast.amax, builder.writer.largest(largest[id(cast)]))
+    found = [builder.writer.item(outs, index) for index in range(len(builder.results))]
+    tiles: dict[int, list[Node]] = {}
+    for index, (cast, _) in builder.maxima.items():
+        tiles.setdefault(id(cast), []).append(found[index])
+    largest = [(cast.amax, builder.writer.largest(tiles[id(cast)])) for cast in group if cast.amax]
+    for index, nodes in enumerate(builder.results):
+        if index not in builder.maxima:
+            _replace(nodes, found[index])
+    for nodes, out in largest:
+        _replace(nodes, out)
 
 
 def _replace(nodes: list[Node], out: Node) -> None:

@@ -1,4 +1,7 @@
-"""`kp::fp8_fused`: several casts in one operator, as a `Program` says. CUDA only; `fuse` writes it."""
+"""`kp::fp8_fused`: several casts in one operator, as a `Program` says; `fuse` writes it.
+
+On a CUDA device Triton kernels run it (`triton.fused_cast`), elsewhere an interpreter of the same programs.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kp_compiler.lowering.fp8.program import Program
+from kp_compiler.lowering.fp8.program import Program, Store
 
 
 @cache
-def _library() -> Any:
-    library = torch.library.Library("kp", "FRAGMENT")
-    library.define("fp8_fused(Tensor[] tensors, str program) -> Tensor[]")
-    library.impl("fp8_fused", _run, "CUDA")
-    torch.library.register_fake("kp::fp8_fused", _fake, lib=library)
-    return library
+def library() -> Any:
+    """Registers the operators of this file, once."""
+    made = torch.library.Library("kp", "FRAGMENT")
+    made.define("fp8_fused(Tensor[] tensors, str program) -> Tensor[]")
+    made.impl("fp8_fused", _run, "CUDA")
+    made.impl("fp8_fused", interpreted, "CPU")
+    torch.library.register_fake("kp::fp8_fused", _fake, lib=made)
+    return made
 
 
 def fp8_fused() -> Any:
     """tensors [M, K], [M], [K] or single numbers, as the program's leaves say; returns its buffers."""
-    _library()
+    library()
     return torch.ops.kp.fp8_fused.default
 
 
@@ -35,6 +40,55 @@ def _run(tensors: list[Tensor], program: str) -> list[Tensor]:
     from kp_compiler.lowering.triton import fused_cast
 
     return fused_cast.run(tensors, parse(program))
+
+
+def interpreted(tensors: list[Tensor], program: str) -> list[Tensor]:
+    """The program in PyTorch, tile maxima included."""
+    parsed = parse(program)
+    first = tensors[next(index for index, kind in parsed.launches[0].leaves if kind == "full")]
+    outs = [
+        torch.zeros(b.shape(first.shape[0]), dtype=getattr(torch, b.dtype), device=first.device)
+        for b in parsed.buffers
+    ]
+    for launch in parsed.launches:
+        values: dict[str, Any] = {"tl": _Language}
+        for place, (index, kind) in enumerate(launch.leaves):
+            x = tensors[index].float()
+            values[f"x{place}"] = (
+                x.reshape(-1, 1) if kind == "row" else x.reshape(()) if kind == "scalar" else x
+            )
+        for line in launch.code:
+            name, _, expression = line.partition(" = ")
+            values[name] = eval(expression, values)  # written by `fuse` from a fixed set of expressions
+        for store in launch.stores:
+            _store(store, values[store.value], values[f"x{store.scale}"], outs, launch.tile)
+    return outs
+
+
+def _store(
+    store: Store, value: Tensor, scale: Tensor, outs: list[Tensor], tile: tuple[int, int, int]
+) -> None:
+    rows, columns = value.shape
+    down, along = slice(store.row, store.row + rows), slice(store.column, store.column + columns)
+    if store.plain >= 0:
+        outs[store.plain][down, along] = _clamped(value * scale, outs[store.plain].dtype)
+    if store.turned >= 0:
+        outs[store.turned][along, down] = _clamped(value * scale, outs[store.turned].dtype).t()
+    if store.amax >= 0:
+        padded = torch.nn.functional.pad(value.abs(), (0, -columns % tile[1], 0, -rows % tile[0]))
+        blocks = padded.reshape(-(-rows // tile[0]), tile[0], -(-columns // tile[1]), tile[1])
+        outs[store.amax].copy_(blocks.amax((1, 3)))
+
+
+def _clamped(value: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max
+    return value.clamp(-limit, limit).to(dtype)
+
+
+class _Language:
+    """What programs use of Triton's language."""
+
+    exp, sqrt, where, erf = torch.exp, torch.sqrt, torch.where, torch.erf
 
 
 def _fake(tensors: list[Tensor], program: str) -> list[Tensor]:

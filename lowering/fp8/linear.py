@@ -23,17 +23,18 @@ _SCHEMA = "(Tensor x, Tensor[] weights, Tensor?[] biases, str spec) -> Tensor[]"
 
 
 @cache
-def _library() -> Any:
-    library = torch.library.Library("kp", "FRAGMENT")
-    library.define(f"fp8_linear{_SCHEMA}")
-    library.impl("fp8_linear", _linear, "CompositeImplicitAutograd")
-    return library
+def library() -> Any:
+    """Registers the operators of this file, once."""
+    made = torch.library.Library("kp", "FRAGMENT")
+    made.define(f"fp8_linear{_SCHEMA}")
+    made.impl("fp8_linear", _linear, "CompositeImplicitAutograd")
+    return made
 
 
 def fp8_linear() -> Any:
     """`kp::fp8_linear`: x [..., K], weights [N_i, K] ([K, N_i] where the spec says transposed), biases [N_i]
     or None; returns [..., N_i] each."""
-    _library()
+    library()
     return torch.ops.kp.fp8_linear.default
 
 

@@ -19,12 +19,13 @@ _SCHEMA = "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias
 
 
 @cache
-def _library() -> Any:
-    library = torch.library.Library("kp", "FRAGMENT")
-    library.define(f"fp8_mm{_SCHEMA}")
-    library.impl("fp8_mm", emulated, "CompositeExplicitAutograd")
-    torch.library.register_fake("kp::fp8_mm", _fake, lib=library)
-    return library
+def library() -> Any:
+    """Registers the operators of this file, once."""
+    made = torch.library.Library("kp", "FRAGMENT")
+    made.define(f"fp8_mm{_SCHEMA}")
+    made.impl("fp8_mm", emulated, "CompositeExplicitAutograd")
+    torch.library.register_fake("kp::fp8_mm", _fake, lib=made)
+    return made
 
 
 def fp8_mm(
@@ -46,7 +47,7 @@ def fp8_mm(
         inverse_a, inverse_b = inverse_a.expand(a.shape[0], 1), inverse_b.expand(b.shape[0], 1)
         inverse_a, inverse_b = inverse_a.contiguous(), inverse_b.contiguous()
     if a.device.type != "cuda":
-        _library()
+        library()
         return torch.ops.kp.fp8_mm.default(a, b, inverse_a, inverse_b, bias, dtype)
     return torch.ops.aten._scaled_mm.default(
         a, b.t(), inverse_a, inverse_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=fast_accum

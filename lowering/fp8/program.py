@@ -87,8 +87,8 @@ class Program:
 
 
 # Rows, columns and warps of a tile, by the number of matrices read. One H100 80GB HBM3, torch 2.11, triton
-# 3.6, 2026-11-26: 8192x14336 bfloat16 to both layouts 2809 GB/s, dSwiGLU to five copies 2774 GB/s (a plain copy:
-# 2953).
+# 3.6, 2026-11-26: 8192x14336 bfloat16 to both layouts 2809 GB/s, dSwiGLU to five copies 2774 GB/s (a plain
+# copy: 2953).
 _TILE = (128, 128, 8)
 _TILE_OF_MANY = (64, 128, 8)
 

@@ -38,30 +38,31 @@ _QUANTIZE = (
 
 
 @cache
-def _library() -> Any:
-    library = torch.library.Library("kp", "FRAGMENT")
+def library() -> Any:
+    """Registers the operators of this file, once."""
+    made = torch.library.Library("kp", "FRAGMENT")
     for name, schema, function, fake in (
         ("fp8_scale", _SCALE, scale_of, _fake_scale),
         ("fp8_quantize", _QUANTIZE, quantized, _fake_quantized),
         ("fp8_amax", _AMAX, amax_of, _fake_amax),
     ):
-        library.define(f"{name}{schema}")
-        library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"kp::{name}", fake, lib=library)
-    return library
+        made.define(f"{name}{schema}")
+        made.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kp::{name}", fake, lib=made)
+    return made
 
 
 def fp8_scale(
     parts: list[Tensor], dtype: torch.dtype, block: Block, *, power_of_two: bool, dim: int = 0
 ) -> Tensor:
     """parts, together [R, C], to scales [ceil(R / rows), ceil(C / columns)] in float32."""
-    _library()
+    library()
     return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), power_of_two)
 
 
 def fp8_amax(parts: list[Tensor], *, dim: int = 0) -> Tensor:
     """The largest magnitude of all parts, [1] in float32. `dim` says how the parts lie, as in their cast."""
-    _library()
+    library()
     return torch.ops.kp.fp8_amax.default(parts, dim)
 
 
@@ -81,7 +82,7 @@ def fp8_quantize(
     `after` is a tensor that the cast has to wait for and does not read. A gradient's scale given so keeps the
     cast in the backward graph: nothing is saved for it but its input.
     """
-    _library()
+    library()
     return torch.ops.kp.fp8_quantize.default(parts, dim, scale, dtype, list(block), transpose, after)
 
 
