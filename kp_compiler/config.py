@@ -26,7 +26,7 @@ Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
-Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp"]
+Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]
 
 
 @dataclass(frozen=True, kw_only=True)

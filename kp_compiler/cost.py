@@ -122,7 +122,13 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
 # Measured on one H100 80GB HBM3, torch 2.11, random data, 8192 rows, 2026-11-26; printed again by
 # benchmarks/fp8_gemm.py: FLOP/s of one product in bfloat16 and in FP8.
 PRODUCT = 740e12
-FP8_PRODUCT = {"tensorwise": 1380e12, "delayed": 1380e12, "rowwise": 1330e12, "rowwise_gw_hp": 1330e12}
+FP8_PRODUCT = {
+    "tensorwise": 1380e12,
+    "delayed": 1380e12,
+    "rowwise": 1330e12,
+    "rowwise_gw_hp": 1330e12,
+    "blockwise": 1150e12,
+}
 # Bytes that casting moves for each element of (x, w, dy), forward and then backward: the amax pass, the cast,
 # and the transposed copy.
 CAST_BYTES = {
@@ -130,6 +136,7 @@ CAST_BYTES = {
     "delayed": ((3, 3, 0), (3, 3, 4)),
     "rowwise": ((3, 3, 0), (5, 5, 8)),
     "rowwise_gw_hp": ((3, 3, 0), (0, 5, 3)),
+    "blockwise": ((3, 3, 0), (3, 3, 4)),
 }
 SM, SI, SN = sympy.symbols("M K N", positive=True, integer=True)
 

@@ -24,7 +24,7 @@ from kp_compiler.lowering import ops
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8 import cached, delayed, linear
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT
-from kp_compiler.lowering.fp8.recipes import Fp8Spec, spec_for
+from kp_compiler.lowering.fp8.recipes import BLOCK, Fp8Spec, spec_for
 from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, fake_mode, left_out
 from kp_compiler.runtime import add_inputs, position, providers
@@ -189,17 +189,18 @@ def _check(site: Node, ctx: Context) -> Rejection | None:
     shape = _shape(site, ctx)
     if shape.dtype not in HALF and not (ctx.target.reference and shape.dtype == torch.float32):
         return Rejection("dtype", f"FP8 products give bfloat16 or float16, this site is {shape.dtype}.")
-    if shape.dtype == torch.float16 and ctx.config.fp8_linear.recipe != "tensorwise":
-        return Rejection("dtype", "Products with one scale a row give bfloat16 only.")
+    if shape.dtype == torch.float16 and ctx.config.fp8_linear.recipe not in ("tensorwise", "delayed"):
+        return Rejection("dtype", "Products with several scales give bfloat16 only.")
     if ctx.config.fp8_linear.recipe == "delayed" and (shape.grad_x or shape.grad_w):
         weight = _outer(site.args[1], ctx)  # type: ignore[arg-type]
         if weight.op != "placeholder" or not isinstance(tensor_of(weight), torch.nn.Parameter):
             return Rejection("no-parameter", "Delayed scaling keeps its state with a parameter: none here.")
         if len(ctx.calls) > 1:
             return Rejection("shared-body", "A checkpointed body that is called twice has no own state.")
+    unit = BLOCK if ctx.config.fp8_linear.recipe == "blockwise" else ALIGNMENT
     for name, size in (("inputs (K)", shape.inputs), ("outputs (N)", shape.outputs)):
-        if size % ALIGNMENT:
-            return Rejection("alignment", f"{size} {name} are no multiple of {ALIGNMENT}.")
+        if size % unit:
+            return Rejection("alignment", f"{size} {name} are no multiple of {unit}.")
     return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kp_compiler.lowering.fp8.linear import cast_activation, finish, parse_spec, weight_cast, weight_scale
 from kp_compiler.lowering.fp8.mm import fp8_mm
+from kp_compiler.lowering.fp8.recipes import RECIPES
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor scale, int[] sizes, Tensor?[] biases, str spec) -> Tensor[]"
 
@@ -45,6 +46,7 @@ def _linear(
     out = fp8_mm(
         quantized, weight, scale_x, scale,
         dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum,
+        blocks=RECIPES[plan.recipe].blocks,
     )  # fmt: skip
     outs = out.split(sizes, dim=1) if len(sizes) > 1 else (out,)
     return finish(plan, x, outs, biases)

@@ -26,6 +26,8 @@ from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8 import quantize
 from kp_compiler.lowering.fp8.fused import fp8_fused
 from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Layout, Program, Store, tile_for
+from kp_compiler.lowering.fp8.quantize import alignment
+from kp_compiler.lowering.fp8.recipes import BLOCK
 from kp_compiler.lowering.fp8.write_out import Writer
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -68,9 +70,14 @@ def fuse_casts(graph: Graph) -> None:
     for group in _groups(graph, casts, amaxes):
         _emit(graph, group)
     for node in (*scales, *casts):
-        if not node._erased:
+        if not node._erased and not _has_blocks(node):  # one that is left without its cast stays an operator
             Writer(graph, node).write_out()
     _sort(graph)
+
+
+def _has_blocks(node: Node) -> bool:
+    """A scale or cast of blocks."""
+    return any(isinstance(arg, list | tuple) and BLOCK in arg for arg in node.args)
 
 
 @dataclass
@@ -87,7 +94,15 @@ class Cast:
     amax: list[Node] = field(default_factory=list)
 
     def nodes(self) -> list[Node]:
-        return [*self.plain, *self.turned, *self.amax]
+        return [*self.plain, *self.turned, *self.amax, *self.made()]
+
+    def made(self) -> list[Node]:
+        """The scale, where the kernel makes it: that of blocks of the same matrix."""
+        mine = (list(self.parts), self.dim, self.dtype, list(self.block))
+        args = self.scale.args
+        if max(self.block) <= 1 or self.scale.target is not torch.ops.kp.fp8_scale.default:
+            return []
+        return [self.scale] if (list(args[0]), args[1], args[2], list(args[3])) == mine else []  # type: ignore[call-overload]
 
 
 def _casts(nodes: list[Node]) -> list[Cast]:
@@ -111,8 +126,7 @@ def _take_amax(casts: list[Cast], amaxes: list[Node]) -> None:
 def _groups(graph: Graph, nodes: list[Node], amaxes: list[Node]) -> Iterator[list[Cast]]:
     """Casts that become one operator: those that want a transposed copy or join several matrices, put
     together where they read a tensor in common and nothing lies between them."""
-    wanted = [c for c in _casts(nodes) if c.turned or len(c.parts) > 1]
-    wanted = [c for c in wanted if max(c.block) <= 1]
+    wanted = [c for c in _casts(nodes) if c.turned or len(c.parts) > 1 or max(c.block) > 1]
     _take_amax(wanted, amaxes)
     absorbed = _absorbed(graph)
     reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
@@ -135,7 +149,7 @@ def _same_rows(one: Cast, other: Cast) -> bool:
 def _independent(group: list[Cast]) -> bool:
     """No member needs what another one makes, be it through an operator that was written before."""
     made = {node for cast in group for node in cast.nodes()}
-    queue = [n for cast in group for n in (*cast.parts, cast.scale)]
+    queue = [n for cast in group for n in (*cast.parts, *([] if cast.made() else [cast.scale]))]
     seen: set[Node] = set()
     while queue:
         node = queue.pop()
@@ -215,11 +229,20 @@ class _Builder:
             self.tensors.append(node)
         return self.tensors.index(node)
 
-    def buffer(self, nodes: list[Node], layout: Layout, rows: int, columns: int) -> int:
+    def buffer(
+        self,
+        nodes: list[Node],
+        layout: Layout,
+        rows: int,
+        columns: int,
+        *,
+        tile: tuple[int, int] = (1, 1),
+        align: int = 16,
+    ) -> int:
         if not nodes:
             return -1
         dtype = str(_value(nodes[0]).dtype).removeprefix("torch.")
-        self.buffers.append(Buffer(dtype, rows, columns, layout))
+        self.buffers.append(Buffer(dtype, rows, columns, layout, tile, align))
         self.results.append(nodes)
         return len(self.buffers) - 1
 
@@ -236,7 +259,8 @@ class _Launches:
 
     def finished(self) -> Launch:
         leaves = tuple(self.leaves)
-        return Launch(leaves, tuple(self.code), tuple(self.stores), tile_for(leaves))
+        stores = tuple(self.stores)
+        return Launch(leaves, tuple(self.code), stores, tile_for(leaves, stores))
 
     def read(self, node: Node, kind: Kind) -> int:
         leaf = (self.builder.tensor(node), kind)
@@ -288,7 +312,7 @@ def _emit(graph: Graph, group: list[Cast]) -> None:
     for cast in group:
         _add(cast, builder, launches)
     for index, (_, one) in builder.maxima.items():
-        height, width, _ = tile_for(tuple(one.leaves))
+        height, width, _ = tile_for(tuple(one.leaves), tuple(one.stores))
         builder.buffers[index] = dataclasses.replace(builder.buffers[index], tile=(height, width))
     program = Program(
         tuple(one.finished() for one in launches.values()), tuple(builder.buffers), fingerprint()
@@ -319,25 +343,36 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
     rows = sum(int(s[0]) for s in sizes) if along_rows else -1
     columns = int(sizes[0][1]) if cast.dim == 0 else sum(int(s[1]) for s in sizes)
     plain = builder.buffer(cast.plain, "plain", rows, columns)
-    turned = builder.buffer(cast.turned, "turned", rows, columns)
+    turned = builder.buffer(cast.turned, "turned", rows, columns, align=alignment(cast.block))
+    scales = builder.buffer(cast.made(), "tiles", rows, columns, tile=cast.block)
     place = 0
     for part, size in zip(cast.parts, sizes, strict=True):
         key = part if along_rows else int(size[1])
         one = launches.setdefault(key, _Launches(builder, size[0], int(size[1])))
-        kind: Kind = "scalar" if cast.block == (0, 0) else "row" if cast.block[0] else "column"
-        scale, node = cast.scale, builder.writer
-        if kind != "scalar":
-            length = [-1]
-            scale = node.view(scale, length)
-            if len(cast.parts) > 1 and (kind == "column") == (cast.dim == 1):
-                scale = node.slice(scale, place, place + int(size[cast.dim]))
         value = one.expression(part)
         offset = (place, 0) if along_rows else (0, place if cast.dim == 1 else 0)
         amax = builder.buffer(cast.amax, "tiles", int(size[0]) if along_rows else -1, int(size[1]))
         if amax >= 0:
             builder.maxima[amax] = (cast, one)
-        one.stores.append(Store(value, one.read(scale, kind), plain, turned, *offset, amax))
+        if scales >= 0:
+            power_of_two = bool(cast.scale.args[4])
+            store = Store(value, -1, plain, turned, *offset, amax, cast.block, scales, power_of_two)
+        else:
+            scale = _scale_leaf(cast, one, place, int(size[cast.dim]))
+            store = Store(value, scale, plain, turned, *offset, amax)
+        one.stores.append(store)
         place += int(size[cast.dim])
+
+
+def _scale_leaf(cast: Cast, launch: _Launches, start: int, length: int) -> int:
+    """The scale of one part as a leaf: one number, or one for each row or column."""
+    kind: Kind = "scalar" if cast.block == (0, 0) else "row" if cast.block[0] else "column"
+    scale, writer = cast.scale, launch.builder.writer
+    if kind != "scalar":
+        scale = writer.view(scale, [-1])
+        if len(cast.parts) > 1 and (kind == "column") == (cast.dim == 1):
+            scale = writer.slice(scale, start, start + length)
+    return launch.read(scale, kind)
 
 
 def _sort(graph: Graph) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8.program import Program, Store
+from kp_compiler.lowering.fp8.quantize import scale_of, spread
 
 
 @cache
@@ -61,8 +62,19 @@ def interpreted(tensors: list[Tensor], program: str) -> list[Tensor]:
             name, _, expression = line.partition(" = ")
             values[name] = eval(expression, values)  # written by `fuse` from a fixed set of expressions
         for store in launch.stores:
-            _store(store, values[store.value], values[f"x{store.scale}"], outs, launch.tile)
+            value = values[store.value]
+            scale = _made(store, value, outs) if store.scales >= 0 else values[f"x{store.scale}"]
+            _store(store, value, scale, outs, launch.tile)
     return outs
+
+
+def _made(store: Store, value: Tensor, outs: list[Tensor]) -> Tensor:
+    """Scales of blocks, written where they go and spread over the elements."""
+    into = next(outs[b] for b in (store.plain, store.turned) if b >= 0)
+    scale = scale_of([value], 0, into.dtype, list(store.block), store.power_of_two)
+    row, column = store.row // store.block[0], store.column // store.block[1]
+    outs[store.scales][row : row + scale.shape[0], column : column + scale.shape[1]] = scale
+    return spread(scale, value, store.block)
 
 
 def _store(

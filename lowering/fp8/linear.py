@@ -69,6 +69,7 @@ class _Fp8Linear(torch.autograd.Function):
         out = fp8_mm(
             quantized, weight_cast(plan, weights, scale_w),
             scale_x, _as_rows(plan, scale_w), dtype=dtype, fast_accum="fprop" in plan.fast_accum,
+            blocks=recipe.blocks,
         )  # fmt: skip
         ctx.plan, ctx.sizes = plan, [w.shape[1 if plan.transposed else 0] for w in weights]
         ctx.save_for_backward(x, *_tensor_scales(recipe, scale_x, scale_w), *weights)
@@ -193,6 +194,7 @@ def _dgrad(
         fp8_quantize(list(grads), scale_dy, DTYPES[plan.grad_dtype], recipe.dy, dim=1),
         _weight(plan, weights, scale_w, recipe.w_t, by_outputs=False, after=after),
         scale_dy, _as_rows(plan, scale_w).t(), dtype=grads[0].dtype, fast_accum="dgrad" in plan.fast_accum,
+        blocks=recipe.blocks,
     )  # fmt: skip
 
 
@@ -218,6 +220,8 @@ def _wgrad(
         (fp8_quantize(list(grads), scale_dy, grad_dtype, recipe.dy_t, dim=1, transpose=True), scale_dy.t()),
         (fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=after), scale_x.t()),
     ]
-    (a, scale_a), (b, scale_b) = reversed(operands) if plan.transposed else operands
+    swap = plan.transposed and recipe.x_t == recipe.dy_t  # else the kernel wants them in this order
+    (a, scale_a), (b, scale_b) = reversed(operands) if swap else operands
     fast = "wgrad" in plan.fast_accum
-    return fp8_mm(a, b, scale_a, scale_b, dtype=grads[0].dtype, fast_accum=fast)
+    dw = fp8_mm(a, b, scale_a, scale_b, dtype=grads[0].dtype, fast_accum=fast, blocks=recipe.blocks)
+    return dw.t() if plan.transposed and not swap else dw

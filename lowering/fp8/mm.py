@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT, DTYPES, E5M2
+from kp_compiler.lowering.fp8.recipes import BLOCK
 
-_SCHEMA = "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype) -> Tensor"
+_SCHEMA = (
+    "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype, bool blocks)"
+    " -> Tensor"
+)
 
 
 @cache
@@ -37,24 +41,31 @@ def fp8_mm(
     bias: Tensor | None = None,
     dtype: torch.dtype,
     fast_accum: bool,
+    blocks: bool = False,
 ) -> Tensor:
     """a [M,K], b [N,K] in FP8, scales as `quantize` made them; returns [M,N] in `dtype`.
 
-    `fast_accum` leaves partial sums in the tensor core's own accumulator (about 14 bits of mantissa).
+    `blocks`: one scale for 1 x 128 elements of `a` and for 128 x 128 of `b`. `fast_accum` leaves partial
+    sums in the tensor core's own accumulator (about 14 bits of mantissa).
     """
     inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
-    if inverse_a.shape != inverse_b.shape and 1 in (inverse_a.numel(), inverse_b.numel()):
-        inverse_a, inverse_b = inverse_a.expand(a.shape[0], 1), inverse_b.expand(b.shape[0], 1)
-        inverse_a, inverse_b = inverse_a.contiguous(), inverse_b.contiguous()
+    if not blocks and inverse_a.shape != inverse_b.shape:
+        inverse_a = inverse_a.expand(a.shape[0], 1).contiguous()
+        inverse_b = inverse_b.expand(b.shape[0], 1).contiguous()
     if a.device.type != "cuda":
         library()
-        return torch.ops.kp.fp8_mm.default(a, b, inverse_a, inverse_b, bias, dtype)
+        return torch.ops.kp.fp8_mm.default(a, b, inverse_a, inverse_b, bias, dtype, blocks)
+    if blocks:  # cuBLASLt reads the scales of 1 x 128 blocks block by block
+        inverse_a, inverse_b = inverse_a.t().contiguous().t(), inverse_b.contiguous()
     return torch.ops.aten._scaled_mm.default(
-        a, b.t(), inverse_a, inverse_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=fast_accum
-    )
+        a, b.t(), inverse_a, inverse_b.t(), bias=bias, out_dtype=dtype,
+        use_fast_accum=fast_accum and not blocks,
+    )  # fmt: skip
 
 
-def refusal(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Any, dtype: Any) -> str | None:
+def refusal(
+    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Any, dtype: Any, blocks: bool = False
+) -> str | None:
     """What an H100 says to these operands, or None where it takes them."""
     if a.dtype not in DTYPES.values() or b.dtype not in DTYPES.values():
         return f"operands must be FP8, these are {a.dtype} and {b.dtype}"
@@ -71,26 +82,57 @@ def refusal(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: An
     if bias is not None and (dtype == torch.float32 or bias.dtype != dtype):
         return f"a bias of {bias.dtype} can't be added to {dtype}"
     shapes = (tuple(inverse_a.shape), tuple(inverse_b.shape))
-    if shapes not in (((1, 1), (1, 1)), ((a.shape[0], 1), (b.shape[0], 1))):
+    if blocks:
+        if a.shape[1] % BLOCK or b.shape[0] % BLOCK or E5M2 in (a.dtype, b.dtype):
+            return f"scales of blocks need e4m3 and multiples of {BLOCK}"
+        if shapes != _blocks(a, b):
+            return f"scales of shapes {shapes[0]} and {shapes[1]} are not those of blocks"
+    elif shapes not in (((1, 1), (1, 1)), ((a.shape[0], 1), (b.shape[0], 1))):
         return f"scales of shapes {shapes[0]} and {shapes[1]} go with no kernel"
     if shapes[0] != (1, 1) and dtype != torch.bfloat16:
         return f"one scale a row gives bfloat16, not {dtype}"
     return None
 
 
+def _blocks(a: Tensor, b: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of scales of 1 x 128 blocks of `a` and 128 x 128 blocks of `b`."""
+    inner = -(-a.shape[1] // BLOCK)
+    return (a.shape[0], inner), (-(-b.shape[0] // BLOCK), inner)
+
+
+def _spread(inverse: Tensor, x: Tensor, rows: int) -> Tensor:
+    """Factors of blocks of `rows` x 128 repeated to the size of `x`."""
+    wide = inverse.repeat_interleave(rows, 0).repeat_interleave(BLOCK, 1)
+    return wide[: x.shape[0], : x.shape[1]]
+
+
 def emulated(
-    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    blocks: bool,
 ) -> Tensor:
     """The same product in float32."""
     on_gpu = torch.bfloat16 if dtype == torch.float32 and inverse_a.numel() > 1 else dtype
-    said = refusal(a, b, inverse_a, inverse_b, None if dtype == torch.float32 else bias, on_gpu)
+    said = refusal(a, b, inverse_a, inverse_b, None if dtype == torch.float32 else bias, on_gpu, blocks)
     if said is not None:
         raise RuntimeError(f"kp::fp8_mm: {said}")
+    if blocks:
+        inverse_a, inverse_b = _spread(inverse_a, a, 1), _spread(inverse_b, b, BLOCK)
     out = (a.float() * inverse_a) @ (b.float() * inverse_b).t()
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def _fake(
-    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    blocks: bool,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)

@@ -19,7 +19,8 @@ Layout = Literal["plain", "turned", "tiles"]
 class Store:
     """`value * leaf[scale]` in FP8, as it is into buffer `plain`, transposed into buffer `turned`, starting
     at (`row`, `column`) of the untransposed matrix; and the largest magnitude of `value` in each tile into
-    buffer `amax`. -1: not."""
+    buffer `amax`. With a `block` the kernel makes the scales itself, one for `block` elements of a tile, and
+    writes them into buffer `scales`. -1: not."""
 
     value: str
     scale: int
@@ -28,6 +29,9 @@ class Store:
     row: int = 0
     column: int = 0
     amax: int = -1
+    block: tuple[int, int] = (0, 0)
+    scales: int = -1
+    power_of_two: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,21 @@ class Launch:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A result: [rows, columns], or transposed [columns, rows rounded up to 16], or one number for each tile
-    of `tile`. `rows` of -1 are the M of the launches."""
+    """A result: [rows, columns], or transposed [columns, rows rounded up to `align`], or one number for each
+    tile of `tile`. `rows` of -1 are the M of the launches."""
 
     dtype: str
     rows: int
     columns: int
     layout: Layout
     tile: tuple[int, int] = (1, 1)
+    align: int = 16
 
     def shape(self, rows: Any) -> list[Any]:
         """Its sizes, for launches over `rows` rows."""
         total = rows if self.rows < 0 else self.rows
         if self.layout == "turned":
-            return [self.columns, (total + 15) // 16 * 16]
+            return [self.columns, (total + self.align - 1) // self.align * self.align]
         height, width = self.tile
         return [(total + height - 1) // height, (self.columns + width - 1) // width]
 
@@ -77,7 +82,7 @@ class Program:
             Launch(
                 tuple((index, kind) for index, kind in one["leaves"]),
                 tuple(one["code"]),
-                tuple(Store(**store) for store in one["stores"]),
+                tuple(Store(**{**store, "block": tuple(store["block"])}) for store in one["stores"]),
                 tuple(one["tile"]),
             )
             for one in data["launches"]
@@ -93,5 +98,8 @@ _TILE = (128, 128, 8)
 _TILE_OF_MANY = (64, 128, 8)
 
 
-def tile_for(leaves: tuple[tuple[int, Kind], ...]) -> tuple[int, int, int]:
+def tile_for(leaves: tuple[tuple[int, Kind], ...], stores: tuple[Store, ...]) -> tuple[int, int, int]:
+    """Scales of blocks are made within a tile, which then has to be 128 by 128."""
+    if any(store.scales >= 0 for store in stores):
+        return _TILE
     return _TILE if sum(kind == "full" for _, kind in leaves) == 1 else _TILE_OF_MANY

@@ -17,6 +17,7 @@ of zeros has scale 1. e4m3 is the variant without infinities (largest 448), e5m2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -76,8 +77,8 @@ def fp8_quantize(
     transpose: bool = False,
     after: Tensor | None = None,
 ) -> Tensor:
-    """parts, together [R, C], to [R, C] in `dtype`; or transposed to [C, R'], R' the next multiple of 16 and
-    the rest zeros: the layout of a product that contracts the rows.
+    """parts, together [R, C], to [R, C] in `dtype`; or transposed to [C, R'], R' the next multiple of 16
+    (of a block's rows) and the rest zeros: the layout of a product that contracts the rows.
 
     `after` is a tensor that the cast has to wait for and does not read. A gradient's scale given so keeps the
     cast in the backward graph: nothing is saved for it but its input.
@@ -107,6 +108,11 @@ def _fake_amax(parts: list[Tensor], dim: int) -> Tensor:
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def alignment(block: Sequence[int]) -> int:
+    """What the contracted rows of a transposed copy are padded to."""
+    return max(ALIGNMENT, block[0])
 
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
@@ -151,13 +157,13 @@ def quantized(
     """The reference of `kp::fp8_quantize`."""
     x = _joined(parts, dim)
     limit = torch.finfo(dtype).max
-    q = (x.float() * _spread(scale, x, block)).clamp(-limit, limit)
+    q = (x.float() * spread(scale, x, block)).clamp(-limit, limit)
     if not transpose:
         return q.to(dtype)
-    return _padded(q.t(), 0, -x.shape[0] % ALIGNMENT).contiguous().to(dtype)
+    return _padded(q.t(), 0, -x.shape[0] % alignment(block)).contiguous().to(dtype)
 
 
-def _spread(scale: Tensor, x: Tensor, block: list[int]) -> Tensor:
+def spread(scale: Tensor, x: Tensor, block: Sequence[int]) -> Tensor:
     """Scales repeated over their blocks, broadcastable to `x`."""
     for dim, size in enumerate(block):
         if size > 1:
@@ -190,7 +196,8 @@ def _fake_quantized(
     after: Tensor | None,
 ) -> Tensor:
     rows, columns = _sizes(parts, dim)
-    sizes = [columns, (rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT] if transpose else [rows, columns]
+    unit = alignment(block)
+    sizes = [columns, (rows + unit - 1) // unit * unit] if transpose else [rows, columns]
     return parts[0].new_empty(sizes, dtype=dtype)
 
 

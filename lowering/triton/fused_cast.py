@@ -38,7 +38,7 @@ def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
 
 
 def _buffers(store: Store) -> list[int]:
-    return [buffer for buffer in (store.plain, store.turned, store.amax) if buffer >= 0]
+    return [b for b in (store.scales, store.plain, store.turned, store.amax) if b >= 0]
 
 
 def _first_full(launch: Launch) -> int:
@@ -89,7 +89,11 @@ def source(launch: Launch, dtypes: tuple[str, ...]) -> str:
     lines += [f"    {line}" for line in launch.code]
     number = 0
     for store in launch.stores:
-        lines += _scaled(store.value, store.scale, dtypes[number])
+        scale = f"x{store.scale}"
+        if store.scales >= 0:
+            lines += _scales(store, number, dtypes[number + 1])
+            scale, number = "scale", number + 1
+        lines += _scaled(store.value, scale, dtypes[number])
         if store.plain >= 0:
             lines.append(
                 f"    tl.store(o{number} + (m + {store.row}) * t{number} + k + {store.column}, q,"
@@ -125,12 +129,35 @@ def _load(index: int, kind: str) -> str:
     return f"tl.load(p{index}).to(tl.float32)"
 
 
-def _scaled(value: str, scale: int, dtype: str) -> list[str]:
+def _scales(store: Store, number: int, dtype: str) -> list[str]:
+    """Scales of the blocks of a tile, and where they go: 1 x 128, 128 x 1 or 128 x 128."""
+    limit = 448.0 if "e4" in dtype else 57344.0
+    lines = [f"    top = tl.where(inside, tl.abs({store.value}), 0.0)"]
+    rows, columns = f"(m + {store.row})", f"(k + {store.column})"
+    if store.block[0] == 1:
+        lines.append("    top = tl.max(top, axis=1)[:, None]")
+        place, mask = f"{rows} * t{number} + tl.program_id(0) + {store.column // 128}", "m < M"
+    elif store.block[1] == 1:
+        lines.append("    top = tl.max(top, axis=0)[None, :]")
+        place, mask = f"(tl.program_id(1) + {store.row // 128}) * t{number} + {columns}", "k < K"
+    else:
+        lines.append("    top = tl.max(top)")
+        place = (
+            f"(tl.program_id(1) + {store.row // 128}) * t{number} + tl.program_id(0) + {store.column // 128}"
+        )
+        mask = "None"
+    lines.append(f"    scale = {limit} / tl.where(top < {limit * 2.0**-126}, {limit}, top)")
+    if store.power_of_two:
+        lines.append("    scale = tl.exp2(tl.floor(tl.log2(scale)))")
+    return [*lines, f"    tl.store(o{number} + {place}, scale, mask={mask})"]
+
+
+def _scaled(value: str, scale: str, dtype: str) -> list[str]:
     """Clamped by comparisons, which leave NaN alone (a clamp beside a transposed FP8 store was miscompiled:
     triton-lang/triton#11111). Rows past the last one become zeros."""
     limit = 448.0 if "e4" in dtype else 57344.0
     return [
-        f"    q = {value} * x{scale}",
+        f"    q = {value} * {scale}",
         f"    q = tl.where(q > {limit}, {limit}, q)",
         f"    q = tl.where(q < {-limit}, {-limit}, q)",
         f"    q = tl.where(inside, q, 0.0).to({dtype})",

@@ -15,7 +15,7 @@ from kp_compiler.lowering.fp8 import quantize
 from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, sqnr
 
 pytestmark = pytest.mark.gpu
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp")
+RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
 
 
 def fp8_scale(parts: Any, dtype: Any, block: Any, *, dim: int = 0) -> torch.Tensor:
@@ -66,7 +66,7 @@ PRODUCERS = {
 }
 
 
-@pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1), (1, 128), (128, 1), (128, 128)])
 @pytest.mark.parametrize(("rows", "columns"), [(256, 512), (77, 208), (1, 64), (1000, 144)])
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_fused_cast(producer: str, rows: int, columns: int, block: tuple[int, int]) -> None:
@@ -85,7 +85,7 @@ def test_fused_cast(producer: str, rows: int, columns: int, block: tuple[int, in
     exact = function(a.double(), b.double())
     assert torch.equal(turned[:, :rows], plain.t())
     assert not turned[:, rows:].any()
-    assert sqnr(plain / scale, exact) > 30
+    assert sqnr(plain / quantize.spread(scale, exact, block), exact) > 30
     if producer == "itself":
         assert torch.equal(plain, fp8_quantize([a], scale, E4M3, block).float())
 
