@@ -292,8 +292,12 @@ def test_cast(block: tuple[int, int], dtype: torch.dtype, power_of_two: bool) ->
     """Nothing overflows, every block uses its range, and the transposed copy is the same numbers."""
     x = torch.randn(200, 288) * torch.logspace(-3, 3, 288)
     scale = fp8_scale([x], dtype, block, power_of_two=power_of_two)
-    q, turned = (fp8_quantize([x], scale, dtype, block, transpose=t) for t in (False, True))
+    q = fp8_quantize([x], scale, dtype, block)
+    turned = fp8_quantize([x], scale[:200], dtype, block, transpose=True)
     assert turned.shape == (288, 256 if block[0] == 128 else 208)
+    if block == (1, 128):  # rows of zeros, which the product's kernel wants
+        assert q.shape == (208, 288) and not q[200:].float().any()
+        q, scale = q[:200], scale[:200]
     assert torch.equal(turned[:, :200].float(), q.t().float())
     assert not turned[:, 200:].float().any()
     largest = q.float().abs().max()

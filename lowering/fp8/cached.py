@@ -42,12 +42,14 @@ def _linear(
     x: Tensor, weight: Tensor, scale: Tensor, sizes: list[int], biases: list[Tensor | None], spec: str
 ) -> list[Tensor]:
     plan = parse_spec(spec)
-    quantized, scale_x = cast_activation(plan, x.reshape(-1, x.shape[-1]))
+    rows = x.reshape(-1, x.shape[-1])
+    quantized, scale_x = cast_activation(plan, rows)
     out = fp8_mm(
         quantized, weight, scale_x, scale,
         dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum,
         blocks=RECIPES[plan.recipe].blocks,
     )  # fmt: skip
+    out = out[: rows.shape[0]] if RECIPES[plan.recipe].blocks else out
     outs = out.split(sizes, dim=1) if len(sizes) > 1 else (out,)
     return finish(plan, x, outs, biases)
 

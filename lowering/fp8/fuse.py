@@ -26,7 +26,7 @@ from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8 import quantize
 from kp_compiler.lowering.fp8.fused import fp8_fused
 from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Layout, Program, Store, tile_for
-from kp_compiler.lowering.fp8.quantize import alignment
+from kp_compiler.lowering.fp8.quantize import ALIGNMENT, alignment
 from kp_compiler.lowering.fp8.recipes import BLOCK
 from kp_compiler.lowering.fp8.write_out import Writer
 
@@ -237,7 +237,7 @@ class _Builder:
         columns: int,
         *,
         tile: tuple[int, int] = (1, 1),
-        align: int = 16,
+        align: int = 1,
     ) -> int:
         if not nodes:
             return -1
@@ -342,9 +342,10 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
     along_rows = cast.dim == 0 and len(cast.parts) > 1
     rows = sum(int(s[0]) for s in sizes) if along_rows else -1
     columns = int(sizes[0][1]) if cast.dim == 0 else sum(int(s[1]) for s in sizes)
-    plain = builder.buffer(cast.plain, "plain", rows, columns)
+    unit = ALIGNMENT if cast.block == (1, BLOCK) else 1
+    plain = builder.buffer(cast.plain, "plain", rows, columns, align=unit)
     turned = builder.buffer(cast.turned, "turned", rows, columns, align=alignment(cast.block))
-    scales = builder.buffer(cast.made(), "tiles", rows, columns, tile=cast.block)
+    scales = builder.buffer(cast.made(), "tiles", rows, columns, tile=cast.block, align=unit)
     place = 0
     for part, size in zip(cast.parts, sizes, strict=True):
         key = part if along_rows else int(size[1])

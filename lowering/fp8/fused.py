@@ -80,6 +80,8 @@ def _made(store: Store, value: Tensor, outs: list[Tensor]) -> Tensor:
 def _store(
     store: Store, value: Tensor, scale: Tensor, outs: list[Tensor], tile: tuple[int, int, int]
 ) -> None:
+    if store.block == (1, 128):
+        value = torch.nn.functional.pad(value, (0, 0, 0, -value.shape[0] % 16))
     rows, columns = value.shape
     down, along = slice(store.row, store.row + rows), slice(store.column, store.column + columns)
     if store.plain >= 0:

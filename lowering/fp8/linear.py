@@ -71,6 +71,7 @@ class _Fp8Linear(torch.autograd.Function):
             scale_x, _as_rows(plan, scale_w), dtype=dtype, fast_accum="fprop" in plan.fast_accum,
             blocks=recipe.blocks,
         )  # fmt: skip
+        out = out[: x.shape[0]] if recipe.blocks else out
         ctx.plan, ctx.sizes = plan, [w.shape[1 if plan.transposed else 0] for w in weights]
         ctx.save_for_backward(x, *_tensor_scales(recipe, scale_x, scale_w), *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
@@ -124,9 +125,15 @@ def _tensor_scales(recipe: Recipe, scale_x: Tensor, scale_w: Tensor) -> tuple[Te
 
 
 def _scale(
-    plan: Fp8Spec, parts: Sequence[Tensor], block: Block, dtype: torch.dtype = E4M3, *, dim: int = 0
+    plan: Fp8Spec,
+    parts: Sequence[Tensor],
+    block: Block,
+    dtype: torch.dtype = E4M3,
+    *,
+    dim: int = 0,
+    after: Tensor | None = None,
 ) -> Tensor:
-    return fp8_scale(list(parts), dtype, block, power_of_two=plan.power_of_two, dim=dim)
+    return fp8_scale(list(parts), dtype, block, power_of_two=plan.power_of_two, dim=dim, after=after)
 
 
 def cast_activation(plan: Fp8Spec, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +160,10 @@ def _stored(plan: Fp8Spec, block: Block) -> Block:
     return (block[1], block[0]) if plan.transposed else block
 
 
-def _weight_scale(plan: Fp8Spec, weights: Sequence[Tensor], block: Block) -> Tensor:
-    return _scale(plan, weights, _stored(plan, block), dim=1 if plan.transposed else 0)
+def _weight_scale(
+    plan: Fp8Spec, weights: Sequence[Tensor], block: Block, after: Tensor | None = None
+) -> Tensor:
+    return _scale(plan, weights, _stored(plan, block), dim=1 if plan.transposed else 0, after=after)
 
 
 def _as_rows(plan: Fp8Spec, scale: Tensor) -> Tensor:
@@ -189,13 +198,14 @@ def _dgrad(
 ) -> Tensor:
     """dx [M,K] = dy [M,N] · w [N,K]."""
     if scale_w is None:
-        scale_w = _weight_scale(plan, weights, recipe.w_t)
-    return fp8_mm(
+        scale_w = _weight_scale(plan, weights, recipe.w_t, after)
+    dx = fp8_mm(
         fp8_quantize(list(grads), scale_dy, DTYPES[plan.grad_dtype], recipe.dy, dim=1),
         _weight(plan, weights, scale_w, recipe.w_t, by_outputs=False, after=after),
         scale_dy, _as_rows(plan, scale_w).t(), dtype=grads[0].dtype, fast_accum="dgrad" in plan.fast_accum,
         blocks=recipe.blocks,
     )  # fmt: skip
+    return dx[: grads[0].shape[0]] if recipe.blocks else dx
 
 
 def _wgrad(
@@ -215,7 +225,7 @@ def _wgrad(
     if recipe.dy_t != recipe.dy:
         scale_dy = _scale(plan, grads, recipe.dy_t, grad_dtype, dim=1)
     if scale_x is None:
-        scale_x = _scale(plan, [x], recipe.x_t)
+        scale_x = _scale(plan, [x], recipe.x_t, after=after)
     operands = [
         (fp8_quantize(list(grads), scale_dy, grad_dtype, recipe.dy_t, dim=1, transpose=True), scale_dy.t()),
         (fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=after), scale_x.t()),

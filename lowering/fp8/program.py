@@ -47,21 +47,22 @@ class Launch:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A result: [rows, columns], or transposed [columns, rows rounded up to `align`], or one number for each
-    tile of `tile`. `rows` of -1 are the M of the launches."""
+    """A result: [rows, columns], or transposed [columns, rows], or one number for each tile of `tile`; the
+    rows rounded up to `align`. `rows` of -1 are the M of the launches."""
 
     dtype: str
     rows: int
     columns: int
     layout: Layout
     tile: tuple[int, int] = (1, 1)
-    align: int = 16
+    align: int = 1
 
     def shape(self, rows: Any) -> list[Any]:
         """Its sizes, for launches over `rows` rows."""
         total = rows if self.rows < 0 else self.rows
+        total = (total + self.align - 1) // self.align * self.align
         if self.layout == "turned":
-            return [self.columns, (total + self.align - 1) // self.align * self.align]
+            return [self.columns, total]
         height, width = self.tile
         return [(total + height - 1) // height, (self.columns + width - 1) // width]
 

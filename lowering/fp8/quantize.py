@@ -30,7 +30,9 @@ ALIGNMENT = 16  # elements: what a contracted dimension must be a multiple of
 
 Block = tuple[int, int]
 
-_SCALE = "(Tensor[] parts, int dim, ScalarType dtype, int[] block, bool power_of_two) -> Tensor"
+_SCALE = (
+    "(Tensor[] parts, int dim, ScalarType dtype, int[] block, bool power_of_two, Tensor? after) -> Tensor"
+)
 _AMAX = "(Tensor[] parts, int dim) -> Tensor"
 _QUANTIZE = (
     "(Tensor[] parts, int dim, Tensor scale, ScalarType dtype, int[] block, bool transpose, Tensor? after)"
@@ -54,11 +56,18 @@ def library() -> Any:
 
 
 def fp8_scale(
-    parts: list[Tensor], dtype: torch.dtype, block: Block, *, power_of_two: bool, dim: int = 0
+    parts: list[Tensor],
+    dtype: torch.dtype,
+    block: Block,
+    *,
+    power_of_two: bool,
+    dim: int = 0,
+    after: Tensor | None = None,
 ) -> Tensor:
-    """parts, together [R, C], to scales [ceil(R / rows), ceil(C / columns)] in float32."""
+    """parts, together [R, C], to scales [ceil(R / rows), ceil(C / columns)] in float32; blocks of 1 x 128
+    have R rounded up to 16, as their cast has. `after` as below."""
     library()
-    return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), power_of_two)
+    return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), power_of_two, after)
 
 
 def fp8_amax(parts: list[Tensor], *, dim: int = 0) -> Tensor:
@@ -77,8 +86,9 @@ def fp8_quantize(
     transpose: bool = False,
     after: Tensor | None = None,
 ) -> Tensor:
-    """parts, together [R, C], to [R, C] in `dtype`; or transposed to [C, R'], R' the next multiple of 16
-    (of a block's rows) and the rest zeros: the layout of a product that contracts the rows.
+    """parts, together [R, C], to [R, C] in `dtype`; or transposed to [C, R'], R' the next multiple of 16 (of
+    a block's rows) and the rest zeros: the layout of a product that contracts the rows. With blocks of
+    1 x 128 the plain copy has R rounded up to 16 as well.
 
     `after` is a tensor that the cast has to wait for and does not read. A gradient's scale given so keeps the
     cast in the backward graph: nothing is saved for it but its input.
@@ -88,12 +98,19 @@ def fp8_quantize(
 
 
 def scale_of(
-    parts: list[Tensor], dim: int, dtype: torch.dtype, block: list[int], power_of_two: bool
+    parts: list[Tensor],
+    dim: int,
+    dtype: torch.dtype,
+    block: list[int],
+    power_of_two: bool,
+    after: Tensor | None = None,
 ) -> Tensor:
     """The reference of `kp::fp8_scale`."""
     if block == [0, 0]:
         return scale_from_amax(amax_of(parts, dim).reshape(1, 1), dtype, power_of_two)
-    return scale_from_amax(_block_amax(_joined(parts, dim), block), dtype, power_of_two)
+    x = _joined(parts, dim)
+    amax = _block_amax(_padded(x, padding(block, x.shape[0]), 0), block)
+    return scale_from_amax(amax, dtype, power_of_two)
 
 
 def amax_of(parts: list[Tensor], dim: int) -> Tensor:
@@ -108,6 +125,11 @@ def _fake_amax(parts: list[Tensor], dim: int) -> Tensor:
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def padding(block: Sequence[int], rows: Any) -> Any:
+    """Rows of zeros below a plain copy. Scales of 1 x 128 blocks must lie in columns of 16 bytes."""
+    return -rows % ALIGNMENT if list(block) == [1, 128] else 0
 
 
 def alignment(block: Sequence[int]) -> int:
@@ -156,6 +178,7 @@ def quantized(
 ) -> Tensor:
     """The reference of `kp::fp8_quantize`."""
     x = _joined(parts, dim)
+    x = x if transpose else _padded(x, padding(block, x.shape[0]), 0)
     limit = torch.finfo(dtype).max
     q = (x.float() * spread(scale, x, block)).clamp(-limit, limit)
     if not transpose:
@@ -177,11 +200,17 @@ def _sizes(parts: list[Tensor], dim: int) -> tuple[Any, Any]:
 
 
 def _fake_scale(
-    parts: list[Tensor], dim: int, dtype: torch.dtype, block: list[int], power_of_two: bool
+    parts: list[Tensor],
+    dim: int,
+    dtype: torch.dtype,
+    block: list[int],
+    power_of_two: bool,
+    after: Tensor | None,
 ) -> Tensor:
+    rows, columns = _sizes(parts, dim)
     sizes = [
         1 if size == 0 else (extent + size - 1) // size
-        for size, extent in zip(block, _sizes(parts, dim), strict=True)
+        for size, extent in zip(block, (rows + padding(block, rows), columns), strict=True)
     ]
     return parts[0].new_empty(sizes, dtype=torch.float32)
 
@@ -197,7 +226,8 @@ def _fake_quantized(
 ) -> Tensor:
     rows, columns = _sizes(parts, dim)
     unit = alignment(block)
-    sizes = [columns, (rows + unit - 1) // unit * unit] if transpose else [rows, columns]
+    plain = [rows + padding(block, rows), columns]
+    sizes = [columns, (rows + unit - 1) // unit * unit] if transpose else plain
     return parts[0].new_empty(sizes, dtype=dtype)
 
 

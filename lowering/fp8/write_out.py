@@ -58,7 +58,9 @@ class Writer:
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
 
-    def _scale(self, parts: Any, dim: int, dtype: torch.dtype, block: list[int], power_of_two: bool) -> Node:
+    def _scale(
+        self, parts: Any, dim: int, dtype: torch.dtype, block: list[int], power_of_two: bool, after: Any
+    ) -> Node:
         if list(block) == [0, 0]:
             amax = self.call(aten.reshape.default, self._amax_of(parts), [1, 1])
         else:

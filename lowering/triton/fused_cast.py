@@ -59,7 +59,8 @@ def _launch(launch: Launch, program: Program, tensors: list[Tensor], outs: list[
     even = rows % height == 0 and columns % width == 0
     grid = (triton.cdiv(columns, width), triton.cdiv(rows, height))
     kernel[grid](
-        *leaves, *targets, *(x.stride(0) for x in full), *(out.stride(0) for out in targets), rows, columns,
+        *leaves, *targets, *(x.stride(0) for x in full), *(out.stride(0) for out in targets),
+        *(out.shape[0] for out in targets), rows, columns,
         BLOCK_M=height, BLOCK_K=width, EVEN=even, num_warps=warps,
     )  # fmt: skip
 
@@ -73,7 +74,8 @@ def source(launch: Launch, dtypes: tuple[str, ...]) -> str:
     """The kernel as Python: pointers of leaves and results, strides, sizes."""
     full = [i for i, (_, kind) in enumerate(launch.leaves) if kind == "full"]
     arguments = [f"p{i}" for i in range(len(launch.leaves))] + [f"o{i}" for i in range(len(dtypes))]
-    arguments += [f"s{i}" for i in full] + [f"t{i}" for i in range(len(dtypes))] + ["M", "K"]
+    arguments += [f"s{i}" for i in full] + [f"t{i}" for i in range(len(dtypes))]
+    arguments += [f"r{i}" for i in range(len(dtypes))] + ["M", "K"]
     lines = [
         "import triton",
         "import triton.language as tl",
@@ -97,7 +99,7 @@ def source(launch: Launch, dtypes: tuple[str, ...]) -> str:
         if store.plain >= 0:
             lines.append(
                 f"    tl.store(o{number} + (m + {store.row}) * t{number} + k + {store.column}, q,"
-                " mask=inside)"
+                f" mask=(k < K) & (m + {store.row} < {_end(store, number)}))"
             )
             number += 1
         if store.turned >= 0:
@@ -136,7 +138,10 @@ def _scales(store: Store, number: int, dtype: str) -> list[str]:
     rows, columns = f"(m + {store.row})", f"(k + {store.column})"
     if store.block[0] == 1:
         lines.append("    top = tl.max(top, axis=1)[:, None]")
-        place, mask = f"{rows} * t{number} + tl.program_id(0) + {store.column // 128}", "m < M"
+        place, mask = (
+            f"{rows} * t{number} + tl.program_id(0) + {store.column // 128}",
+            f"m + {store.row} < {_end(store, number)}",
+        )
     elif store.block[1] == 1:
         lines.append("    top = tl.max(top, axis=0)[None, :]")
         place, mask = f"(tl.program_id(1) + {store.row // 128}) * t{number} + {columns}", "k < K"
@@ -150,6 +155,11 @@ def _scales(store: Store, number: int, dtype: str) -> list[str]:
     if store.power_of_two:
         lines.append("    scale = tl.exp2(tl.floor(tl.log2(scale)))")
     return [*lines, f"    tl.store(o{number} + {place}, scale, mask={mask})"]
+
+
+def _end(store: Store, number: int) -> str:
+    """The first row that a launch must not write: where a part's rows end, or a padded result does."""
+    return f"r{number}" if store.block == (1, 128) else f"M + {store.row}"
 
 
 def _scaled(value: str, scale: str, dtype: str) -> list[str]:
