@@ -197,7 +197,7 @@ def _check(site: Node, ctx: Context) -> Rejection | None:
             return Rejection("no-parameter", "Delayed scaling keeps its state with a parameter: none here.")
         if len(ctx.calls) > 1:
             return Rejection("shared-body", "A checkpointed body that is called twice has no own state.")
-    unit = BLOCK if ctx.config.fp8_linear.recipe == "blockwise" else ALIGNMENT
+    unit = 4 * BLOCK if ctx.config.fp8_linear.recipe == "blockwise" else ALIGNMENT
     for name, size in (("inputs (K)", shape.inputs), ("outputs (N)", shape.outputs)):
         if size % unit:
             return Rejection("alignment", f"{size} {name} are no multiple of {unit}.")

@@ -110,6 +110,7 @@ class Block:
         self.history = torch.zeros(length, len(owners), len(ROLES), device=device)
         self.seen = [[torch.zeros(1, device=device) for _ in ROLES] for _ in owners]
         self.overflows = torch.zeros(len(owners), len(ROLES), dtype=torch.int64, device=device)
+        self.guess = torch.tensor([_GUESS[role] for role in ROLES], device=device)
         self.scale: Tensor | None = None
         self.step = 0
 
@@ -146,8 +147,7 @@ class Block:
         self.history[self.step % len(self.history)] = torch.where(finite, seen, 0.0)
         self.step += 1
         amax = self.history.amax(0)
-        guess = torch.tensor([_GUESS[role] for role in ROLES], device=amax.device)
-        self.scale = limits / torch.where(amax > 0, amax * 2.0**margin, guess)
+        self.scale = limits / torch.where(amax > 0, amax * 2.0**margin, self.guess)
         return self.scale
 
 

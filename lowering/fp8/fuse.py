@@ -345,6 +345,7 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
     unit = ALIGNMENT if cast.block == (1, BLOCK) else 1
     plain = builder.buffer(cast.plain, "plain", rows, columns, align=unit)
     turned = builder.buffer(cast.turned, "turned", rows, columns, align=alignment(cast.block))
+    unit = alignment(cast.block) if cast.block[0] > 1 else unit
     scales = builder.buffer(cast.made(), "tiles", rows, columns, tile=cast.block, align=unit)
     place = 0
     for part, size in zip(cast.parts, sizes, strict=True):

@@ -73,7 +73,8 @@ def _made(store: Store, value: Tensor, outs: list[Tensor]) -> Tensor:
     into = next(outs[b] for b in (store.plain, store.turned) if b >= 0)
     scale = scale_of([value], 0, into.dtype, list(store.block), store.power_of_two)
     row, column = store.row // store.block[0], store.column // store.block[1]
-    outs[store.scales][row : row + scale.shape[0], column : column + scale.shape[1]] = scale
+    into = outs[store.scales][row : row + scale.shape[0], column : column + scale.shape[1]]
+    into.copy_(scale[: into.shape[0]])
     return spread(scale, value, store.block)
 
 

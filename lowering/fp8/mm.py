@@ -83,8 +83,10 @@ def refusal(
         return f"a bias of {bias.dtype} can't be added to {dtype}"
     shapes = (tuple(inverse_a.shape), tuple(inverse_b.shape))
     if blocks:
-        if a.shape[1] % BLOCK or b.shape[0] % BLOCK or E5M2 in (a.dtype, b.dtype):
-            return f"scales of blocks need e4m3 and multiples of {BLOCK}"
+        if a.shape[1] % (4 * BLOCK) or b.shape[0] % BLOCK or E5M2 in (a.dtype, b.dtype):
+            return f"scales of blocks need e4m3, {BLOCK} outputs and four blocks of inputs, or multiples"
+        if a.shape[0] % 4:
+            return f"scales of {a.shape[0]} rows do not fill lines of 16 bytes"
         if shapes != _blocks(a, b):
             return f"scales of shapes {shapes[0]} and {shapes[1]} are not those of blocks"
     elif shapes not in (((1, 1), (1, 1)), ((a.shape[0], 1), (b.shape[0], 1))):

@@ -87,7 +87,7 @@ def fp8_quantize(
     after: Tensor | None = None,
 ) -> Tensor:
     """parts, together [R, C], to [R, C] in `dtype`; or transposed to [C, R'], R' the next multiple of 16 (of
-    a block's rows) and the rest zeros: the layout of a product that contracts the rows. With blocks of
+    four blocks' rows) and the rest zeros: the layout of a product that contracts the rows. With blocks of
     1 x 128 the plain copy has R rounded up to 16 as well.
 
     `after` is a tensor that the cast has to wait for and does not read. A gradient's scale given so keeps the
@@ -109,7 +109,7 @@ def scale_of(
     if block == [0, 0]:
         return scale_from_amax(amax_of(parts, dim).reshape(1, 1), dtype, power_of_two)
     x = _joined(parts, dim)
-    amax = _block_amax(_padded(x, padding(block, x.shape[0]), 0), block)
+    amax = _block_amax(_padded(x, scale_padding(block, x.shape[0]), 0), block)
     return scale_from_amax(amax, dtype, power_of_two)
 
 
@@ -132,9 +132,15 @@ def padding(block: Sequence[int], rows: Any) -> Any:
     return -rows % ALIGNMENT if list(block) == [1, 128] else 0
 
 
+def scale_padding(block: Sequence[int], rows: Any) -> Any:
+    """Rows of zeros that scales are made for: those of the plain copy, or of the transposed one."""
+    return -rows % alignment(block) if block[0] > 1 else padding(block, rows)
+
+
 def alignment(block: Sequence[int]) -> int:
-    """What the contracted rows of a transposed copy are padded to."""
-    return max(ALIGNMENT, block[0])
+    """What the contracted rows of a transposed copy are padded to. cuBLASLt reads the scales of 128 x 128
+    blocks in lines of 16 bytes, four blocks along the contracted dimension."""
+    return ALIGNMENT if block[0] <= 1 else 4 * block[0]
 
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
@@ -210,7 +216,7 @@ def _fake_scale(
     rows, columns = _sizes(parts, dim)
     sizes = [
         1 if size == 0 else (extent + size - 1) // size
-        for size, extent in zip(block, (rows + padding(block, rows), columns), strict=True)
+        for size, extent in zip(block, (rows + scale_padding(block, rows), columns), strict=True)
     ]
     return parts[0].new_empty(sizes, dtype=torch.float32)
 

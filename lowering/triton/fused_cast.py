@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
-from kp_compiler.lowering.fp8.program import Launch, Program, Store
+from kp_compiler.lowering.fp8.program import Buffer, Launch, Program, Store
 
 _TRITON = {
     torch.float8_e4m3fn: "tl.float8e4nv",
@@ -53,16 +53,22 @@ def _launch(launch: Launch, program: Program, tensors: list[Tensor], outs: list[
         leaves = [x.contiguous() if x.dim() == 2 else x for x in leaves]
         full = [x for x, (_, kind) in zip(leaves, launch.leaves, strict=True) if kind == "full"]
     height, width, warps = launch.tile
-    targets = [outs[b] for store in launch.stores for b in _buffers(store)]
-    dtypes = tuple(_TRITON[out.dtype] for out in targets)
-    kernel = _kernel(launch, dtypes)
-    even = rows % height == 0 and columns % width == 0
-    grid = (triton.cdiv(columns, width), triton.cdiv(rows, height))
-    kernel[grid](
-        *leaves, *targets, *(x.stride(0) for x in full), *(out.stride(0) for out in targets),
-        *(out.shape[0] for out in targets), rows, columns,
-        BLOCK_M=height, BLOCK_K=width, EVEN=even, num_warps=warps,
+    buffers = [b for store in launch.stores for b in _buffers(store)]
+    targets, ends = [outs[b] for b in buffers], [_end(program.buffers[b], outs[b], rows) for b in buffers]
+    even = rows % height == 0 and columns % width == 0 and max(ends) == rows
+    kernel = _kernel(launch, tuple(_TRITON[out.dtype] for out in targets))
+    kernel[(triton.cdiv(columns, width), triton.cdiv(max(ends), height))](
+        *leaves, *targets, *(x.stride(0) for x in full), *(out.stride(0) for out in targets), *ends,
+        rows, columns, BLOCK_M=height, BLOCK_K=width, EVEN=even, num_warps=warps,
     )  # fmt: skip
+
+
+def _end(buffer: Buffer, out: Tensor, rows: int) -> int:
+    """The row, counted from the launch's first, where a result ends: padding is written, parts below are
+    not."""
+    if buffer.rows >= 0 or buffer.align == 1:
+        return rows
+    return out.shape[1] if buffer.layout == "turned" else out.shape[0] * buffer.tile[0]
 
 
 @lru_cache(maxsize=1024)
@@ -71,18 +77,18 @@ def _kernel(launch: Launch, dtypes: tuple[str, ...]) -> Any:
 
 
 def source(launch: Launch, dtypes: tuple[str, ...]) -> str:
-    """The kernel as Python: pointers of leaves and results, strides, sizes."""
+    """The kernel as Python: pointers of leaves and results, strides, where results end, sizes."""
     full = [i for i, (_, kind) in enumerate(launch.leaves) if kind == "full"]
-    arguments = [f"p{i}" for i in range(len(launch.leaves))] + [f"o{i}" for i in range(len(dtypes))]
-    arguments += [f"s{i}" for i in full] + [f"t{i}" for i in range(len(dtypes))]
-    arguments += [f"r{i}" for i in range(len(dtypes))] + ["M", "K"]
+    results = range(len(dtypes))
+    arguments = [f"p{i}" for i in range(len(launch.leaves))] + [f"o{i}" for i in results]
+    arguments += [f"s{i}" for i in full] + [f"t{i}" for i in results] + [f"r{i}" for i in results]
     lines = [
         "import triton",
         "import triton.language as tl",
         "",
         "@triton.jit",
-        f"def kernel({', '.join(arguments)}, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,",
-        "           EVEN: tl.constexpr):",
+        f"def kernel({', '.join(arguments)}, M, K,",
+        "           BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):",
         "    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)",
         "    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]",
         "    inside = tl.full([BLOCK_M, BLOCK_K], True, tl.int1) if EVEN else (m < M) & (k < K)",
@@ -91,34 +97,40 @@ def source(launch: Launch, dtypes: tuple[str, ...]) -> str:
     lines += [f"    {line}" for line in launch.code]
     number = 0
     for store in launch.stores:
-        scale = f"x{store.scale}"
-        if store.scales >= 0:
-            lines += _scales(store, number, dtypes[number + 1])
-            scale, number = "scale", number + 1
-        lines += _scaled(store.value, scale, dtypes[number])
-        if store.plain >= 0:
-            lines.append(
-                f"    tl.store(o{number} + (m + {store.row}) * t{number} + k + {store.column}, q,"
-                f" mask=(k < K) & (m + {store.row} < {_end(store, number)}))"
-            )
-            number += 1
-        if store.turned >= 0:
-            lines += [
-                f"    edge = (k < K) & (m + {store.row} < t{number})",
-                f"    line = (tl.trans(k) + {store.column}).to(tl.int64)",
-                f"    place = line * t{number} + tl.trans(m) + {store.row}",
-                f"    tl.store(o{number} + place, tl.trans(q), mask=None if EVEN else tl.trans(edge))",
-            ]
-            number += 1
-        if store.amax >= 0:
-            lines += [
-                f"    top = tl.max(tl.where(inside, tl.abs({store.value}), 0.0))",
-                f"    bad = tl.max(tl.where(inside & ({store.value} != {store.value}), 1, 0))",
-                "    top = tl.where(bad > 0, float('nan'), top)",
-                f"    tl.store(o{number} + tl.program_id(1) * t{number} + tl.program_id(0), top)",
-            ]
-            number += 1
+        lines += _stores(store, number, dtypes)
+        number += len(_buffers(store))
     return "\n".join(lines) + "\n"
+
+
+def _stores(store: Store, number: int, dtypes: tuple[str, ...]) -> list[str]:
+    """Scale, cast and write one value; its results are numbered from `number`."""
+    lines, scale = [], f"x{store.scale}"
+    if store.scales >= 0:
+        lines, scale, number = _scales(store, number, dtypes[number + 1]), "scale", number + 1
+    lines += _scaled(store.value, scale, dtypes[number])
+    if store.plain >= 0:
+        lines += [
+            f"    place = (m + {store.row}) * t{number} + k + {store.column}",
+            f"    tl.store(o{number} + place, q, mask=None if EVEN else (k < K) & (m < r{number}))",
+        ]
+        number += 1
+    if store.turned >= 0:
+        lines += [
+            f"    line = (tl.trans(k) + {store.column}).to(tl.int64)",
+            f"    place = line * t{number} + tl.trans(m) + {store.row}",
+            f"    edge = tl.trans((k < K) & (m < r{number}))",
+            f"    tl.store(o{number} + place, tl.trans(q), mask=None if EVEN else edge)",
+        ]
+        number += 1
+    if store.amax >= 0:
+        lines += [
+            f"    top = tl.max(tl.where(inside, tl.abs({store.value}), 0.0))",
+            f"    bad = tl.max(tl.where(inside & ({store.value} != {store.value}), 1, 0))",
+            "    top = tl.where(bad > 0, float('nan'), top)",
+            f"    place = tl.program_id(1) * t{number} + tl.program_id(0)",
+            f"    tl.store(o{number} + place, top, mask=tl.program_id(1) * BLOCK_M < M)",
+        ]
+    return lines
 
 
 def _load(index: int, kind: str) -> str:
@@ -134,32 +146,25 @@ def _load(index: int, kind: str) -> str:
 def _scales(store: Store, number: int, dtype: str) -> list[str]:
     """Scales of the blocks of a tile, and where they go: 1 x 128, 128 x 1 or 128 x 128."""
     limit = 448.0 if "e4" in dtype else 57344.0
-    lines = [f"    top = tl.where(inside, tl.abs({store.value}), 0.0)"]
-    rows, columns = f"(m + {store.row})", f"(k + {store.column})"
+    row, column = f"m + {store.row}", f"k + {store.column}"
+    row_of_blocks = f"tl.program_id(1) + {store.row // 128}"
+    column_of_blocks = f"tl.program_id(0) + {store.column // 128}"
     if store.block[0] == 1:
-        lines.append("    top = tl.max(top, axis=1)[:, None]")
-        place, mask = (
-            f"{rows} * t{number} + tl.program_id(0) + {store.column // 128}",
-            f"m + {store.row} < {_end(store, number)}",
-        )
+        largest, mask, column = "tl.max(top, axis=1)[:, None]", f"m < r{number}", column_of_blocks
     elif store.block[1] == 1:
-        lines.append("    top = tl.max(top, axis=0)[None, :]")
-        place, mask = f"(tl.program_id(1) + {store.row // 128}) * t{number} + {columns}", "k < K"
+        largest, row = "tl.max(top, axis=0)[None, :]", row_of_blocks
+        mask = f"(k < K) & (tl.program_id(1) * BLOCK_M < r{number})"
     else:
-        lines.append("    top = tl.max(top)")
-        place = (
-            f"(tl.program_id(1) + {store.row // 128}) * t{number} + tl.program_id(0) + {store.column // 128}"
-        )
-        mask = "None"
-    lines.append(f"    scale = {limit} / tl.where(top < {limit * 2.0**-126}, {limit}, top)")
-    if store.power_of_two:
-        lines.append("    scale = tl.exp2(tl.floor(tl.log2(scale)))")
-    return [*lines, f"    tl.store(o{number} + {place}, scale, mask={mask})"]
-
-
-def _end(store: Store, number: int) -> str:
-    """The first row that a launch must not write: where a part's rows end, or a padded result does."""
-    return f"r{number}" if store.block == (1, 128) else f"M + {store.row}"
+        largest, row, column = "tl.max(top)", row_of_blocks, column_of_blocks
+        mask = f"tl.program_id(1) * BLOCK_M < r{number}"
+    rounded = ["    scale = tl.exp2(tl.floor(tl.log2(scale)))"] if store.power_of_two else []
+    return [
+        f"    top = tl.where(inside, tl.abs({store.value}), 0.0)",
+        f"    top = {largest}",
+        f"    scale = {limit} / tl.where(top < {limit * 2.0**-126}, {limit}, top)",
+        *rounded,
+        f"    tl.store(o{number} + ({row}) * t{number} + {column}, scale, mask={mask})",
+    ]
 
 
 def _scaled(value: str, scale: str, dtype: str) -> list[str]:
