@@ -22,6 +22,7 @@ from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
 from kp_compiler.runtime import forget
 from kp_compiler.target import Target
 from kp_compiler.verify import verify_site
+from kp_compiler.verify_linear import verify_linear
 from kp_compiler.writes import erase_orphans
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index
     if each.final:
         verdict = None
         if task.config.verify and not task.plan_only:
-            verdict = verify_site(site, match, ctx)
+            verdict = verify_site(site, match, ctx) if each.kind == "attention" else verify_linear(match, ctx)
             if verdict.failure is not None:
                 if task.config.strict:
                     raise KPError(f"{module_of(site)}: {verdict.failure}")

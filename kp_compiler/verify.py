@@ -39,7 +39,7 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
     chosen, spec, shape = match.data
     if spec.dropout_p:
         return Verdict("skipped: dropout is random")
-    sizes = [_hint(x) for x in (shape.batch, shape.heads, shape.queries, shape.keys)]
+    sizes = [hint(x) for x in (shape.batch, shape.heads, shape.queries, shape.keys)]
     if math.prod(sizes) > MAX_SCORES:
         return Verdict(f"skipped: {math.prod(sizes)} scores are too many for a float64 run")
     if ctx.calls:
@@ -165,10 +165,10 @@ def _random(node: Node) -> Any:
     """A real value like a node's fake one: normal numbers, or 0 and 1 for integers and booleans."""
     value = value_of(node)
     if isinstance(value, torch.SymInt):
-        return _hint(value)
+        return hint(value)
     if not isinstance(value, torch.Tensor):
         return value
-    sizes = [_hint(size) for size in value.shape]
+    sizes = [hint(size) for size in value.shape]
     if value.is_floating_point():
         return torch.randn(sizes, device=value.device, dtype=torch.float32).to(value.dtype)
     return torch.randint(0, 2, sizes, device=value.device).to(value.dtype)
@@ -178,7 +178,7 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
     """The size that this compilation saw; no guard is added."""
     return size.node.hint if isinstance(size, torch.SymInt) else int(size)
 

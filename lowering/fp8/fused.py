@@ -97,7 +97,7 @@ def _store(
 
 def _clamped(value: Tensor, dtype: torch.dtype) -> Tensor:
     limit = torch.finfo(dtype).max
-    return value.clamp(-limit, limit).to(dtype)
+    return (value.clamp(-limit, limit) + value * 0.0).to(dtype)
 
 
 class _Language:

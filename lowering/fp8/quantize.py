@@ -186,7 +186,8 @@ def quantized(
     x = _joined(parts, dim)
     x = x if transpose else _padded(x, padding(block, x.shape[0]), 0)
     limit = torch.finfo(dtype).max
-    q = (x.float() * spread(scale, x, block)).clamp(-limit, limit)
+    scaled = x.float() * spread(scale, x, block)
+    q = scaled.clamp(-limit, limit) + scaled * 0.0  # an infinity becomes NaN, not the largest number
     if not transpose:
         return q.to(dtype)
     return _padded(q.t(), 0, -x.shape[0] % alignment(block)).contiguous().to(dtype)

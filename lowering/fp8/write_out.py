@@ -101,8 +101,9 @@ class Writer:
     ) -> Node:
         x = parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)
         limit = torch.finfo(dtype).max
-        q = self.call(aten.mul.Tensor, self.cast(x, torch.float32), scale)
-        q = self.call(aten.clamp_max.default, self.call(aten.clamp_min.default, q, -limit), limit)
+        scaled = self.call(aten.mul.Tensor, self.cast(x, torch.float32), scale)
+        q = self.call(aten.clamp_max.default, self.call(aten.clamp_min.default, scaled, -limit), limit)
+        q = self.call(aten.add.Tensor, q, self.call(aten.mul.Tensor, scaled, 0.0))  # infinities become NaN
         if not transpose:
             return self.cast(q, dtype)
         more = -x.meta["val"].shape[0] % 16

@@ -169,11 +169,12 @@ def _scales(store: Store, number: int, dtype: str) -> list[str]:
 
 def _scaled(value: str, scale: str, dtype: str) -> list[str]:
     """Clamped by comparisons, which leave NaN alone (a clamp beside a transposed FP8 store was miscompiled:
-    triton-lang/triton#11111). Rows past the last one become zeros."""
+    triton-lang/triton#11111). Infinities become NaN, rows past the last one zeros."""
     limit = 448.0 if "e4" in dtype else 57344.0
     return [
-        f"    q = {value} * {scale}",
-        f"    q = tl.where(q > {limit}, {limit}, q)",
+        f"    scaled = {value} * {scale}",
+        f"    q = tl.where(scaled > {limit}, {limit}, scaled)",
         f"    q = tl.where(q < {-limit}, {-limit}, q)",
+        "    q = tl.where(tl.abs(scaled) == float('inf'), float('nan'), q)",
         f"    q = tl.where(inside, q, 0.0).to({dtype})",
     ]
