@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -120,6 +121,14 @@ def _succeeds(command: list[str], text: bytes = b"") -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return True
+
+
+def may_shard_parameters() -> bool:
+    """FSDP is loaded beside a process group: parameters may be gathered into memory whose version counter
+    stands still."""
+    import torch.distributed as dist
+
+    return "torch.distributed.fsdp" in sys.modules and dist.is_available() and dist.is_initialized()
 
 
 def is_available() -> bool:

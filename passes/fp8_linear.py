@@ -29,6 +29,7 @@ from kp_compiler.metadata import tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, fake_mode, left_out
 from kp_compiler.runtime import add_inputs, position, providers
 from kp_compiler.specs import LinearShape, LinearSpec
+from kp_compiler.target import may_shard_parameters
 from kp_compiler.writes import erase_orphans, storage_of
 
 HALF = (torch.bfloat16, torch.float16)
@@ -158,6 +159,8 @@ def _outer(node: Node, ctx: Context) -> Node:
 def _cacheable(group: Group, weights: list[Any], ctx: Context) -> bool:
     """No gradient is wanted, and the weights are parameters of the whole graph that it does not write to."""
     if not ctx.config.fp8_linear.cache_weights or ctx.calls or group.shape.grad_x or group.shape.grad_w:
+        return False
+    if may_shard_parameters():
         return False
     return all(
         w.op == "placeholder"
