@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kp_compiler.demos import attention, masks
+from kp_compiler.demos import attention, fp8, masks
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ DEMOS: dict[str, Demo] = {
     demo.name: demo
     for demo in (
         Demo("attention", attention.SUMMARY, attention.run, attention.example),
+        Demo("fp8", fp8.SUMMARY, fp8.run, fp8.example),
         Demo("masks", masks.SUMMARY, masks.run, masks.example),
     )
 }
