@@ -12,7 +12,7 @@ from torch import nn
 
 import kp_compiler
 from kp_compiler.capture import merged
-from kp_compiler.lowering.fp8 import mm
+from kp_compiler.lowering.fp8 import mm, quantize
 from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, fp8_quantize, fp8_scale, sqnr
 from tests.helpers import REFERENCE, captured_graphs, run_both
 
@@ -387,6 +387,66 @@ def test_dynamic_rows_compile_once() -> None:
             out.sum().backward()
             assert sqnr(out, model(x)) > 20
     assert len(reports) == 1
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_tied_weights(recipe: str) -> None:
+    """One weight at two sites, once transposed: both are rewritten, and their gradients add up."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, K) / 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight).relu() @ self.weight
+
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(M, K)
+    run = torch.compile(model, backend="kp", fullgraph=True, options={**REFERENCE, **fp8(recipe)})
+    with kp_compiler.capture_reports() as reports:
+        for _ in range(3):
+            got = train(run, x)
+    assert len(merged(reports).rewritten("linear")) == 2
+    assert all(sqnr(a, b) > 18 for a, b in zip(got, train(model, x), strict=True))
+    if recipe == "delayed":
+        names = {name.partition(".fp8_")[2] for name in kp_compiler.state_dict(run)}
+        assert names == {
+            f"{use}{what}" for use in ("", "1_") for what in ("amax_history", "amax", "overflows")
+        }
+
+
+def test_low_rank_updates_are_left_alone() -> None:
+    """LoRA: the base product is taken, the two narrow factors are not."""
+
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.a, self.b = nn.Linear(K, N), nn.Linear(K, 16, False), nn.Linear(16, N, False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.b(self.a(x)) * 2.0
+
+    _, report = compiled(Lora(), (torch.randn(M, K),), **fp8())
+    assert [s.status for s in report.sites] == ["refused", "refused", "rewritten"]
+    assert {s.reason.code for s in report.refused()} == {"low-rank"}
+
+
+def test_operators_are_well_formed() -> None:
+    """Schema, fake results and dispatch, as torch checks them; of FP8 tensors it can only check the fakes."""
+    quantize.library()
+    mm.library()
+    kp, check = torch.ops.kp, torch.library.opcheck
+    x, one = torch.randn(24, 32), torch.ones(1, 1)
+    every, fakes = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"), ("test_faketensor",)
+    for block in ([0, 0], [1, 0], [0, 1]):
+        check(kp.fp8_scale.default, ([x, x], 0, E4M3, block, True, None), test_utils=every)
+        scale = kp.fp8_scale([x], 0, E4M3, block, False, None)
+        for turned in (False, True):
+            check(kp.fp8_quantize.default, ([x], 0, scale, E4M3, block, turned, one), test_utils=fakes)
+    check(kp.fp8_amax.default, ([x, x], 0), test_utils=every)
+    a, b = x.to(E4M3), torch.randn(16, 32).to(E4M3)
+    check(kp.fp8_mm.default, (a, b, one, one, None, torch.float32, False), test_utils=fakes)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
