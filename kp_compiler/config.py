@@ -80,6 +80,7 @@ class Fp8LinearConfig(PassConfig):
     margin: int = 1  # delayed: powers of two of headroom above the largest magnitude
     reduce_amax: bool = False  # delayed: the largest magnitude over all processes of the default group
     merge: bool = True  # one product for all weights that read the same activation
+    save: Literal["input", "fp8"] = "input"  # what a layer keeps of its input for the backward pass
     cache_weights: bool = True  # inference: keep weights in FP8 until a parameter's version counter moves
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering.fp8 import linear
 from kp_compiler.lowering.fp8.linear import finish, parse_spec, weight_cast
 from kp_compiler.lowering.fp8.mm import fp8_mm
 from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, fp8_amax, fp8_quantize
@@ -76,14 +77,14 @@ class _Delayed(torch.autograd.Function):
         seen_x.copy_(fp8_amax([x]))
         seen_w.copy_(fp8_amax(list(weights), dim=along))
         ctx.plan, ctx.seen_dy, ctx.sizes = plan, seen_dy, [w.shape[along] for w in weights]
-        ctx.save_for_backward(x, scale_x, scale_w, scale_dy, *weights)
+        kept, _ = linear.keep(plan, x, scale_x)
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(kept, scale_x, scale_w, scale_dy, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        from kp_compiler.lowering.fp8 import linear
-
         plan: Fp8Spec = ctx.plan
         x, scale_x, scale_w, scale_dy, *weights = ctx.saved_tensors
         amax, needed = fp8_amax(list(grads), dim=1), ctx.needs_input_grad[8:]
@@ -92,6 +93,7 @@ class _Delayed(torch.autograd.Function):
             plan, grads, scale_dy, x, scale_x, weights, scale_w,
             need_dx=ctx.needs_input_grad[1], need_dw=any(needed), sizes=ctx.sizes, after=amax,
         )  # fmt: skip
+        dx = None if dx is None else dx.to(ctx.dtype)
         wanted = (part if need else None for part, need in zip(dw, needed, strict=True))
         return (None, dx, *[None] * 6, *wanted)
 

@@ -73,7 +73,9 @@ class _Fp8Linear(torch.autograd.Function):
         )  # fmt: skip
         out = out[: x.shape[0]] if recipe.blocks else out
         ctx.plan, ctx.sizes = plan, [w.shape[1 if plan.transposed else 0] for w in weights]
-        ctx.save_for_backward(x, *_tensor_scales(recipe, scale_x, scale_w), *weights)
+        ctx.dtype = x.dtype
+        again = scale_w if recipe.w == recipe.w_t == TENSOR else None
+        ctx.save_for_backward(*keep(plan, x, scale_x), again, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
 
     @staticmethod
@@ -88,7 +90,20 @@ class _Fp8Linear(torch.autograd.Function):
             plan, grads, scale_dy, x, scale_x, weights, scale_w,
             need_dx=ctx.needs_input_grad[1], need_dw=any(needed), sizes=ctx.sizes, after=scale_dy,
         )  # fmt: skip
+        dx = None if dx is None else dx.to(ctx.dtype)
         return (None, dx, *(part if need else None for part, need in zip(dw, needed, strict=True)))
+
+
+def keep(plan: Fp8Spec, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What wgrad will read of the activation, and its scale: x itself, which may have to be kept for other
+    reasons or is cheap to compute again; or its transposed copy in FP8, of half the bytes."""
+    recipe = RECIPES[plan.recipe]
+    scale_t = scale if recipe.x == recipe.x_t == TENSOR else None
+    if plan.save != "fp8" or recipe.x_t is None:
+        return x, scale_t
+    if scale_t is None:
+        scale_t = _scale(plan, [x], recipe.x_t)
+    return fp8_quantize([x], scale_t, E4M3, recipe.x_t, transpose=True), scale_t
 
 
 def gradients(
@@ -105,23 +120,16 @@ def gradients(
     sizes: list[int],
     after: Tensor,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """dx, and dw of each weight. `after` is a tensor of the backward pass that its casts wait for."""
+    """dx, and dw of each weight. `x` and its scale are what `keep` returned, `after` is a tensor of the
+    backward pass that its casts wait for."""
     recipe = RECIPES[plan.recipe]
     dx = None
     if need_dx:
-        dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w, after).to(x.dtype)
+        dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w, after)
     if not need_dw:
         return dx, [None] * len(weights)
     dw = _wgrad(plan, recipe, grads, scale_dy, x, scale_x, after).to(weights[0].dtype)
     return dx, dw.split(sizes, 1 if plan.transposed else 0) if len(weights) > 1 else (dw,)
-
-
-def _tensor_scales(recipe: Recipe, scale_x: Tensor, scale_w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Scales that the backward pass can use again: those of whole tensors."""
-    return (
-        scale_x if recipe.x == recipe.x_t == TENSOR else None,
-        scale_w if recipe.w == recipe.w_t == TENSOR else None,
-    )
 
 
 def _scale(
@@ -226,9 +234,12 @@ def _wgrad(
         scale_dy = _scale(plan, grads, recipe.dy_t, grad_dtype, dim=1)
     if scale_x is None:
         scale_x = _scale(plan, [x], recipe.x_t, after=after)
+    x_t = x
+    if plan.save != "fp8":
+        x_t = fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=after)
     operands = [
         (fp8_quantize(list(grads), scale_dy, grad_dtype, recipe.dy_t, dim=1, transpose=True), scale_dy.t()),
-        (fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=after), scale_x.t()),
+        (x_t, scale_x.t()),
     ]
     swap = plan.transposed and recipe.x_t == recipe.dy_t  # else the kernel wants them in this order
     (a, scale_a), (b, scale_b) = reversed(operands) if swap else operands

@@ -68,6 +68,7 @@ class Fp8Spec:
     fast_accum: tuple[str, ...]
     transposed: bool  # weights are stored [K, N]
     dtype: str  # of the outputs
+    save: str = "input"  # what is kept of the activation: "input" or "fp8"
     fingerprint: str = ""
 
     def to_json(self) -> str:
@@ -94,5 +95,6 @@ def spec_for(config: Fp8LinearConfig, transposed: bool, dtype: str, fingerprint:
         config.fast_accum,
         transposed,
         dtype,
+        config.save,
         fingerprint,
     )
