@@ -195,6 +195,8 @@ def _merge(values: dict[str, Any], sources: dict[str, str], key: str, value: Any
     if key in PASS_CONFIGS:
         cls = PASS_CONFIGS[key]
         changes = _pass_settings(key, value)
+        if changes and cls().mode == "off" and "mode" not in changes and f"{key}.mode" not in sources:
+            changes["mode"] = "auto"  # who sets up a pass that is off by default asks for it
         values[key] = dataclasses.replace(values.get(key, cls()), **changes)
         sources.update({f"{key}.{name}": source for name in changes})
     elif key in GLOBAL_KEYS:

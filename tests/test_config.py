@@ -200,6 +200,16 @@ def test_pass_that_is_off(flag: str) -> None:
     assert outcome.error < 1e-6
 
 
+def test_settings_of_a_pass_that_is_off_by_default_ask_for_it() -> None:
+    assert resolve({}, env={}).fp8_linear.mode == "off"
+    assert resolve({"fp8_linear": {}}, env={}).fp8_linear.mode == "off"
+    assert resolve({"fp8_linear": {"recipe": "rowwise"}}, env={}).fp8_linear.mode == "auto"
+    assert resolve({"fp8_linear": {"expect": 2}}, env={}).fp8_linear.mode == "require"
+    settings = {"fp8_linear": {"recipe": "rowwise"}}
+    assert resolve(settings, env={"KP_PASSES": "-fp8_linear"}).fp8_linear.mode == "off"
+    assert resolve({"attention": {"skip": "x"}}, env={}).attention.mode == "auto"
+
+
 def test_mode_comes_from_either_side_but_not_both_ways() -> None:
     assert resolve({}, mode="reduce-overhead", env={}).mode == "reduce-overhead"
     assert resolve({"mode": "max-autotune"}, env={}).mode == "max-autotune"
