@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 
+from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec, LinearShape
 from kp_compiler.target import Target
 
@@ -160,7 +161,7 @@ def predict_linear(shape: LinearShape, recipe: str, target: Target) -> dict[str,
     if target.device != "cuda":
         return None
     passes = 1 + shape.grad_x + shape.grad_w
-    sizes = dict(zip((SM, SI, SN), (_hint(shape.rows), shape.inputs, shape.outputs), strict=True))
+    sizes = dict(zip((SM, SI, SN), (hint(shape.rows), shape.inputs, shape.outputs), strict=True))
     before = product(passes).seconds(PRODUCT, sizes)
     after = product(passes).seconds(FP8_PRODUCT[recipe], sizes)
     cast = casts(recipe, backward=passes > 1).seconds(1.0, sizes)
@@ -171,8 +172,3 @@ def predict_linear(shape: LinearShape, recipe: str, target: Target) -> dict[str,
         "before_ms": round(before * 1e3, 4),
         "gain": round(before / (after + cast), 2),
     }
-
-
-def _hint(size: Any) -> Any:
-    """The size that this compilation saw. It decides what is faster, never what is right: no guard."""
-    return size.node.hint if hasattr(size, "node") else size

@@ -23,8 +23,13 @@ def tensor_of(node: Any) -> torch.Tensor | None:
 
 def stride_order(value: torch.Tensor) -> list[int]:
     """Dimensions from the widest stride to the narrowest; sizes seen by this compilation decide."""
-    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    hints = [hint(stride) for stride in value.stride()]
     return sorted(range(value.dim()), key=lambda dim: (-hints[dim], dim))
+
+
+def hint(size: Any) -> int:
+    """The size that this compilation saw; no guard is added. For choices that are right for any size."""
+    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
 
 
 def number_of(value: Any) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kp_compiler.metadata import tensor_of, value_of
+from kp_compiler.metadata import hint, tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Match
 from kp_compiler.report import Rejection
 
@@ -176,11 +176,6 @@ def _random(node: Node) -> Any:
 
 def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def hint(size: Any) -> int:
-    """The size that this compilation saw; no guard is added."""
-    return size.node.hint if isinstance(size, torch.SymInt) else int(size)
 
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> float:

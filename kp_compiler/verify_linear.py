@@ -39,9 +39,10 @@ def _verify(group: Any) -> Verdict:
     spec = group.spec if group.spec.recipe != "delayed" else _current(group.spec)
     dtype, device = getattr(torch, spec.dtype), x.device
     with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        operands = [torch.randn(ROWS, group.shape.inputs, device=device, dtype=dtype)]
-        operands += [torch.randn(w.shape, device=device, dtype=dtype) for w in weights]  # type: ignore[union-attr]
-        grads = [torch.randn(ROWS, _outputs(w, spec), device=device, dtype=dtype) for w in operands[1:]]
+        shapes = [torch.Size((ROWS, group.shape.inputs)), *(w.shape for w in weights if w is not None)]
+        operands = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        outputs = [shape[spec.outputs_dim] for shape in shapes[1:]]
+        grads = [torch.randn(ROWS, size, device=device, dtype=dtype) for size in outputs]
         got, want = _run(spec, operands, grads, exact=False), _run(spec, operands, grads, exact=True)
     names = ["out"] * len(weights) + ["dx"] + ["dw"] * len(weights)
     found = [(name, sqnr(a, b)) for name, a, b in zip(names, got, want, strict=True)]
@@ -57,10 +58,6 @@ def _verify(group: Any) -> Verdict:
 def _current(spec: Any) -> Any:
     """Delayed scaling has no history here: the scales of the data itself."""
     return dataclasses.replace(spec, recipe="tensorwise")
-
-
-def _outputs(weight: torch.Tensor, spec: Any) -> int:
-    return int(weight.shape[1 if spec.transposed else 0])
 
 
 def _run(

@@ -7,6 +7,7 @@ graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -31,6 +32,19 @@ def _library() -> Any:
     library.define(f"linear{_LINEAR}")
     library.impl("linear", _plain_linear, "CompositeImplicitAutograd")
     return library
+
+
+def fragment(
+    name: str, schema: str, kernels: dict[str, Callable[..., Any]], fake: Callable[..., Any] | None = None
+) -> Any:
+    """Define `kp::name` with a kernel for each dispatch key. It lives as long as what is returned."""
+    made = torch.library.Library("kp", "FRAGMENT")
+    made.define(f"{name}{schema}")
+    for key, kernel in kernels.items():
+        made.impl(name, kernel, key)
+    if fake is not None:
+        torch.library.register_fake(f"kp::{name}", fake, lib=made)
+    return made
 
 
 def _plain_linear(

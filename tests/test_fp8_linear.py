@@ -1,4 +1,4 @@
-"""FP8 products: what is recognised, what merges, how far results are off, and what is refused."""
+"""FP8 products in models: what is recognised, what merges, what is refused, what it goes with."""
 
 from __future__ import annotations
 
@@ -13,38 +13,9 @@ from torch import nn
 import kp_compiler
 from kp_compiler.capture import merged
 from kp_compiler.lowering.fp8 import mm, quantize
-from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, fp8_quantize, fp8_scale, sqnr
+from kp_compiler.lowering.fp8.quantize import E4M3, sqnr
+from tests.fp8 import RECIPES, Gated, K, M, N, Weight, compiled, fp8, operands, targets, train
 from tests.helpers import REFERENCE, captured_graphs, run_both
-
-RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
-M, K, N = 40, 512, 1024
-
-
-def fp8(recipe: str = "tensorwise", **settings: Any) -> dict[str, Any]:
-    return {"fp8_linear": {"mode": "on", "recipe": recipe, **settings}}
-
-
-def operands(*shape: int) -> tuple[torch.Tensor, ...]:
-    return torch.randn(*(shape or (2, M // 2)), K), torch.randn(N, K) / 16, torch.randn(N)
-
-
-class Weight(nn.Module):
-    """A function of x and a parameter [N,K] or [K,N], and a bias."""
-
-    def __init__(self, function: Callable[..., Any], weight: torch.Tensor) -> None:
-        super().__init__()
-        self.function, self.weight, self.bias = function, nn.Parameter(weight), nn.Parameter(torch.randn(N))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(x, self.weight, self.bias)
-
-
-def compiled(function: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
-    """The result under kp, and the report."""
-    with kp_compiler.capture_reports() as reports:
-        out = torch.compile(function, backend="kp", fullgraph=True, options={**REFERENCE, **options})(*inputs)
-    return out, merged(reports)
-
 
 # --------------------------------------------------------------------------------------------- recognition
 
@@ -182,19 +153,6 @@ def test_auto_asks_the_cost_model() -> None:
 # ------------------------------------------------------------------------------------------------- merging
 
 
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(K, N), nn.Linear(K, N, bias=False), nn.Linear(N, K)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-def targets(graph: Any, name: str) -> list[Any]:
-    return [n for n in graph.nodes if n.op == "call_function" and name in str(n.target)]
-
-
 def test_products_of_one_activation_merge() -> None:
     (gm,) = captured_graphs(
         Gated(), torch.randn(M, K), options={"cpu_rewrites": True, **fp8(), "attention": "auto"}
@@ -246,132 +204,6 @@ def test_results_that_must_be_contiguous_do_not_merge(use: Callable[..., Any]) -
     assert [len(call.args[1]) for call in targets(gm.graph, "kp.fp8_linear")] == [1, 1]
     out, _ = compiled(Two(), (torch.randn(M, K),), **fp8())
     assert all(o.is_contiguous() for o in out)
-
-
-# -------------------------------------------------------------------------------------- casts and products
-
-
-def joint_counts(model: nn.Module, x: torch.Tensor, recipe: str) -> tuple[int, int]:
-    """Casts in the forward and in the backward graph that AOTAutograd makes."""
-    from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    counts: list[int] = []
-
-    def count(gm: Any, inputs: Any) -> Any:
-        counts.append(len(targets(gm.graph, "fp8_quantize")))
-        return gm.forward
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        from kp_compiler.config import resolve
-        from kp_compiler.pipeline import Run, run
-        from kp_compiler.target import Target
-
-        run(Run(graph, resolve({"cpu_rewrites": True, **fp8(recipe)}), Target("cpu", reference=True)))
-        return aot_module_simplified(
-            graph, inputs, fw_compiler=count, bw_compiler=count,
-            partition_fn=min_cut_rematerialization_partition,
-        )  # fmt: skip
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend)(x).sum().backward()
-    return counts[0], counts[1]
-
-
-def test_one_cast_for_each_matrix() -> None:
-    """Forward: two activations and two groups of weights. Backward: each gradient and its transpose, each
-    weight and each activation transposed."""
-    x = torch.randn(M, K, requires_grad=True)
-    assert joint_counts(Gated(), x, "tensorwise") == (4, 8)
-
-
-@pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1), (1, 128), (128, 1), (128, 128)])
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize("power_of_two", [False, True])
-def test_cast(block: tuple[int, int], dtype: torch.dtype, power_of_two: bool) -> None:
-    """Nothing overflows, every block uses its range, and the transposed copy is the same numbers."""
-    x = torch.randn(200, 288) * torch.logspace(-3, 3, 288)
-    scale = fp8_scale([x], dtype, block, power_of_two=power_of_two)
-    q = fp8_quantize([x], scale, dtype, block)
-    turned = fp8_quantize([x], scale[:200], dtype, block, transpose=True)
-    assert turned.shape == (288, 512 if block[0] == 128 else 208)
-    if block == (1, 128):  # rows of zeros, which the product's kernel wants
-        assert q.shape == (208, 288) and not q[200:].float().any()
-        q, scale = q[:200], scale[:200]
-    assert torch.equal(turned[:, :200].float(), q.t().float())
-    assert not turned[:, 200:].float().any()
-    largest = q.float().abs().max()
-    limit = torch.finfo(dtype).max
-    assert limit / 2 < largest <= limit if power_of_two else largest == limit
-    wide = scale
-    for dim, size in enumerate(block):
-        wide = wide.repeat_interleave(size, dim).narrow(dim, 0, x.shape[dim]) if size > 1 else wide
-    coarse = dtype == E5M2
-    if block != (0, 0) and block != (1, 0):
-        assert sqnr(q.float() / wide, x) > (24 if coarse else 30)
-
-
-def test_cast_of_parts_is_the_cast_of_their_concatenation() -> None:
-    a, b = torch.randn(32, 48), torch.randn(16, 48)
-    for dim, parts in ((0, [a, b]), (1, [a.t(), b.t()])):
-        whole = torch.cat(parts, dim)
-        for block in ((0, 0), (1, 0), (0, 1)):
-            scale = fp8_scale(parts, E4M3, block, power_of_two=False, dim=dim)
-            assert torch.equal(scale, fp8_scale([whole], E4M3, block, power_of_two=False))
-            for turned in (False, True):
-                got = fp8_quantize(parts, scale, E4M3, block, dim=dim, transpose=turned)
-                want = fp8_quantize([whole], scale, E4M3, block, transpose=turned)
-                assert torch.equal(got.float(), want.float())
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-42, float("inf"), float("nan")])
-def test_special_values(value: float) -> None:
-    """Zeros and denormals stay zero; an infinity or a NaN shows in all that shares its scale."""
-    x = torch.zeros(16, 16)
-    x[0, 0] = value
-    scale = fp8_scale([x], E4M3, (0, 0), power_of_two=False)
-    q = fp8_quantize([x], scale, E4M3, (0, 0)).float() / scale
-    if value in (0.0, 1e-42):
-        assert not q.any()
-    else:
-        assert q.isnan().all()
-
-
-def test_scales_of_rows_keep_a_spike_to_its_row() -> None:
-    """A spike of 1e5 times the rest costs one scale a tensor its precision, and one scale a row nothing."""
-    x, w = torch.randn(64, K), torch.randn(N, K)
-    x[3, 5] = 1e5
-    want = x @ w.t()
-    rest = [i for i in range(64) if i != 3]
-    found = {}
-    for recipe in ("tensorwise", "rowwise"):
-        got, _ = compiled(Weight(lambda x, w, b: F.linear(x, w), w.clone()), (x,), **fp8(recipe))
-        found[recipe] = sqnr(got[rest], want[rest])
-    assert found["rowwise"] >= 27
-    assert found["tensorwise"] < 20
-
-
-REFUSED = {
-    "dtypes": lambda a, b, s, t: (a.float(), b, s, t),
-    "two e5m2": lambda a, b, s, t: (a.to(E5M2), b.float().to(E5M2), s, t),
-    "contiguous along": lambda a, b, s, t: (a, b.t().contiguous().t(), s, t),
-    "multiples of 16": lambda a, b, s, t: (a[:, :40], b[:, :40], s, t),
-    "no multiple of 16": lambda a, b, s, t: (a, b[:24], s, t),
-    "must be float32": lambda a, b, s, t: (a, b, s.double(), t),
-    "go with no kernel": lambda a, b, s, t: (a, b, s.expand(a.shape[0], 1), t),
-}
-
-
-@pytest.mark.parametrize("said", REFUSED)
-def test_the_emulation_refuses_what_an_h100_refuses(said: str) -> None:
-    a, b, one = torch.randn(48, 64).to(E4M3), torch.randn(32, 64).to(E4M3), torch.ones(1, 1)
-    assert mm.refusal(a, b, one, one, None, torch.bfloat16) is None
-    text = mm.refusal(*REFUSED[said](a, b, one, one), None, torch.bfloat16)
-    assert text is not None
-    if said == "dtypes":
-        assert "must be FP8" in text
-    else:
-        assert said in text
 
 
 # --------------------------------------------------------------------------------------------- composition
@@ -523,7 +355,7 @@ def test_operators_are_well_formed() -> None:
             check(kp.fp8_quantize.default, ([x], 0, scale, E4M3, block, turned, one), test_utils=fakes)
     check(kp.fp8_amax.default, ([x, x], 0), test_utils=every)
     a, b = x.to(E4M3), torch.randn(16, 32).to(E4M3)
-    check(kp.fp8_mm.default, (a, b, one, one, None, torch.float32, False), test_utils=fakes)
+    check(kp.fp8_mm.default, (a, b, one, one, torch.float32, False), test_utils=fakes)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -658,133 +490,3 @@ def test_verify_refuses_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     out, report = compiled(Gated(), (torch.randn(M, K),), **fp8(), verify=True, strict=False)
     assert {site.reason.code for site in report.sites} == {"verify-failed"}
     assert torch.isfinite(out).all()
-
-
-# ------------------------------------------------------------------------------------------------- delayed
-
-
-def train(run: Any, x: torch.Tensor, scale: float = 1e-3) -> list[torch.Tensor]:
-    module = getattr(run, "_orig_mod", run)
-    module.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    out = run(x)
-    (out * scale).sum().backward()
-    return [out.detach(), x.grad, *(p.grad for p in module.parameters())]
-
-
-def delayed(model: nn.Module, **settings: Any) -> Any:
-    options = {**REFERENCE, **fp8("delayed", **{"amax_history": 4, **settings})}
-    return torch.compile(model, backend="kp", fullgraph=True, options=options)
-
-
-def worst(run: Any, model: nn.Module, x: torch.Tensor) -> float:
-    return min(sqnr(a, b) for a, b in zip(train(run, x), train(model, x), strict=True))
-
-
-def test_delayed_scales_follow_the_data() -> None:
-    """The history holds what each step saw, oldest first; a jump by four saturates once and is counted."""
-    torch.manual_seed(0)
-    model = Gated()
-    run = delayed(model)
-    x = torch.randn(M, K)
-    for _ in range(3):
-        good = worst(run, model, x)
-    assert good > 18
-    state = kp_compiler.state_dict(run)
-    assert set(state) == {
-        f"{name}.weight.fp8_{what}"
-        for name in ("gate", "down")
-        for what in ("amax_history", "amax", "overflows")
-    }
-    assert state["gate.weight.fp8_amax"][0] == x.abs().max()
-    assert state["gate.weight.fp8_amax"][1] == max(w.weight.abs().max() for w in (model.gate, model.up))
-    assert not any(state[f"{name}.weight.fp8_overflows"].any() for name in ("gate", "down"))
-    train(run, 8 * x)
-    assert worst(run, model, 8 * x) > 18
-    assert kp_compiler.state_dict(run)["gate.weight.fp8_overflows"].tolist()[:2] == [1, 0]
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_non_finite_values_are_counted_and_forgotten(value: float) -> None:
-    torch.manual_seed(0)
-    model, x = Gated(), torch.randn(M, K)
-    run = delayed(model)
-    for _ in range(2):
-        train(run, x)
-    bad = x.clone()
-    bad[3, 4] = value
-    out, *_ = train(run, bad)
-    assert not torch.isfinite(out[3]).any()
-    assert worst(run, model, x) > 18
-    assert kp_compiler.state_dict(run)["gate.weight.fp8_overflows"][0] == 1
-
-
-def test_state_survives_recompilation_and_a_restart() -> None:
-    torch.manual_seed(0)
-    model, x = Gated(), torch.randn(M, K)
-    run = delayed(model)
-    for _ in range(3):
-        train(run, x)
-    before = kp_compiler.state_dict(run)
-    train(run, torch.randn(M + 9, K))  # another length: another graph, the same state
-    after = kp_compiler.state_dict(run)
-    assert torch.equal(after["gate.weight.fp8_amax_history"][-1], before["gate.weight.fp8_amax"])
-    other = Gated()
-    other.load_state_dict(model.state_dict())
-    again = delayed(other)
-    kp_compiler.load_state_dict(again, after)  # before its first call
-    assert all(torch.equal(a, b) for a, b in zip(train(run, x), train(again, x), strict=True))
-    kp_compiler.load_state_dict(again, before)  # and after it
-    kp_compiler.load_state_dict(run, before)
-    assert all(torch.equal(a, b) for a, b in zip(train(run, x), train(again, x), strict=True))
-
-
-def test_two_models_have_states_of_their_own() -> None:
-    torch.manual_seed(0)
-    first, second = Gated(), Gated()
-    runs = [delayed(first), delayed(second)]
-    for _ in range(2):
-        for run, size in zip(runs, (1.0, 100.0), strict=True):
-            train(run, size * torch.ones(M, K))
-    seen = [float(kp_compiler.state_dict(run)["gate.weight.fp8_amax"][0]) for run in runs]
-    assert seen == [1.0, 100.0]
-
-
-def test_state_of_a_checkpointed_body() -> None:
-    """Recomputing the forward pass does not count a step twice."""
-    from torch.utils.checkpoint import checkpoint
-
-    torch.manual_seed(0)
-    model = Gated()
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(self.inner, x, use_reentrant=False)
-
-    run = delayed(Checkpointed())
-    inputs = [torch.randn(M, K) for _ in range(3)]
-    for x in inputs:
-        train(run, x)
-    state = kp_compiler.state_dict(run)
-    history = state["inner.gate.weight.fp8_amax_history"][:, 0]
-    assert history[-2:].tolist() == [float(x.abs().max()) for x in inputs[:2]]
-    assert state["inner.gate.weight.fp8_amax"][0] == inputs[2].abs().max()
-
-
-def test_load_state_dict_says_what_is_wrong() -> None:
-    model = Gated()
-    with pytest.raises(KeyError, match=r"nothing\.weight"):
-        kp_compiler.load_state_dict(model, {"nothing.weight.fp8_amax": torch.zeros(3)})
-    with pytest.raises(KeyError, match="incomplete"):
-        kp_compiler.load_state_dict(model, {"gate.weight.fp8_amax": torch.zeros(3)})
-
-
-def test_computed_weights_have_no_state() -> None:
-    module = Weight(lambda x, w, b: F.linear(x, w * 2), torch.randn(N, K))
-    x = torch.randn(M, K, requires_grad=True)
-    _, report = compiled(module, (x,), **fp8("delayed"))
-    assert [site.reason.code for site in report.sites] == ["no-parameter"]

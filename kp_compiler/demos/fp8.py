@@ -136,10 +136,10 @@ def _timed() -> str:
 
         for _ in range(3):
             step()
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
         begin = time.perf_counter()
         for _ in range(10):
             step()
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
         rows.append((name, f"{(time.perf_counter() - begin) * 100:.1f}"))
     return "\n" + common.table(rows)

@@ -15,20 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kp_compiler.lowering.fp8.linear import cast_activation, finish, parse_spec, weight_cast, weight_scale
-from kp_compiler.lowering.fp8.mm import fp8_mm
-from kp_compiler.lowering.fp8.recipes import RECIPES
+from kp_compiler.lowering.fp8.linear import (
+    cast_activation,
+    finish,
+    fprop,
+    parse_spec,
+    weight_cast,
+    weight_scale,
+)
+from kp_compiler.lowering.ops import fragment
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor scale, int[] sizes, Tensor?[] biases, str spec) -> Tensor[]"
 
 
 @cache
 def library() -> Any:
-    """Registers the operators of this file, once."""
-    made = torch.library.Library("kp", "FRAGMENT")
-    made.define(f"fp8_linear_cached{_SCHEMA}")
-    made.impl("fp8_linear_cached", _linear, "CompositeImplicitAutograd")
-    return made
+    """Registers the operator of this file, once."""
+    return fragment("fp8_linear_cached", _SCHEMA, {"CompositeImplicitAutograd": _linear})
 
 
 def fp8_linear_cached() -> Any:
@@ -44,12 +47,7 @@ def _linear(
     plan = parse_spec(spec)
     rows = x.reshape(-1, x.shape[-1])
     quantized, scale_x = cast_activation(plan, rows)
-    out = fp8_mm(
-        quantized, weight, scale_x, scale,
-        dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum,
-        blocks=RECIPES[plan.recipe].blocks,
-    )  # fmt: skip
-    out = out[: rows.shape[0]] if RECIPES[plan.recipe].blocks else out
+    out = fprop(plan, quantized, weight, scale_x, scale, rows.shape[0])
     outs = out.split(sizes, dim=1) if len(sizes) > 1 else (out,)
     return finish(plan, x, outs, biases)
 

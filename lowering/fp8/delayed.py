@@ -22,9 +22,9 @@ from torch import Tensor
 
 from kp_compiler.lowering.fp8 import linear
 from kp_compiler.lowering.fp8.linear import finish, parse_spec, weight_cast
-from kp_compiler.lowering.fp8.mm import fp8_mm
 from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, fp8_amax, fp8_quantize
 from kp_compiler.lowering.fp8.recipes import TENSOR, Fp8Spec
+from kp_compiler.lowering.ops import fragment
 
 ROLES = ("x", "w", "dy")
 # The magnitudes that a first step is prepared for, where nothing is known: activations behind a norm stay
@@ -38,11 +38,8 @@ _SCHEMA = (
 
 @cache
 def library() -> Any:
-    """Registers the operators of this file, once."""
-    made = torch.library.Library("kp", "FRAGMENT")
-    made.define(f"fp8_linear_delayed{_SCHEMA}")
-    made.impl("fp8_linear_delayed", _linear, "CompositeImplicitAutograd")
-    return made
+    """Registers the operator of this file, once."""
+    return fragment("fp8_linear_delayed", _SCHEMA, {"CompositeImplicitAutograd": _linear})
 
 
 def fp8_linear_delayed() -> Any:
@@ -69,16 +66,13 @@ class _Delayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *rest: Tensor) -> Any:
         (scale_x, scale_w, scale_dy, seen_x, seen_w, seen_dy), weights = rest[:6], rest[6:]
-        along = 1 if plan.transposed else 0
-        out = fp8_mm(
-            fp8_quantize([x], scale_x, E4M3, TENSOR), weight_cast(plan, weights, scale_w),
-            scale_x, scale_w, dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum,
-        )  # fmt: skip
+        quantized = fp8_quantize([x], scale_x, E4M3, TENSOR)
+        out = linear.fprop(plan, quantized, weight_cast(plan, weights, scale_w), scale_x, scale_w, x.shape[0])
         seen_x.copy_(fp8_amax([x]))
-        seen_w.copy_(fp8_amax(list(weights), dim=along))
-        ctx.plan, ctx.seen_dy, ctx.sizes = plan, seen_dy, [w.shape[along] for w in weights]
+        seen_w.copy_(fp8_amax(list(weights), dim=plan.outputs_dim))
+        ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
+        ctx.seen_dy = seen_dy
         kept, _ = linear.keep(plan, x, scale_x)
-        ctx.dtype = x.dtype
         ctx.save_for_backward(kept, scale_x, scale_w, scale_dy, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
 
@@ -87,15 +81,13 @@ class _Delayed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         plan: Fp8Spec = ctx.plan
         x, scale_x, scale_w, scale_dy, *weights = ctx.saved_tensors
-        amax, needed = fp8_amax(list(grads), dim=1), ctx.needs_input_grad[8:]
+        amax = fp8_amax(list(grads), dim=1)
         ctx.seen_dy.copy_(amax)
         dx, dw = linear.gradients(
-            plan, grads, scale_dy, x, scale_x, weights, scale_w,
-            need_dx=ctx.needs_input_grad[1], need_dw=any(needed), sizes=ctx.sizes, after=amax,
+            plan, grads, scale_dy, x, scale_x, weights, scale_w, dtype=ctx.dtype, sizes=ctx.sizes,
+            need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[8:], after=amax,
         )  # fmt: skip
-        dx = None if dx is None else dx.to(ctx.dtype)
-        wanted = (part if need else None for part, need in zip(dw, needed, strict=True))
-        return (None, dx, *[None] * 6, *wanted)
+        return (None, dx, *[None] * 6, *dw)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering.fingerprint import fingerprint
-from kp_compiler.lowering.fp8 import quantize
 from kp_compiler.lowering.fp8.fused import fp8_fused
 from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Layout, Program, Store, tile_for
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT, alignment
@@ -56,7 +55,6 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 def fuse_casts(graph: Graph) -> None:
     """Replace every operator of `quantize` in a post-grad graph."""
-    quantize.library()
     casts = list(graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_quantize.default))
     kp = torch.ops.kp
     scales = [
@@ -67,8 +65,9 @@ def fuse_casts(graph: Graph) -> None:
     if not casts and not scales:
         return
     amaxes = [node for node in scales if node.target is kp.fp8_amax.default]
-    for group in _groups(graph, casts, amaxes):
-        _emit(graph, group)
+    absorbed = _absorbed(graph)  # fused operators read none of these: the set stays right as they are written
+    for group in _groups(casts, amaxes, absorbed):
+        _emit(graph, group, absorbed)
     for node in (*scales, *casts):
         if not node._erased and not _has_blocks(node):  # one that is left without its cast stays an operator
             Writer(graph, node).write_out()
@@ -123,12 +122,11 @@ def _take_amax(casts: list[Cast], amaxes: list[Node]) -> None:
         amaxes = [node for node in amaxes if node not in same]
 
 
-def _groups(graph: Graph, nodes: list[Node], amaxes: list[Node]) -> Iterator[list[Cast]]:
+def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Iterator[list[Cast]]:
     """Casts that become one operator: those that want a transposed copy or join several matrices, put
     together where they read a tensor in common and nothing lies between them."""
     wanted = [c for c in _casts(nodes) if c.turned or len(c.parts) > 1 or max(c.block) > 1]
     _take_amax(wanted, amaxes)
-    absorbed = _absorbed(graph)
     reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
     rest = wanted
     while rest:
@@ -217,7 +215,7 @@ class _Builder:
     """Collects tensors and launches of one operator."""
 
     def __init__(self, graph: Graph, anchor: Node, absorbed: set[Node]) -> None:
-        self.graph, self.anchor, self.absorbed = graph, anchor, absorbed
+        self.absorbed = absorbed
         self.writer = Writer(graph, anchor)
         self.tensors: list[Node] = []
         self.buffers: list[Buffer] = []
@@ -306,8 +304,8 @@ class _Launches:
         return writer.view(node, [-1]), "row"
 
 
-def _emit(graph: Graph, group: list[Cast]) -> None:
-    builder = _Builder(graph, max(node for cast in group for node in cast.nodes()), _absorbed(graph))
+def _emit(graph: Graph, group: list[Cast], absorbed: set[Node]) -> None:
+    builder = _Builder(graph, max(node for cast in group for node in cast.nodes()), absorbed)
     launches: dict[Any, _Launches] = {}
     for cast in group:
         _add(cast, builder, launches)

@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8.program import Program, Store
-from kp_compiler.lowering.fp8.quantize import scale_of, spread
+from kp_compiler.lowering.fp8.quantize import block_amax, clamped, padding, scale_of, spread
+from kp_compiler.lowering.ops import fragment
 
 
 @cache
 def library() -> Any:
-    """Registers the operators of this file, once."""
-    made = torch.library.Library("kp", "FRAGMENT")
-    made.define("fp8_fused(Tensor[] tensors, str program) -> Tensor[]")
-    made.impl("fp8_fused", _run, "CUDA")
-    made.impl("fp8_fused", interpreted, "CPU")
-    torch.library.register_fake("kp::fp8_fused", _fake, lib=made)
-    return made
+    """Registers the operator of this file, once."""
+    schema = "(Tensor[] tensors, str program) -> Tensor[]"
+    return fragment("fp8_fused", schema, {"CUDA": _run, "CPU": interpreted}, _fake)
 
 
 def fp8_fused() -> Any:
@@ -46,11 +43,7 @@ def _run(tensors: list[Tensor], program: str) -> list[Tensor]:
 def interpreted(tensors: list[Tensor], program: str) -> list[Tensor]:
     """The program in PyTorch, tile maxima included."""
     parsed = parse(program)
-    first = tensors[next(index for index, kind in parsed.launches[0].leaves if kind == "full")]
-    outs = [
-        torch.zeros(b.shape(first.shape[0]), dtype=getattr(torch, b.dtype), device=first.device)
-        for b in parsed.buffers
-    ]
+    outs = [out.zero_() for out in parsed.results(tensors)]
     for launch in parsed.launches:
         values: dict[str, Any] = {"tl": _Language}
         for place, (index, kind) in enumerate(launch.leaves):
@@ -81,23 +74,17 @@ def _made(store: Store, value: Tensor, outs: list[Tensor]) -> Tensor:
 def _store(
     store: Store, value: Tensor, scale: Tensor, outs: list[Tensor], tile: tuple[int, int, int]
 ) -> None:
-    if store.block == (1, 128):
-        value = torch.nn.functional.pad(value, (0, 0, 0, -value.shape[0] % 16))
+    value = torch.nn.functional.pad(value, (0, 0, 0, padding(store.block, value.shape[0])))
     rows, columns = value.shape
     down, along = slice(store.row, store.row + rows), slice(store.column, store.column + columns)
     if store.plain >= 0:
-        outs[store.plain][down, along] = _clamped(value * scale, outs[store.plain].dtype)
+        into = outs[store.plain]
+        into[down, along] = clamped(value * scale, into.dtype).to(into.dtype)
     if store.turned >= 0:
-        outs[store.turned][along, down] = _clamped(value * scale, outs[store.turned].dtype).t()
+        into = outs[store.turned]
+        into[along, down] = clamped(value * scale, into.dtype).to(into.dtype).t()
     if store.amax >= 0:
-        padded = torch.nn.functional.pad(value.abs(), (0, -columns % tile[1], 0, -rows % tile[0]))
-        blocks = padded.reshape(-(-rows // tile[0]), tile[0], -(-columns // tile[1]), tile[1])
-        outs[store.amax].copy_(blocks.amax((1, 3)))
-
-
-def _clamped(value: Tensor, dtype: torch.dtype) -> Tensor:
-    limit = torch.finfo(dtype).max
-    return (value.clamp(-limit, limit) + value * 0.0).to(dtype)
+        outs[store.amax].copy_(block_amax(value, tile[:2]))
 
 
 class _Language:
@@ -107,6 +94,4 @@ class _Language:
 
 
 def _fake(tensors: list[Tensor], program: str) -> list[Tensor]:
-    parsed = parse(program)
-    first = tensors[next(index for index, kind in parsed.launches[0].leaves if kind == "full")]
-    return [first.new_empty(b.shape(first.shape[0]), dtype=getattr(torch, b.dtype)) for b in parsed.buffers]
+    return parse(program).results(tensors)

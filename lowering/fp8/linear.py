@@ -18,17 +18,15 @@ from torch import Tensor
 from kp_compiler.lowering.fp8.mm import fp8_mm
 from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, Block, fp8_quantize, fp8_scale
 from kp_compiler.lowering.fp8.recipes import RECIPES, TENSOR, Fp8Spec, Recipe
+from kp_compiler.lowering.ops import fragment
 
 _SCHEMA = "(Tensor x, Tensor[] weights, Tensor?[] biases, str spec) -> Tensor[]"
 
 
 @cache
 def library() -> Any:
-    """Registers the operators of this file, once."""
-    made = torch.library.Library("kp", "FRAGMENT")
-    made.define(f"fp8_linear{_SCHEMA}")
-    made.impl("fp8_linear", _linear, "CompositeImplicitAutograd")
-    return made
+    """Registers the operator of this file, once."""
+    return fragment("fp8_linear", _SCHEMA, {"CompositeImplicitAutograd": _linear})
 
 
 def fp8_linear() -> Any:
@@ -63,17 +61,13 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *weights: Tensor) -> Any:
-        recipe, dtype = RECIPES[plan.recipe], getattr(torch, plan.dtype)
+        recipe = RECIPES[plan.recipe]
         scale_w = weight_scale(plan, weights)
         quantized, scale_x = cast_activation(plan, x)
-        out = fp8_mm(
-            quantized, weight_cast(plan, weights, scale_w),
-            scale_x, _as_rows(plan, scale_w), dtype=dtype, fast_accum="fprop" in plan.fast_accum,
-            blocks=recipe.blocks,
-        )  # fmt: skip
-        out = out[: x.shape[0]] if recipe.blocks else out
-        ctx.plan, ctx.sizes = plan, [w.shape[1 if plan.transposed else 0] for w in weights]
-        ctx.dtype = x.dtype
+        out = fprop(
+            plan, quantized, weight_cast(plan, weights, scale_w), scale_x, _as_rows(plan, scale_w), x.shape[0]
+        )
+        ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
         again = scale_w if recipe.w == recipe.w_t == TENSOR else None
         ctx.save_for_backward(*keep(plan, x, scale_x), again, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
@@ -85,13 +79,21 @@ class _Fp8Linear(torch.autograd.Function):
         recipe = RECIPES[plan.recipe]
         x, scale_x, scale_w, *weights = ctx.saved_tensors
         scale_dy = _scale(plan, grads, recipe.dy, DTYPES[plan.grad_dtype], dim=1)
-        needed = ctx.needs_input_grad[2:]
         dx, dw = gradients(
-            plan, grads, scale_dy, x, scale_x, weights, scale_w,
-            need_dx=ctx.needs_input_grad[1], need_dw=any(needed), sizes=ctx.sizes, after=scale_dy,
+            plan, grads, scale_dy, x, scale_x, weights, scale_w, dtype=ctx.dtype, sizes=ctx.sizes,
+            need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[2:], after=scale_dy,
         )  # fmt: skip
-        dx = None if dx is None else dx.to(ctx.dtype)
-        return (None, dx, *(part if need else None for part, need in zip(dw, needed, strict=True)))
+        return (None, dx, *dw)
+
+
+def fprop(plan: Fp8Spec, x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, rows: Any) -> Tensor:
+    """y [rows, N] of both operands in FP8, x [M,K] with what rows of padding its cast has, weight [N,K]."""
+    blocks = RECIPES[plan.recipe].blocks
+    out = fp8_mm(
+        x, weight, scale_x, scale_w,
+        dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum, blocks=blocks,
+    )  # fmt: skip
+    return out[:rows] if blocks else out
 
 
 def keep(plan: Fp8Spec, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -115,21 +117,23 @@ def gradients(
     weights: Sequence[Tensor],
     scale_w: Tensor | None,
     *,
-    need_dx: bool,
-    need_dw: bool,
+    dtype: torch.dtype,
     sizes: list[int],
+    need_dx: bool,
+    need_dw: Sequence[bool],
     after: Tensor,
-) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """dx, and dw of each weight. `x` and its scale are what `keep` returned, `after` is a tensor of the
-    backward pass that its casts wait for."""
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx in `dtype`, and dw of each weight, where they are needed. `x` and its scale are what `keep`
+    returned, `after` is a tensor of the backward pass that its casts wait for."""
     recipe = RECIPES[plan.recipe]
     dx = None
     if need_dx:
-        dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w, after)
-    if not need_dw:
+        dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w, after).to(dtype)
+    if not any(need_dw):
         return dx, [None] * len(weights)
     dw = _wgrad(plan, recipe, grads, scale_dy, x, scale_x, after).to(weights[0].dtype)
-    return dx, dw.split(sizes, 1 if plan.transposed else 0) if len(weights) > 1 else (dw,)
+    parts = dw.split(sizes, plan.outputs_dim) if len(weights) > 1 else (dw,)
+    return dx, [part if need else None for part, need in zip(parts, need_dw, strict=True)]
 
 
 def _scale(
@@ -171,7 +175,7 @@ def _stored(plan: Fp8Spec, block: Block) -> Block:
 def _weight_scale(
     plan: Fp8Spec, weights: Sequence[Tensor], block: Block, after: Tensor | None = None
 ) -> Tensor:
-    return _scale(plan, weights, _stored(plan, block), dim=1 if plan.transposed else 0, after=after)
+    return _scale(plan, weights, _stored(plan, block), dim=plan.outputs_dim, after=after)
 
 
 def _as_rows(plan: Fp8Spec, scale: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ def _weight(
 ) -> Tensor:
     """[N,K] to contract the inputs, or [K,N] to contract the outputs."""
     return fp8_quantize(
-        list(weights), scale, E4M3, _stored(plan, block), dim=1 if plan.transposed else 0,
+        list(weights), scale, E4M3, _stored(plan, block), dim=plan.outputs_dim,
         transpose=by_outputs == plan.transposed, after=after,
     )  # fmt: skip
 

@@ -13,23 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kp_compiler.lowering.fp8.quantize import ALIGNMENT, DTYPES, E5M2
+from kp_compiler.lowering.fp8.quantize import ALIGNMENT, DTYPES, E5M2, spread
 from kp_compiler.lowering.fp8.recipes import BLOCK
+from kp_compiler.lowering.ops import fragment
 
-_SCHEMA = (
-    "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, Tensor? bias, ScalarType dtype, bool blocks)"
-    " -> Tensor"
-)
+_SCHEMA = "(Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b, ScalarType dtype, bool blocks) -> Tensor"
 
 
 @cache
 def library() -> Any:
-    """Registers the operators of this file, once."""
-    made = torch.library.Library("kp", "FRAGMENT")
-    made.define(f"fp8_mm{_SCHEMA}")
-    made.impl("fp8_mm", emulated, "CompositeExplicitAutograd")
-    torch.library.register_fake("kp::fp8_mm", _fake, lib=made)
-    return made
+    """Registers the operator of this file, once."""
+    return fragment("fp8_mm", _SCHEMA, {"CompositeExplicitAutograd": emulated}, _fake)
 
 
 def fp8_mm(
@@ -38,7 +32,6 @@ def fp8_mm(
     scale_a: Tensor,
     scale_b: Tensor,
     *,
-    bias: Tensor | None = None,
     dtype: torch.dtype,
     fast_accum: bool,
     blocks: bool = False,
@@ -54,17 +47,16 @@ def fp8_mm(
         inverse_b = inverse_b.expand(b.shape[0], 1).contiguous()
     if a.device.type != "cuda":
         library()
-        return torch.ops.kp.fp8_mm.default(a, b, inverse_a, inverse_b, bias, dtype, blocks)
+        return torch.ops.kp.fp8_mm.default(a, b, inverse_a, inverse_b, dtype, blocks)
     if blocks:  # cuBLASLt reads the scales of 1 x 128 blocks block by block
         inverse_a, inverse_b = inverse_a.t().contiguous().t(), inverse_b.contiguous()
     return torch.ops.aten._scaled_mm.default(
-        a, b.t(), inverse_a, inverse_b.t(), bias=bias, out_dtype=dtype,
-        use_fast_accum=fast_accum and not blocks,
+        a, b.t(), inverse_a, inverse_b.t(), out_dtype=dtype, use_fast_accum=fast_accum and not blocks,
     )  # fmt: skip
 
 
 def refusal(
-    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Any, dtype: Any, blocks: bool = False
+    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: Any, blocks: bool = False
 ) -> str | None:
     """What an H100 says to these operands, or None where it takes them."""
     if a.dtype not in DTYPES.values() or b.dtype not in DTYPES.values():
@@ -79,8 +71,6 @@ def refusal(
         return f"{b.shape[0]} outputs are no multiple of {ALIGNMENT}"
     if inverse_a.dtype != torch.float32 or inverse_b.dtype != torch.float32:
         return "scales must be float32"
-    if bias is not None and (dtype == torch.float32 or bias.dtype != dtype):
-        return f"a bias of {bias.dtype} can't be added to {dtype}"
     shapes = (tuple(inverse_a.shape), tuple(inverse_b.shape))
     if blocks:
         if a.shape[1] % (4 * BLOCK) or b.shape[0] % BLOCK or E5M2 in (a.dtype, b.dtype):
@@ -102,30 +92,22 @@ def _blocks(a: Tensor, b: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     return (a.shape[0], inner), (-(-b.shape[0] // BLOCK), inner)
 
 
-def _spread(inverse: Tensor, x: Tensor, rows: int) -> Tensor:
-    """Factors of blocks of `rows` x 128 repeated to the size of `x`."""
-    wide = inverse.repeat_interleave(rows, 0).repeat_interleave(BLOCK, 1)
-    return wide[: x.shape[0], : x.shape[1]]
-
-
 def emulated(
     a: Tensor,
     b: Tensor,
     inverse_a: Tensor,
     inverse_b: Tensor,
-    bias: Tensor | None,
     dtype: torch.dtype,
     blocks: bool,
 ) -> Tensor:
     """The same product in float32."""
     on_gpu = torch.bfloat16 if dtype == torch.float32 and inverse_a.numel() > 1 else dtype
-    said = refusal(a, b, inverse_a, inverse_b, None if dtype == torch.float32 else bias, on_gpu, blocks)
+    said = refusal(a, b, inverse_a, inverse_b, on_gpu, blocks)
     if said is not None:
         raise RuntimeError(f"kp::fp8_mm: {said}")
     if blocks:
-        inverse_a, inverse_b = _spread(inverse_a, a, 1), _spread(inverse_b, b, BLOCK)
-    out = (a.float() * inverse_a) @ (b.float() * inverse_b).t()
-    return (out if bias is None else out + bias.float()).to(dtype)
+        inverse_a, inverse_b = spread(inverse_a, a, (1, BLOCK)), spread(inverse_b, b, (BLOCK, BLOCK))
+    return ((a.float() * inverse_a) @ (b.float() * inverse_b).t()).to(dtype)
 
 
 def _fake(
@@ -133,7 +115,6 @@ def _fake(
     b: Tensor,
     inverse_a: Tensor,
     inverse_b: Tensor,
-    bias: Tensor | None,
     dtype: torch.dtype,
     blocks: bool,
 ) -> Tensor:

@@ -10,6 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 # How a tensor is read at (m, k): all of it, one number a row, one a column, one number.
 Kind = Literal["full", "row", "column", "scalar"]
 Layout = Literal["plain", "turned", "tiles"]
@@ -44,6 +47,11 @@ class Launch:
     stores: tuple[Store, ...]
     tile: tuple[int, int, int]
 
+    @property
+    def matrix(self) -> int:
+        """The index of a tensor that has the launch's rows and columns."""
+        return next(index for index, kind in self.leaves if kind == "full")
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -72,6 +80,11 @@ class Program:
     launches: tuple[Launch, ...]
     buffers: tuple[Buffer, ...]
     fingerprint: str = ""
+
+    def results(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Its buffers, not yet written."""
+        first = tensors[self.launches[0].matrix]
+        return [first.new_empty(b.shape(first.shape[0]), dtype=getattr(torch, b.dtype)) for b in self.buffers]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering.ops import fragment
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DTYPES = {"e4m3": E4M3, "e5m2": E5M2}
 ALIGNMENT = 16  # elements: what a contracted dimension must be a multiple of
@@ -43,16 +45,14 @@ _QUANTIZE = (
 @cache
 def library() -> Any:
     """Registers the operators of this file, once."""
-    made = torch.library.Library("kp", "FRAGMENT")
-    for name, schema, function, fake in (
-        ("fp8_scale", _SCALE, scale_of, _fake_scale),
-        ("fp8_quantize", _QUANTIZE, quantized, _fake_quantized),
-        ("fp8_amax", _AMAX, amax_of, _fake_amax),
-    ):
-        made.define(f"{name}{schema}")
-        made.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"kp::{name}", fake, lib=made)
-    return made
+    return [
+        fragment(name, schema, {"CompositeExplicitAutograd": function}, fake)
+        for name, schema, function, fake in (
+            ("fp8_scale", _SCALE, scale_of, _fake_scale),
+            ("fp8_quantize", _QUANTIZE, quantized, _fake_quantized),
+            ("fp8_amax", _AMAX, amax_of, _fake_amax),
+        )
+    ]
 
 
 def fp8_scale(
@@ -109,7 +109,7 @@ def scale_of(
     if block == [0, 0]:
         return scale_from_amax(amax_of(parts, dim).reshape(1, 1), dtype, power_of_two)
     x = _joined(parts, dim)
-    amax = _block_amax(_padded(x, scale_padding(block, x.shape[0]), 0), block)
+    amax = block_amax(_padded(x, scale_padding(block, x.shape[0]), 0), block)
     return scale_from_amax(amax, dtype, power_of_two)
 
 
@@ -156,7 +156,8 @@ def scale_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Ten
     return scale
 
 
-def _block_amax(x: Tensor, block: list[int]) -> Tensor:
+def block_amax(x: Tensor, block: Sequence[int]) -> Tensor:
+    """The largest magnitude of each block."""
     rows, columns = x.shape
     height, width = block[0] or rows, block[1] or columns
     magnitude = x.abs()
@@ -185,12 +186,16 @@ def quantized(
     """The reference of `kp::fp8_quantize`."""
     x = _joined(parts, dim)
     x = x if transpose else _padded(x, padding(block, x.shape[0]), 0)
-    limit = torch.finfo(dtype).max
-    scaled = x.float() * spread(scale, x, block)
-    q = scaled.clamp(-limit, limit) + scaled * 0.0  # an infinity becomes NaN, not the largest number
+    q = clamped(x.float() * spread(scale, x, block), dtype)
     if not transpose:
         return q.to(dtype)
     return _padded(q.t(), 0, -x.shape[0] % alignment(block)).contiguous().to(dtype)
+
+
+def clamped(scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Within what `dtype` holds; an infinity becomes NaN, not the largest number."""
+    limit = torch.finfo(dtype).max
+    return scaled.clamp(-limit, limit) + scaled * 0.0
 
 
 def spread(scale: Tensor, x: Tensor, block: Sequence[int]) -> Tensor:

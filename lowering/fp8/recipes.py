@@ -71,6 +71,11 @@ class Fp8Spec:
     save: str = "input"  # what is kept of the activation: "input" or "fp8"
     fingerprint: str = ""
 
+    @property
+    def outputs_dim(self) -> int:
+        """The dimension of a stored weight that counts its outputs."""
+        return 1 if self.transposed else 0
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
 

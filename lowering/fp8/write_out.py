@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class Writer:
         if list(block) == [0, 0]:
             amax = self.call(aten.reshape.default, self._amax_of(parts), [1, 1])
         else:
-            x = parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)
-            amax = self.call(aten.amax.default, self.call(aten.abs.default, x), [1 if block[0] else 0], True)
+            joined = self.call(aten.abs.default, self._joined(parts, dim))
+            amax = self.call(aten.amax.default, joined, [1 if block[0] else 0], True)
         limit = torch.finfo(dtype).max
         amax = self.cast(amax, torch.float32)
         tiny = self.call(aten.lt.Scalar, amax, limit * 2.0**-126)
@@ -80,10 +81,13 @@ class Writer:
     def largest(self, tiles: list[Node]) -> Node:
         """The largest of several tensors of magnitudes, [1]."""
         found = [self.call(aten.amax.default, each, [0, 1]) for each in tiles]
-        amax = found[0]
-        for other in found[1:]:
-            amax = self.call(aten.maximum.default, amax, other)
-        return self.call(aten.reshape.default, amax, [1])
+        return self.call(aten.reshape.default, self._maximum(found), [1])
+
+    def _maximum(self, nodes: list[Node]) -> Node:
+        return reduce(lambda a, b: self.call(aten.maximum.default, a, b), nodes)
+
+    def _joined(self, parts: Any, dim: int) -> Node:
+        return parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)  # type: ignore[no-any-return]
 
     def _amax_of(self, parts: Any) -> Node:
         """Along rows first, where the matrix is made, then over what that leaves."""
@@ -91,15 +95,12 @@ class Writer:
         for part in parts:
             rows = self.call(aten.amax.default, self.call(aten.abs.default, part), [-1])
             found.append(self.call(aten.amax.default, rows, [0]))
-        amax = found[0]
-        for other in found[1:]:
-            amax = self.call(aten.maximum.default, amax, other)
-        return self.cast(amax, torch.float32)
+        return self.cast(self._maximum(found), torch.float32)
 
     def _quantize(
         self, parts: Any, dim: int, scale: Node, dtype: torch.dtype, block: Any, transpose: bool, after: Any
     ) -> Node:
-        x = parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)
+        x = self._joined(parts, dim)
         limit = torch.finfo(dtype).max
         scaled = self.call(aten.mul.Tensor, self.cast(x, torch.float32), scale)
         q = self.call(aten.clamp_max.default, self.call(aten.clamp_min.default, scaled, -limit), limit)

@@ -30,8 +30,7 @@ _TRITON = {
 
 def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
     """All launches of a program on CUDA tensors; returns its buffers."""
-    first = tensors[_first_full(program.launches[0])]
-    outs = [first.new_empty(b.shape(first.shape[0]), dtype=getattr(torch, b.dtype)) for b in program.buffers]
+    outs = program.results(tensors)
     for launch in program.launches:
         _launch(launch, program, tensors, outs)
     return outs
@@ -41,12 +40,8 @@ def _buffers(store: Store) -> list[int]:
     return [b for b in (store.scales, store.plain, store.turned, store.amax) if b >= 0]
 
 
-def _first_full(launch: Launch) -> int:
-    return next(index for index, kind in launch.leaves if kind == "full")
-
-
 def _launch(launch: Launch, program: Program, tensors: list[Tensor], outs: list[Tensor]) -> None:
-    rows, columns = tensors[_first_full(launch)].shape
+    rows, columns = tensors[launch.matrix].shape
     leaves = [tensors[index] for index, _ in launch.leaves]
     full = [x for x, (_, kind) in zip(leaves, launch.leaves, strict=True) if kind == "full"]
     if any(x.stride(1) != 1 for x in full):
