@@ -55,6 +55,7 @@ types: $(TEST)  ## mypy over kp_compiler, passes and lowering
 
 bench: $(TEST)  ## whole models against their peers, into benchmarks/results (needs a GPU)
 	$(PY) benchmarks/attention_models.py $(ARGS)
+	$(PY) benchmarks/plots.py attention_models
 
 readme: $(TEST)  ## fill the tables of README.md from the code and from benchmarks/results
 	$(PY) benchmarks/readme_table.py $(ARGS)

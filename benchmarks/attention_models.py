@@ -245,32 +245,6 @@ def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [b for b in bars if b["value"] is not None] or bars
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds by setting and arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = list(dict.fromkeys((r["setting"], r["mode"]) for r in rows))
-    figure, axes = plt.subplots(figsize=(max(8, 1.1 * len(settings)), 4.5))
-    arms = [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
-    for position, arm in enumerate(arms):
-        values = {(r["setting"], r["mode"]): r["ms"] for r in rows if r["arm"] == arm}
-        points = [
-            (i + (position - len(arms) / 2) * 0.13, values[s])
-            for i, s in enumerate(settings)
-            if values.get(s)
-        ]
-        axes.bar([x for x, _ in points], [y for _, y in points], width=0.13, label=arm)
-    axes.set_xticks(range(len(settings)), [f"{s}\n{m}" for s, m in settings], fontsize=7, rotation=30)
-    axes.set_yscale("log")
-    axes.set_ylabel("ms (log)")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
 def merged(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
     """Rows, stamp and peers of partial runs, which must agree on device and versions. An arm and its peers
     are never in different runs, so every ratio is of one."""
@@ -319,8 +293,7 @@ def main() -> None:
     else:
         rows, stamp = run_suites(options.suite, options), None
         peers = {"transformers": transformers.__version__, "kp": kp_compiler.__version__}
-    path = write(options.name, rows, bars_of(rows), peers, options.out, stamp)
-    plot(rows, path.with_suffix(".png"))
+    write(options.name, rows, bars_of(rows), peers, options.out, stamp)
 
 
 if __name__ == "__main__":

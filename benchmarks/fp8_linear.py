@@ -5,6 +5,9 @@ Engine.
 
 The shapes are those of Transformer Engine's own page on this ("gemm_profiling"): 4096 to 12288, 4096 to 4096,
 4096 to 16384 and 16384 to 4096; the times of one arm are added up. Weights are cast in every step.
+
+Transformer Engine, on a machine with a second cuDNN, takes the wrong one unless LD_LIBRARY_PATH begins with
+that of torch, …/site-packages/nvidia/cudnn/lib.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, bar, time_interleaved, warm, write
+from harness import RESULTS, bar, installed, time_interleaved, warm, write
 from torch import nn
 
 RECIPES = ("tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise")
@@ -90,20 +93,11 @@ def main() -> None:
         bar(f"{name}: speed against Transformer Engine's", _ratio(total, f"te {name}", name), 1.0)
         for name in TARGETS
     ]
-    write("fp8_linear", rows, bars, _peers(), options.out)
+    write("fp8_linear", rows, bars, installed("transformer_engine"), options.out)
 
 
 def _ratio(total: dict[str, float], peer: str, name: str) -> float | None:
     return total[peer] / total[name] if peer in total and name in total else None
-
-
-def _peers() -> dict[str, str]:
-    import importlib.metadata
-
-    try:
-        return {"transformer_engine": importlib.metadata.version("transformer_engine")}
-    except importlib.metadata.PackageNotFoundError:
-        return {}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -129,6 +130,15 @@ def write(
     for each in bars:
         print(f"{'ok  ' if each['ok'] else 'MISS'} {each['name']}: {each['value']} (target {each['target']})")
     return path
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those packages that are there, for a result file's peers."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def here() -> dict[str, Any]:

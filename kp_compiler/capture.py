@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("kp-compiler", "torch", "triton", "transformers", "flash-attn-4"):
+    for name in ("kp-compiler", "torch", "triton", "transformers", "flash-attn-4", "transformer-engine"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return {**found, "torch": torch.__version__}

@@ -26,6 +26,7 @@ Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
+Fp8Impl = Literal["auto", "scaled_mm", "te"]
 Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]
 
 
@@ -70,6 +71,8 @@ class Fp8LinearConfig(PassConfig):
     """Products with a weight in FP8."""
 
     mode: Mode = "off"
+    # auto, scaled_mm: kp's casts and cuBLASLt; te, by name only: Transformer Engine's, for every site or none
+    impl: Fp8Impl = "auto"
     recipe: Recipe = "tensorwise"  # which elements share a scale, and in which products
     grad_dtype: Literal["auto", "e4m3", "e5m2"] = "auto"  # auto: e5m2 with one scale a tensor, else e4m3
     power_of_two_scales: bool = False  # scales that change no mantissa
@@ -80,7 +83,10 @@ class Fp8LinearConfig(PassConfig):
     margin: int = 1  # delayed: powers of two of headroom above the largest magnitude
     reduce_amax: bool = False  # delayed: the largest magnitude over all processes of the default group
     merge: bool = True  # one product for all weights that read the same activation
-    save: Literal["input", "fp8"] = "input"  # what a layer keeps of its input for the backward pass
+    # what is kept for the backward pass. input: inputs of layers as they are; auto: of the graph's own inputs,
+    # which are read from memory anyway, the transposed FP8 copy instead; fp8: products that pointwise
+    # operations of the backward pass read (gate and up projections) in FP8 too
+    save: Literal["auto", "input", "fp8"] = "auto"
     cache_weights: bool = True  # inference: keep weights in FP8 until a parameter's version counter moves
 
 

@@ -101,6 +101,12 @@ def machine() -> Rows:
             "FlashAttention-4",
             "installed" if targets.has_fa4() else "not installed (pip install 'kp-compiler[fa4]')",
         ),
+        (
+            "Transformer Engine",
+            found.get("transformer-engine", "installed")
+            if targets.has_te()
+            else "not installed (pip install --no-build-isolation 'kp-compiler[te]')",
+        ),
         ("C++ compiler", compiler or "none found: Inductor can't compile CPU graphs, they run eagerly"),
     ]
 

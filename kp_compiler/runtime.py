@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.metadata import copied
 
@@ -34,7 +35,9 @@ def add_inputs(
     gm: GraphModule, provider: Provider, values: Sequence[torch.Tensor], before: Node
 ) -> list[Node]:
     """Stand-ins for `provider`'s tensors in front of a node; `values` are fake."""
-    known = gm.meta.setdefault(_KEY, [])
+    if _KEY not in gm.meta:  # Dynamo's optimizer for DDP gives one dictionary to all parts of a graph
+        gm.meta = {**gm.meta, _KEY: []}
+    known = gm.meta[_KEY]
     if provider not in known:
         known.append(provider)
     number = known.index(provider)
@@ -66,8 +69,7 @@ def extended(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModul
     graph = copied(gm.graph)
     inputs = list(example_inputs)
     last = graph.find_nodes(op="placeholder")[-1]
-    stand_ins = graph.find_nodes(op="call_function", target=provided_input)
-    for node in sorted(stand_ins, key=lambda n: n.args):
+    for node in _stand_ins(graph):
         with graph.inserting_after(last):
             last = graph.placeholder(f"kp_input_{node.args[0]}_{node.args[1]}")
         last.meta["example_value"] = node.meta["example_value"]
@@ -82,13 +84,23 @@ def extended(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModul
     return whole, inputs
 
 
+def _stand_ins(graph: Graph) -> list[Node]:
+    """In the order of the inputs they become."""
+    found = graph.find_nodes(op="call_function", target=provided_input)
+    return sorted(found, key=lambda node: node.args)
+
+
 def provided(compiled: Callable[..., Any], gm: GraphModule) -> Callable[..., Any]:
-    """A callable that takes what Dynamo passes and adds the rest."""
+    """A callable that takes what Dynamo passes and adds the rest: what providers have, or the stand-ins'
+    values where Dynamo's optimizer for DDP runs it on fake tensors, to see the layouts of its results."""
     found = tuple(providers(gm))
     if not found:
         return compiled
+    fakes = [node.meta["example_value"] for node in _stand_ins(gm.graph)]
 
     def call(*args: Any) -> Any:
+        if isinstance(next((arg for arg in args if isinstance(arg, torch.Tensor)), None), FakeTensor):
+            return compiled(*args, *fakes)
         return compiled(*args, *(tensor for each in found for tensor in each.tensors(args)))
 
     return call

@@ -6,15 +6,18 @@ so that `plan` can decide for a machine that is not there.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -32,6 +35,7 @@ class Target:
     has_flash: bool = False  # ATen was built with FlashAttention-2
     has_triton: bool = False
     has_fa4: bool = False
+    has_te: bool = False
     assumed: bool = False
     reference: bool = False  # lower everything onto the reference kernels (cpu_rewrites)
 
@@ -57,11 +61,21 @@ def _detect_cuda(index: int) -> Target:
         device="cuda",
         sm=10 * major + minor,
         name=torch.cuda.get_device_name(index),
-        cudnn=torch.backends.cudnn.version() or 0,
+        cudnn=_cudnn_version(),
         has_flash=torch.backends.cuda.is_flash_attention_available(),
         has_triton=has_package("triton"),
         has_fa4=has_fa4(),
+        has_te=has_te(),
     )
+
+
+def _cudnn_version() -> int:
+    """cuDNN's version, 0 where PyTorch can't use the one that this process has loaded (another library may
+    have brought its own)."""
+    try:
+        return torch.backends.cudnn.version() or 0
+    except RuntimeError:
+        return 0
 
 
 def parse(text: str) -> Target:
@@ -77,8 +91,9 @@ def parse(text: str) -> Target:
         )
     sm = int(match[1])
     return Target(
-        device="cuda", sm=sm, cudnn=91900, has_flash=sm >= 80, has_triton=True, has_fa4=False, assumed=True
-    )
+        device="cuda", sm=sm, cudnn=91900, has_flash=sm >= 80, has_triton=True, has_fa4=False, has_te=False,
+        assumed=True,
+    )  # fmt: skip
 
 
 @cache
@@ -93,6 +108,24 @@ def has_package(name: str) -> bool:
 def has_fa4() -> bool:
     """FlashAttention-4's CuTe kernels (package flash-attn-4) are importable."""
     return has_package("flash_attn") and has_package("flash_attn.cute") and has_package("cutlass")
+
+
+@cache
+def has_te() -> bool:
+    """Transformer Engine (package transformer-engine) is there from version 2.11 on, with its extension for
+    torch. That is no module before the package, which loads CUDA's libraries, is imported: its file is looked
+    for where the package looks."""
+    try:
+        found = importlib.util.find_spec("transformer_engine")
+        version = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("transformer-engine"))
+    except (ImportError, ValueError):
+        return False
+    if found is None or version is None or (int(version[1]), int(version[2])) < (2, 11):
+        return False
+    package = [Path(path) for path in found.submodule_search_locations or ()]
+    package.append(Path(sysconfig.get_path("purelib"), "transformer_engine"))
+    places = [place for path in package for place in (path.parent, path, path / "wheel_lib")]
+    return any(next(place.glob("transformer_engine_torch*.so"), None) for place in places)
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kp_compiler.lowering import te
 from kp_compiler.lowering.fp8.linear import fp8_linear
 from kp_compiler.lowering.fp8.quantize import sqnr
 from kp_compiler.metadata import tensor_of
@@ -29,11 +30,11 @@ def verify_linear(match: Match, ctx: Context) -> Verdict:
     """Output and gradients of the whole group that `match` belongs to; asked for each member, run once."""
     key = ("verified", match.data.members)
     if key not in ctx.cache:
-        ctx.cache[key] = _verify(match.data)
+        ctx.cache[key] = _verify(match.data, te.fp8_linear_te() if match.impl == "te" else fp8_linear())
     return ctx.cache[key]
 
 
-def _verify(group: Any) -> Verdict:
+def _verify(group: Any, operator: Any) -> Verdict:
     x, weights = tensor_of(group.members[0].args[0]), [tensor_of(m.args[1]) for m in group.members]
     assert x is not None and all(w is not None for w in weights)
     spec = group.spec if group.spec.recipe != "delayed" else _current(group.spec)
@@ -43,7 +44,7 @@ def _verify(group: Any) -> Verdict:
         operands = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
         outputs = [shape[spec.outputs_dim] for shape in shapes[1:]]
         grads = [torch.randn(ROWS, size, device=device, dtype=dtype) for size in outputs]
-        got, want = _run(spec, operands, grads, exact=False), _run(spec, operands, grads, exact=True)
+        got, want = _run(spec, operands, grads, operator), _run(spec, operands, grads, None)
     names = ["out"] * len(weights) + ["dx"] + ["dw"] * len(weights)
     found = [(name, sqnr(a, b)) for name, a, b in zip(names, got, want, strict=True)]
     text = ", ".join(f"{name} {value:.1f} dB" for name, value in found)
@@ -61,14 +62,15 @@ def _current(spec: Any) -> Any:
 
 
 def _run(
-    spec: Any, operands: list[torch.Tensor], grads: list[torch.Tensor], *, exact: bool
+    spec: Any, operands: list[torch.Tensor], grads: list[torch.Tensor], operator: Any
 ) -> list[torch.Tensor]:
-    """Outputs, then the gradients of x and of each weight."""
+    """Outputs, then the gradients of x and of each weight; where there is no operator, in float64."""
+    exact = operator is None
     with torch.enable_grad():
         leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in operands]
         x, weights = leaves[0], leaves[1:]
         if exact:
             outs = [x @ (w if spec.transposed else w.t()) for w in weights]
         else:
-            outs = fp8_linear()(x, weights, [None] * len(weights), spec.to_json())
+            outs = operator(x, weights, [None] * len(weights), spec.to_json())
         return [*outs, *torch.autograd.grad(outs, leaves, [g.to(outs[0].dtype) for g in grads])]

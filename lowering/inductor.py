@@ -21,6 +21,7 @@ from kp_compiler.config import Config
 from kp_compiler.lowering import fp8
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.metadata import stride_order
+from kp_compiler.target import has_package
 
 _MARK = "kp_softmax_barrier"
 
@@ -87,13 +88,34 @@ class _GradLayout(_Pass):
             _match_layout(graph, node, node.args[0], node.args[4])
 
 
+class _StoreProducts(_Pass):
+    """Products that the backward pass reads again, in FP8, where `save="fp8"` asks for it."""
+
+    def __init__(self, before: Any, config: Config) -> None:
+        super().__init__(before, config)
+        self.asked = config.fp8_linear.save == "fp8"
+
+    def apply(self, graph: Graph) -> None:
+        from kp_compiler.lowering.fp8.keep import store_products
+
+        if self.asked:
+            store_products(graph)
+
+
 class _FuseCasts(_Pass):
-    """FP8 casts into their producers, one kernel for each matrix."""
+    """FP8 casts into their producers, one kernel for each matrix; and no more of merged products kept than is
+    read."""
 
     def apply(self, graph: Graph) -> None:
         from kp_compiler.lowering.fp8.fuse import fuse_casts
+        from kp_compiler.lowering.fp8.keep import narrow
 
+        if has_package("triton"):
+            from kp_compiler.lowering.triton import fused_cast
+
+            fused_cast.register()
         fuse_casts(graph)
+        narrow(graph)
 
 
 def _match_layout(graph: Graph, user: Node, grad: Any, out: Any) -> None:
@@ -169,7 +191,7 @@ def compile_with_inductor(
     if guarded:
         for key, passes in (
             ("joint_custom_pre_pass", (_Barrier,)),
-            ("joint_custom_post_pass", (_Unbarrier, _GradLayout)),
+            ("joint_custom_post_pass", (_Unbarrier, _GradLayout, _StoreProducts)),
             ("post_grad_custom_pre_pass", (_FuseCasts,)),
         ):
             for each in passes:

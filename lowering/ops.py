@@ -35,11 +35,16 @@ def _library() -> Any:
 
 
 def fragment(
-    name: str, schema: str, kernels: dict[str, Callable[..., Any]], fake: Callable[..., Any] | None = None
+    name: str,
+    schema: str,
+    kernels: dict[str, Callable[..., Any]],
+    fake: Callable[..., Any] | None = None,
+    *,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Any:
     """Define `kp::name` with a kernel for each dispatch key. It lives as long as what is returned."""
     made = torch.library.Library("kp", "FRAGMENT")
-    made.define(f"{name}{schema}")
+    made.define(f"{name}{schema}", tags=tags)
     for key, kernel in kernels.items():
         made.impl(name, kernel, key)
     if fake is not None:

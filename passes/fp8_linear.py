@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from kp_compiler import cost
-from kp_compiler.lowering import ops
+from kp_compiler.lowering import ops, te
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8 import cached, delayed, linear
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT
@@ -54,16 +54,16 @@ class Fp8Linear:
     serves: tuple[str, ...] = ()
 
     def applies(self, ctx: Context) -> Rejection | None:
-        target = ctx.target
+        target, config = ctx.target, ctx.config.fp8_linear
         if target.reference:
-            return None
+            return te.check(config, target) if config.impl == "te" else None
         if target.device == "cpu":
             return Rejection(
                 "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
             )
         if target.sm < 89:
             return Rejection("device", f"FP8 needs compute capability 8.9, this is {target.sm / 10}.")
-        return None
+        return te.check(config, target) if config.impl == "te" else None
 
     def sites(self, graph: Graph) -> Iterator[Node]:
         yield from (node for node in graph.nodes if ops.is_linear(node))
@@ -89,6 +89,8 @@ class Fp8Linear:
     def _match(self, site: Node, group: Group, ctx: Context) -> Match:
         text = str(group.spec) + (f", {len(group.members)} merged" if len(group.members) > 1 else "")
         impl = "reference" if ctx.target.reference else "scaled_mm"
+        if ctx.config.fp8_linear.impl == "te":
+            impl = "te"
         predicted = cost.predict_linear(group.shape, group.spec.recipe, ctx.target)
         return Match(
             site, group, impl=impl, spec=text, shape=_shape(site, ctx).describe(), predicted=predicted
@@ -112,16 +114,18 @@ def _emit(group: Group, ctx: Context) -> None:
     emit = Emitter(first, first.meta["kp_root"])
     x, spec = first.args[0], group.spec.to_json()
     weights, biases = [m.args[1] for m in group.members], [m.args[2] for m in group.members]
-    if _cacheable(group, weights, ctx):
+    if ctx.config.fp8_linear.impl == "te":
+        node = emit.call(te.fp8_linear_te(), x, weights, biases, spec)
+    elif _cacheable(group, weights, ctx):
         provider = cached.CachedWeights(tuple(map(position, weights)), spec)
         with emit.mode, torch.no_grad():
             values = cached.quantized([tensor_of(w) for w in weights], spec)
         copies = add_inputs(ctx.gm, provider, values, first)
         sizes = [_shape(member, ctx).outputs for member in group.members]
         node = emit.call(cached.fp8_linear_cached(), x, *copies, sizes, biases, spec)
-    elif group.spec.recipe == "delayed" and (group.shape.grad_x or group.shape.grad_w):
+    elif group.spec.recipe == "delayed":
         inputs = _delayed_inputs(first, weights, group.spec, ctx)
-        node = emit.call(delayed.fp8_linear_delayed(), x, weights, biases, inputs[:3], inputs[3:], spec)
+        node = emit.call(delayed.fp8_linear_delayed(), x, weights, biases, inputs[0], inputs[1:], spec)
     else:
         node = emit.call(linear.fp8_linear(), x, weights, biases, spec)
     for index, member in enumerate(group.members):
@@ -200,7 +204,8 @@ def _check(site: Node, ctx: Context) -> Rejection | None:
             return Rejection("no-parameter", "Delayed scaling keeps its state with a parameter: none here.")
         if len(ctx.calls) > 1:
             return Rejection("shared-body", "A checkpointed body that is called twice has no own state.")
-    unit = 4 * BLOCK if ctx.config.fp8_linear.recipe == "blockwise" else ALIGNMENT
+    own_blocks = ctx.config.fp8_linear.recipe == "blockwise" and ctx.config.fp8_linear.impl != "te"
+    unit = 4 * BLOCK if own_blocks else ALIGNMENT
     for name, size in (("inputs (K)", shape.inputs), ("outputs (N)", shape.outputs)):
         if size % unit:
             return Rejection("alignment", f"{size} {name} are no multiple of {unit}.")
@@ -225,8 +230,19 @@ def _group(site: Node, ctx: Context) -> Group:
     )  # fmt: skip
     tensor = tensor_of(site)
     assert tensor is not None
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Group(tuple(members), spec_for(config, _transposed(site), dtype, fingerprint()), total)
+    spec = spec_for(
+        config, transposed=_transposed(site), dtype=str(tensor.dtype).removeprefix("torch."),
+        fingerprint=fingerprint(), training=total.grad_x or total.grad_w, save=_saved(site, ctx),
+    )  # fmt: skip
+    return Group(tuple(members), spec, total)
+
+
+def _saved(site: Node, ctx: Context) -> str:
+    """What is kept of the activation: as it is, since a producer may be computed again. An input of the graph
+    lies in memory: the pass that casts it writes the transposed copy as well."""
+    x = site.args[0]
+    direct = isinstance(x, Node) and x.op == "placeholder" and not ctx.calls
+    return "fp8" if direct and ctx.config.fp8_linear.save != "input" else "input"
 
 
 def _siblings(site: Node, ctx: Context) -> list[Node]:

@@ -43,9 +43,10 @@ def joint_counts(model: nn.Module, x: torch.Tensor, recipe: str) -> tuple[int, i
 
 def test_one_cast_for_each_matrix() -> None:
     """Forward: two activations and two groups of weights. Backward: each gradient and its transpose, each
-    weight and each activation transposed."""
+    weight and each activation transposed; that of the graph's own input is made in the forward pass."""
     x = torch.randn(M, K, requires_grad=True)
-    assert joint_counts(Gated(), x, "tensorwise") == (4, 8)
+    assert joint_counts(nn.Sequential(nn.LayerNorm(K), Gated()), x, "tensorwise") == (4, 8)
+    assert joint_counts(Gated(), x, "tensorwise") == (5, 7)
 
 
 @pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1), (1, 128), (128, 1), (128, 128)])
@@ -100,18 +101,33 @@ def test_special_values(value: float) -> None:
         assert q.isnan().all()
 
 
-def test_scales_of_rows_keep_a_spike_to_its_row() -> None:
-    """A spike of 1e5 times the rest costs one scale a tensor its precision, and one scale a row nothing."""
-    x, w = torch.randn(64, K), torch.randn(N, K)
-    x[3, 5] = 1e5
-    want = x @ w.t()
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_gw_hp", "blockwise"])
+def test_a_spike_spoils_its_own_row(recipe: str) -> None:
+    """One value 1e5 times the rest, in the activation and then in the gradient: other rows of the output and
+    of the activation's gradient keep their precision, and so does the weight's gradient as a whole."""
+    torch.manual_seed(0)
+    x, dy, weight = torch.randn(64, K), torch.randn(64, N), torch.randn(N, K) / 16
     rest = [i for i in range(64) if i != 3]
-    found = {}
-    for recipe in ("tensorwise", "rowwise"):
-        got, _ = compiled(Weight(lambda x, w, b: F.linear(x, w), w.clone()), (x,), **fp8(recipe))
-        found[recipe] = sqnr(got[rest], want[rest])
-    assert found["rowwise"] >= 27
-    assert found["tensorwise"] < 20
+    for spiked in (x, dy):
+        spiked[3, 5] = 1e5
+        layer = Weight(lambda x, w, b: F.linear(x, w), weight.clone())
+        leaf = x.clone().requires_grad_()
+        out, _ = compiled(layer, (leaf,), **fp8(recipe))
+        out.backward(dy)
+        assert layer.weight.grad is not None and leaf.grad is not None
+        assert sqnr(out[rest], x[rest] @ weight.t()) >= 27
+        assert sqnr(leaf.grad[rest], dy[rest] @ weight) >= 24
+        assert sqnr(layer.weight.grad, dy.t() @ x) >= 24
+        spiked[3, 5] = 1.0
+
+
+def test_float16_has_one_scale_a_tensor() -> None:
+    """cuBLASLt's products with row scales give bfloat16 only."""
+    x = torch.randn(32, K, dtype=torch.float16, requires_grad=True)
+    layer = Weight(lambda x, w, b: F.linear(x, w), torch.randn(N, K) / 16).half()
+    out, _ = compiled(layer, (x,), **fp8("tensorwise"))
+    out.sum().backward()
+    assert sqnr(out, F.linear(x, layer.weight)) >= 27
 
 
 REFUSED = {

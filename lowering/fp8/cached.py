@@ -1,8 +1,8 @@
 """Weights of inference: quantised once, and again when a parameter changes.
 
-`CachedWeights` holds the FP8 copy and its scale beside the parameters, and looks at each parameter's version
-counter and address on every call. A changed weight is cast again into the same memory, so a captured CUDA
-graph reads the new one. Writes through `.data` do not count versions and are not seen.
+`CachedWeights` holds the FP8 copy and the inverse of its scale beside the parameters, and looks at each
+parameter's version counter and address on every call. A changed weight is cast again into the same memory, so
+a captured CUDA graph reads the new one. Writes through `.data` do not count versions and are not seen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8.linear import (
+    as_rows,
     cast_activation,
     finish,
     fprop,
@@ -25,7 +26,7 @@ from kp_compiler.lowering.fp8.linear import (
 )
 from kp_compiler.lowering.ops import fragment
 
-_SCHEMA = "(Tensor x, Tensor weight, Tensor scale, int[] sizes, Tensor?[] biases, str spec) -> Tensor[]"
+_SCHEMA = "(Tensor x, Tensor weight, Tensor inverse, int[] sizes, Tensor?[] biases, str spec) -> Tensor[]"
 
 
 @cache
@@ -35,25 +36,25 @@ def library() -> Any:
 
 
 def fp8_linear_cached() -> Any:
-    """`kp::fp8_linear_cached`: x [..., K], weight [N,K] in FP8 and its scale as `CachedWeights` made them,
-    the sizes N_i that N is the sum of; returns [..., N_i] each. Inference only."""
+    """`kp::fp8_linear_cached`: x [..., K], weight [N,K] in FP8 and the inverse of its scale as
+    `CachedWeights` made them, the sizes N_i that N is the sum of; returns [..., N_i] each. Inference only."""
     library()
     return torch.ops.kp.fp8_linear_cached.default
 
 
 def _linear(
-    x: Tensor, weight: Tensor, scale: Tensor, sizes: list[int], biases: list[Tensor | None], spec: str
+    x: Tensor, weight: Tensor, inverse: Tensor, sizes: list[int], biases: list[Tensor | None], spec: str
 ) -> list[Tensor]:
     plan = parse_spec(spec)
     rows = x.reshape(-1, x.shape[-1])
     quantized, scale_x = cast_activation(plan, rows)
-    out = fprop(plan, quantized, weight, scale_x, scale, rows.shape[0])
+    out = fprop(plan, quantized, weight, scale_x.inverse, inverse, rows.shape[0])
     outs = out.split(sizes, dim=1) if len(sizes) > 1 else (out,)
     return finish(plan, x, outs, biases)
 
 
 class CachedWeights:
-    """The provider of (FP8 weight [N,K], scale) for the weights at some argument positions."""
+    """The provider of (FP8 weight [N,K], inverse scale) for the weights at some argument positions."""
 
     def __init__(self, positions: tuple[int, ...], spec: str) -> None:
         self.positions, self.spec = positions, spec
@@ -98,7 +99,7 @@ class _Kept:
 
 
 def quantized(weights: Sequence[Any], spec: str) -> tuple[Tensor, Tensor]:
-    """(weights [N,K] in FP8, their scale) for fprop."""
+    """(weights [N,K] in FP8, the inverse of their scale) for fprop."""
     plan = parse_spec(spec)
     scale = weight_scale(plan, weights)
-    return weight_cast(plan, weights, scale), scale.t().contiguous() if plan.transposed else scale
+    return weight_cast(plan, weights, scale), as_rows(plan, scale.inverse).contiguous()

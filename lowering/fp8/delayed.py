@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8 import linear
-from kp_compiler.lowering.fp8.linear import finish, parse_spec, weight_cast
+from kp_compiler.lowering.fp8.linear import Scale, finish, parse_spec, weight_cast
 from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, fp8_amax, fp8_quantize
 from kp_compiler.lowering.fp8.recipes import TENSOR, Fp8Spec
 from kp_compiler.lowering.ops import fragment
@@ -32,7 +32,7 @@ ROLES = ("x", "w", "dy")
 _GUESS = {"x": 64.0, "w": 1.0, "dy": 1.0}
 
 _SCHEMA = (
-    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] scales, Tensor(a!)[] seen, str spec) -> Tensor[]"
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor scales, Tensor(a!)[] seen, str spec) -> Tensor[]"
 )
 
 
@@ -43,8 +43,8 @@ def library() -> Any:
 
 
 def fp8_linear_delayed() -> Any:
-    """`kp::fp8_linear`, with `scales` [1,1] of x, w and dy given, and their largest magnitudes written to
-    `seen` [1]; dy's in the backward pass."""
+    """`kp::fp8_linear`, with `scales` [6,4] given, the first numbers of the rows those of x, w and dy and
+    their inverses, and the largest magnitudes written to `seen` [1] each; dy's in the backward pass."""
     library()
     return torch.ops.kp.fp8_linear_delayed.default
 
@@ -53,45 +53,58 @@ def _linear(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    scales: list[Tensor],
+    scales: Tensor,
     seen: list[Tensor],
     spec: str,
 ) -> list[Tensor]:
     plan = parse_spec(spec)
-    outs = _Delayed.apply(plan, x.reshape(-1, x.shape[-1]), *scales, *seen, *weights)
+    outs = _Delayed.apply(plan, x.reshape(-1, x.shape[-1]), scales, *seen, *weights)
     return finish(plan, x, outs if isinstance(outs, tuple) else (outs,), biases)
+
+
+def _parts(scales: Tensor) -> list[Scale]:
+    """The scales of x, w and dy, [1,1] each."""
+    found = [scales[row : row + 1, :1] for row in range(2 * len(ROLES))]
+    return [Scale(*pair) for pair in zip(found[: len(ROLES)], found[len(ROLES) :], strict=True)]
 
 
 class _Delayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *rest: Tensor) -> Any:
-        (scale_x, scale_w, scale_dy, seen_x, seen_w, seen_dy), weights = rest[:6], rest[6:]
-        quantized = fp8_quantize([x], scale_x, E4M3, TENSOR)
-        out = linear.fprop(plan, quantized, weight_cast(plan, weights, scale_w), scale_x, scale_w, x.shape[0])
+    def forward(ctx: Any, plan: Fp8Spec, x: Tensor, scales: Tensor, *rest: Tensor) -> Any:
+        (seen_x, seen_w, seen_dy), weights = rest[:3], rest[3:]
+        scale_x, scale_w, _ = _parts(scales)
+        quantized = fp8_quantize([x], scale_x.cast, E4M3, TENSOR)
+        weight = weight_cast(plan, weights, scale_w)
+        out = linear.fprop(plan, quantized, weight, scale_x.inverse, scale_w.inverse, x.shape[0])
         seen_x.copy_(fp8_amax([x]))
         seen_w.copy_(fp8_amax(list(weights), dim=plan.outputs_dim))
         ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
         ctx.seen_dy = seen_dy
         kept, _ = linear.keep(plan, x, scale_x)
-        ctx.save_for_backward(kept, scale_x, scale_w, scale_dy, *weights)
+        ctx.save_for_backward(kept, scales, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         plan: Fp8Spec = ctx.plan
-        x, scale_x, scale_w, scale_dy, *weights = ctx.saved_tensors
+        x, scales, *weights = ctx.saved_tensors
+        scale_x, scale_w, scale_dy = _parts(scales)
         amax = fp8_amax(list(grads), dim=1)
         ctx.seen_dy.copy_(amax)
         dx, dw = linear.gradients(
             plan, grads, scale_dy, x, scale_x, weights, scale_w, dtype=ctx.dtype, sizes=ctx.sizes,
-            need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[8:], after=amax,
+            need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[6:], after=amax,
         )  # fmt: skip
-        return (None, dx, *[None] * 6, *dw)
+        return (None, dx, *[None] * 4, *dw)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the state
+
+
+_TINY = 2.0**-100  # a smaller magnitude is none: its scale would be infinite
+_LINE = 4  # float32 numbers of 16 bytes: compiled code copies an input that starts elsewhere
 
 
 class Block:
@@ -99,11 +112,13 @@ class Block:
     saw, and how often a value saturated or was not finite, [sites, 3]."""
 
     def __init__(self, owners: Sequence[Tensor], length: int) -> None:
-        device = owners[0].device
+        device, sites = owners[0].device, len(owners)
         self.owners = [weakref.ref(owner) for owner in owners]
-        self.history = torch.zeros(length, len(owners), len(ROLES), device=device)
-        self.seen = [[torch.zeros(1, device=device) for _ in ROLES] for _ in owners]
-        self.overflows = torch.zeros(len(owners), len(ROLES), dtype=torch.int64, device=device)
+        self.history = torch.zeros(length, sites, len(ROLES), device=device)
+        lines = torch.zeros(sites, len(ROLES), _LINE, device=device)
+        self.all_seen = lines[..., 0]
+        self.seen = [[line[:1] for line in row] for row in lines]
+        self.overflows = torch.zeros(sites, len(ROLES), dtype=torch.int64, device=device)
         self.guess = torch.tensor([_GUESS[role] for role in ROLES], device=device)
         self.scale: Tensor | None = None
         self.step = 0
@@ -130,24 +145,25 @@ class Block:
             tensor.copy_(value)
         self.overflows[row] = state["overflows"].to(self.overflows)
 
-    def next_scales(self, limits: Tensor, margin: int, *, reduce: bool) -> Tensor:
-        """Take in what the last step saw, and the scales of the next, [sites, 3]."""
-        seen = torch.cat([each for row in self.seen for each in row]).view(-1, len(ROLES))
-        if reduce:
-            seen = _reduced(seen)
-        finite = torch.isfinite(seen)
+    def next_scales(self, limits: Tensor, margin: int, *, reduce: bool) -> list[Tensor]:
+        """Take in what the last step saw, and the scales of the next with their inverses, [6,4] a site, in
+        memory of their own: a backward pass may still come that reads the last ones."""
+        seen = _reduced(self.all_seen) if reduce else self.all_seen
         if self.scale is not None:
-            self.overflows += ~finite | (seen * self.scale > limits)
-        self.history[self.step % len(self.history)] = torch.where(finite, seen, 0.0)
+            self.overflows += ~(seen * self.scale <= limits)
+        entry = self.history[self.step % len(self.history)]
+        torch.nan_to_num(seen, nan=0.0, posinf=0.0, neginf=0.0, out=entry)
         self.step += 1
-        amax = self.history.amax(0)
-        self.scale = limits / torch.where(amax > 0, amax * 2.0**margin, self.guess)
-        return self.scale
+        amax = self.history.amax(0) * 2.0**margin
+        self.scale = limits / torch.where(amax > _TINY, amax, self.guess)
+        both = torch.cat([self.scale, self.scale.reciprocal()], dim=1)
+        return list(both.unsqueeze(-1).expand(-1, -1, _LINE).contiguous().unbind())
 
 
 def _reduced(seen: Tensor) -> Tensor:
     import torch.distributed as dist
 
+    seen = seen.contiguous()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
     return seen
@@ -211,13 +227,7 @@ class DelayedScaling:
             if self._limits is None or self._limits.device != owners[0].device:
                 self._limits = torch.tensor(self.limits, device=owners[0].device)
             scales = block.next_scales(self._limits, self.margin, reduce=self.reduce)
-            parts = [scale.view(1, 1) for scale in scales.flatten().unbind()]
-        count = len(ROLES)
-        return [
-            tensor
-            for row in range(len(self.sites))
-            for tensor in (*parts[row * count : (row + 1) * count], *block.seen[row])
-        ]
+        return [tensor for scale, seen in zip(scales, block.seen, strict=True) for tensor in (scale, *seen)]
 
 
 def limits_of(plan: Fp8Spec) -> tuple[float, ...]:
@@ -226,9 +236,9 @@ def limits_of(plan: Fp8Spec) -> tuple[float, ...]:
 
 
 def fake_inputs(like: Tensor) -> list[Tensor]:
-    """Values for one site's inputs: three scales, three one-element tensors."""
-    scales = [like.new_empty((1, 1), dtype=torch.float32) for _ in ROLES]
-    return scales + [like.new_empty((1,), dtype=torch.float32) for _ in ROLES]
+    """Values for one site's inputs: the scales, and three one-element tensors."""
+    scales = like.new_empty((2 * len(ROLES), _LINE), dtype=torch.float32)
+    return [scales] + [like.new_empty((1,), dtype=torch.float32) for _ in ROLES]
 
 
 def state_dict(module: torch.nn.Module) -> dict[str, Tensor]:

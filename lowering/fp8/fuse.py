@@ -68,9 +68,10 @@ def fuse_casts(graph: Graph) -> None:
     absorbed = _absorbed(graph)  # fused operators read none of these: the set stays right as they are written
     for group in _groups(casts, amaxes, absorbed):
         _emit(graph, group, absorbed)
+    maxima: dict[Any, Node] = {}
     for node in (*scales, *casts):
         if not node._erased and not _has_blocks(node):  # one that is left without its cast stays an operator
-            Writer(graph, node).write_out()
+            Writer(graph, node, maxima).write_out()
     _sort(graph)
 
 
@@ -258,7 +259,7 @@ class _Launches:
     def finished(self) -> Launch:
         leaves = tuple(self.leaves)
         stores = tuple(self.stores)
-        return Launch(leaves, tuple(self.code), stores, tile_for(leaves, stores))
+        return Launch(leaves, tuple(self.code), stores, tile_for(leaves, stores), self.columns)
 
     def read(self, node: Node, kind: Kind) -> int:
         leaf = (self.builder.tensor(node), kind)

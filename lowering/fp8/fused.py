@@ -1,6 +1,7 @@
 """`kp::fp8_fused`: several casts in one operator, as a `Program` says; `fuse` writes it.
 
-On a CUDA device Triton kernels run it (`triton.fused_cast`), elsewhere an interpreter of the same programs.
+Inductor lowers it to Triton kernels on a CUDA device (`triton.fused_cast`); run as it stands, the operator
+launches the same ones there, and interprets programs elsewhere.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8.mm import fp8_mm
 from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, Block, fp8_quantize, fp8_scale
-from kp_compiler.lowering.fp8.recipes import RECIPES, TENSOR, Fp8Spec, Recipe
+from kp_compiler.lowering.fp8.recipes import TENSOR, Fp8Spec, Recipe
 from kp_compiler.lowering.ops import fragment
 
 _SCHEMA = "(Tensor x, Tensor[] weights, Tensor?[] biases, str spec) -> Tensor[]"
@@ -56,66 +56,80 @@ def finish(plan: Fp8Spec, x: Tensor, outs: Sequence[Tensor], biases: Sequence[Te
     ]
 
 
+class Scale(NamedTuple):
+    """What a matrix is multiplied by before its cast, and what takes a product of it back, in float32."""
+
+    cast: Tensor
+    inverse: Tensor
+
+
+def restored(cast: Tensor | None, inverse: Tensor | None) -> Scale | None:
+    """A scale that was kept for the backward pass, or was not."""
+    return None if cast is None or inverse is None else Scale(cast, inverse)
+
+
 class _Fp8Linear(torch.autograd.Function):
     """y_i [M, N_i] = x [M, K] · w_iᵀ, the weights as they are stored."""
 
     @staticmethod
     def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *weights: Tensor) -> Any:
-        recipe = RECIPES[plan.recipe]
+        recipe = plan.scaling
         scale_w = weight_scale(plan, weights)
         quantized, scale_x = cast_activation(plan, x)
-        out = fprop(
-            plan, quantized, weight_cast(plan, weights, scale_w), scale_x, _as_rows(plan, scale_w), x.shape[0]
-        )
+        weight = weight_cast(plan, weights, scale_w)
+        out = fprop(plan, quantized, weight, scale_x.inverse, as_rows(plan, scale_w.inverse), x.shape[0])
         ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
-        again = scale_w if recipe.w == recipe.w_t == TENSOR else None
-        ctx.save_for_backward(*keep(plan, x, scale_x), again, *weights)
+        again = _tensor_scale(plan, weights, recipe.w, recipe.w_t, scale_w, plan.outputs_dim)
+        kept, scale_t = keep(plan, x, scale_x)
+        ctx.save_for_backward(kept, *(scale_t or (None, None)), *(again or (None, None)), *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         plan: Fp8Spec = ctx.plan
-        recipe = RECIPES[plan.recipe]
-        x, scale_x, scale_w, *weights = ctx.saved_tensors
-        scale_dy = _scale(plan, grads, recipe.dy, DTYPES[plan.grad_dtype], dim=1)
+        x, *scales = ctx.saved_tensors
+        scale_x, scale_w, weights = restored(*scales[:2]), restored(*scales[2:4]), scales[4:]
+        scale_dy = _scale(plan, grads, plan.scaling.dy, DTYPES[plan.grad_dtype], dim=1)
         dx, dw = gradients(
             plan, grads, scale_dy, x, scale_x, weights, scale_w, dtype=ctx.dtype, sizes=ctx.sizes,
-            need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[2:], after=scale_dy,
+            need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[2:], after=scale_dy.cast,
         )  # fmt: skip
         return (None, dx, *dw)
 
 
-def fprop(plan: Fp8Spec, x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, rows: Any) -> Tensor:
+def fprop(
+    plan: Fp8Spec, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor, rows: Any
+) -> Tensor:
     """y [rows, N] of both operands in FP8, x [M,K] with what rows of padding its cast has, weight [N,K]."""
-    blocks = RECIPES[plan.recipe].blocks
+    blocks = plan.scaling.blocks
     out = fp8_mm(
-        x, weight, scale_x, scale_w,
+        x, weight, inverse_x, inverse_w,
         dtype=getattr(torch, plan.dtype), fast_accum="fprop" in plan.fast_accum, blocks=blocks,
     )  # fmt: skip
     return out[:rows] if blocks else out
 
 
-def keep(plan: Fp8Spec, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+def keep(plan: Fp8Spec, x: Tensor, scale: Scale) -> tuple[Tensor, Scale | None]:
     """What wgrad will read of the activation, and its scale: x itself, which may have to be kept for other
     reasons or is cheap to compute again; or its transposed copy in FP8, of half the bytes."""
-    recipe = RECIPES[plan.recipe]
-    scale_t = scale if recipe.x == recipe.x_t == TENSOR else None
+    recipe = plan.scaling
+    scale_t = _tensor_scale(plan, [x], recipe.x, recipe.x_t, scale)
     if plan.save != "fp8" or recipe.x_t is None:
         return x, scale_t
     if scale_t is None:
         scale_t = _scale(plan, [x], recipe.x_t)
-    return fp8_quantize([x], scale_t, E4M3, recipe.x_t, transpose=True), scale_t
+    return fp8_quantize([x], scale_t.cast, E4M3, recipe.x_t, transpose=True), scale_t
 
 
 def gradients(
     plan: Fp8Spec,
     grads: Sequence[Tensor],
-    scale_dy: Tensor,
+    scale_dy: Scale,
     x: Tensor,
-    scale_x: Tensor | None,
+    scale_x: Scale | None,
     weights: Sequence[Tensor],
-    scale_w: Tensor | None,
+    scale_w: Scale | None,
     *,
     dtype: torch.dtype,
     sizes: list[int],
@@ -125,7 +139,7 @@ def gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx in `dtype`, and dw of each weight, where they are needed. `x` and its scale are what `keep`
     returned, `after` is a tensor of the backward pass that its casts wait for."""
-    recipe = RECIPES[plan.recipe]
+    recipe = plan.scaling
     dx = None
     if need_dx:
         dx = _dgrad(plan, recipe, grads, scale_dy, weights, scale_w, after).to(dtype)
@@ -144,25 +158,36 @@ def _scale(
     *,
     dim: int = 0,
     after: Tensor | None = None,
-) -> Tensor:
-    return fp8_scale(list(parts), dtype, block, power_of_two=plan.power_of_two, dim=dim, after=after)
+) -> Scale:
+    scale = fp8_scale(list(parts), dtype, block, power_of_two=plan.power_of_two, dim=dim, after=after)
+    return Scale(scale, scale.reciprocal())
 
 
-def cast_activation(plan: Fp8Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+def _tensor_scale(
+    plan: Fp8Spec, parts: Sequence[Tensor], block: Block, again: Block | None, scale: Scale, dim: int = 0
+) -> Scale | None:
+    """The scale that the backward pass needs, where the forward pass has it for nothing: that of the whole
+    tensor, whose maximum is that of the maxima of `scale`, the one of the forward pass."""
+    if again != TENSOR:
+        return None
+    return scale if block == TENSOR else _scale(plan, parts, TENSOR, dim=dim)
+
+
+def cast_activation(plan: Fp8Spec, x: Tensor) -> tuple[Tensor, Scale]:
     """x [M,K] for fprop, and its scale."""
-    block = RECIPES[plan.recipe].x
+    block = plan.scaling.x
     scale = _scale(plan, [x], block)
-    return fp8_quantize([x], scale, E4M3, block), scale
+    return fp8_quantize([x], scale.cast, E4M3, block), scale
 
 
-def weight_scale(plan: Fp8Spec, weights: Sequence[Tensor]) -> Tensor:
+def weight_scale(plan: Fp8Spec, weights: Sequence[Tensor]) -> Scale:
     """The scale of weights for fprop, as they are stored."""
-    return _weight_scale(plan, weights, RECIPES[plan.recipe].w)
+    return _weight_scale(plan, weights, plan.scaling.w)
 
 
-def weight_cast(plan: Fp8Spec, weights: Sequence[Tensor], scale: Tensor) -> Tensor:
+def weight_cast(plan: Fp8Spec, weights: Sequence[Tensor], scale: Scale) -> Tensor:
     """Weights [N,K] for fprop."""
-    return _weight(plan, weights, scale, RECIPES[plan.recipe].w, by_outputs=True)
+    return _weight(plan, weights, scale, plan.scaling.w, by_outputs=True)
 
 
 # Weights are cast from where they lie, [N,K] or [K,N]; recipes speak of [N,K].
@@ -174,11 +199,11 @@ def _stored(plan: Fp8Spec, block: Block) -> Block:
 
 def _weight_scale(
     plan: Fp8Spec, weights: Sequence[Tensor], block: Block, after: Tensor | None = None
-) -> Tensor:
+) -> Scale:
     return _scale(plan, weights, _stored(plan, block), dim=plan.outputs_dim, after=after)
 
 
-def _as_rows(plan: Fp8Spec, scale: Tensor) -> Tensor:
+def as_rows(plan: Fp8Spec, scale: Tensor) -> Tensor:
     """Scales of stored weights as those of [N,K]."""
     return scale.t() if plan.transposed else scale
 
@@ -186,7 +211,7 @@ def _as_rows(plan: Fp8Spec, scale: Tensor) -> Tensor:
 def _weight(
     plan: Fp8Spec,
     weights: Sequence[Tensor],
-    scale: Tensor,
+    scale: Scale,
     block: Block,
     *,
     by_outputs: bool,
@@ -194,7 +219,7 @@ def _weight(
 ) -> Tensor:
     """[N,K] to contract the inputs, or [K,N] to contract the outputs."""
     return fp8_quantize(
-        list(weights), scale, E4M3, _stored(plan, block), dim=plan.outputs_dim,
+        list(weights), scale.cast, E4M3, _stored(plan, block), dim=plan.outputs_dim,
         transpose=by_outputs == plan.transposed, after=after,
     )  # fmt: skip
 
@@ -203,19 +228,19 @@ def _dgrad(
     plan: Fp8Spec,
     recipe: Recipe,
     grads: Sequence[Tensor],
-    scale_dy: Tensor,
+    scale_dy: Scale,
     weights: Sequence[Tensor],
-    scale_w: Tensor | None,
+    scale_w: Scale | None,
     after: Tensor,
 ) -> Tensor:
     """dx [M,K] = dy [M,N] · w [N,K]."""
     if scale_w is None:
         scale_w = _weight_scale(plan, weights, recipe.w_t, after)
     dx = fp8_mm(
-        fp8_quantize(list(grads), scale_dy, DTYPES[plan.grad_dtype], recipe.dy, dim=1),
+        fp8_quantize(list(grads), scale_dy.cast, DTYPES[plan.grad_dtype], recipe.dy, dim=1),
         _weight(plan, weights, scale_w, recipe.w_t, by_outputs=False, after=after),
-        scale_dy, _as_rows(plan, scale_w).t(), dtype=grads[0].dtype, fast_accum="dgrad" in plan.fast_accum,
-        blocks=recipe.blocks,
+        scale_dy.inverse, as_rows(plan, scale_w.inverse).t(), dtype=grads[0].dtype,
+        fast_accum="dgrad" in plan.fast_accum, blocks=recipe.blocks,
     )  # fmt: skip
     return dx[: grads[0].shape[0]] if recipe.blocks else dx
 
@@ -224,9 +249,9 @@ def _wgrad(
     plan: Fp8Spec,
     recipe: Recipe,
     grads: Sequence[Tensor],
-    scale_dy: Tensor,
+    scale_dy: Scale,
     x: Tensor,
-    scale_x: Tensor | None,
+    scale_x: Scale | None,
     after: Tensor,
 ) -> Tensor:
     """dw [N,K] = dyᵀ [N,M] · x [M,K], or its transpose where weights are stored so."""
@@ -240,13 +265,11 @@ def _wgrad(
         scale_x = _scale(plan, [x], recipe.x_t, after=after)
     x_t = x
     if plan.save != "fp8":
-        x_t = fp8_quantize([x], scale_x, E4M3, recipe.x_t, transpose=True, after=after)
-    operands = [
-        (fp8_quantize(list(grads), scale_dy, grad_dtype, recipe.dy_t, dim=1, transpose=True), scale_dy.t()),
-        (x_t, scale_x.t()),
-    ]
+        x_t = fp8_quantize([x], scale_x.cast, E4M3, recipe.x_t, transpose=True, after=after)
+    dy_t = fp8_quantize(list(grads), scale_dy.cast, grad_dtype, recipe.dy_t, dim=1, transpose=True)
+    operands = [(dy_t, scale_dy.inverse.t()), (x_t, scale_x.inverse.t())]
     swap = plan.transposed and recipe.x_t == recipe.dy_t  # else the kernel wants them in this order
-    (a, scale_a), (b, scale_b) = reversed(operands) if swap else operands
+    (a, inverse_a), (b, inverse_b) = reversed(operands) if swap else operands
     fast = "wgrad" in plan.fast_accum
-    dw = fp8_mm(a, b, scale_a, scale_b, dtype=grads[0].dtype, fast_accum=fast, blocks=recipe.blocks)
+    dw = fp8_mm(a, b, inverse_a, inverse_b, dtype=grads[0].dtype, fast_accum=fast, blocks=recipe.blocks)
     return dw.t() if plan.transposed and not swap else dw

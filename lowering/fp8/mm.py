@@ -29,19 +29,18 @@ def library() -> Any:
 def fp8_mm(
     a: Tensor,
     b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
     *,
     dtype: torch.dtype,
     fast_accum: bool,
     blocks: bool = False,
 ) -> Tensor:
-    """a [M,K], b [N,K] in FP8, scales as `quantize` made them; returns [M,N] in `dtype`.
+    """a [M,K], b [N,K] in FP8, the inverses of the scales that `quantize` made; returns [M,N] in `dtype`.
 
     `blocks`: one scale for 1 x 128 elements of `a` and for 128 x 128 of `b`. `fast_accum` leaves partial
     sums in the tensor core's own accumulator (about 14 bits of mantissa).
     """
-    inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
     if not blocks and inverse_a.shape != inverse_b.shape:
         inverse_a = inverse_a.expand(a.shape[0], 1).contiguous()
         inverse_b = inverse_b.expand(b.shape[0], 1).contiguous()

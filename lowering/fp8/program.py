@@ -40,12 +40,14 @@ class Store:
 @dataclass(frozen=True)
 class Launch:
     """One kernel: `leaves` are (index of the operator's tensor, kind), read as x0, x1, …; `code` are
-    assignments of float32 expressions to v0, v1, …; `tile` is rows, columns, warps."""
+    assignments of float32 expressions to v0, v1, …; `tile` is rows, columns, warps; `columns` the K of all
+    it reads."""
 
     leaves: tuple[tuple[int, Kind], ...]
     code: tuple[str, ...]
     stores: tuple[Store, ...]
     tile: tuple[int, int, int]
+    columns: int
 
     @property
     def matrix(self) -> int:
@@ -98,6 +100,7 @@ class Program:
                 tuple(one["code"]),
                 tuple(Store(**{**store, "block": tuple(store["block"])}) for store in one["stores"]),
                 tuple(one["tile"]),
+                one["columns"],
             )
             for one in data["launches"]
         )

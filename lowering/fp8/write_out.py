@@ -13,11 +13,13 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 class Writer:
-    """Writes nodes in front of `anchor`."""
+    """Writes nodes in front of `anchor`. `maxima`, where several share it, holds what was written before:
+    (matrix, reduced dimension) -> largest magnitudes. Their order is then to be mended by sorting."""
 
-    def __init__(self, graph: Graph, anchor: Node) -> None:
+    def __init__(self, graph: Graph, anchor: Node, maxima: dict[Any, Node] | None = None) -> None:
         self.graph, self.anchor = graph, anchor
         self.mode = _fake_mode(anchor)
+        self.maxima = {} if maxima is None else maxima
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         with self.graph.inserting_before(self.anchor):
@@ -65,8 +67,7 @@ class Writer:
         if list(block) == [0, 0]:
             amax = self.call(aten.reshape.default, self._amax_of(parts), [1, 1])
         else:
-            joined = self.call(aten.abs.default, self._joined(parts, dim))
-            amax = self.call(aten.amax.default, joined, [1 if block[0] else 0], True)
+            amax = self._amax_along(parts, dim, 1 if block[0] else 0)
         limit = torch.finfo(dtype).max
         amax = self.cast(amax, torch.float32)
         tiny = self.call(aten.lt.Scalar, amax, limit * 2.0**-126)
@@ -89,12 +90,23 @@ class Writer:
     def _joined(self, parts: Any, dim: int) -> Node:
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, list(parts), dim)  # type: ignore[no-any-return]
 
+    def _amax_along(self, parts: Any, dim: int, reduced: int) -> Node:
+        """The largest magnitudes of rows or columns, the other dimension left with size 1; of each part where
+        it lies."""
+        found = [self._maxima(part, reduced) for part in parts]
+        return self._maximum(found) if dim == reduced else self._joined(found, dim)
+
+    def _maxima(self, matrix: Node, reduced: int) -> Node:
+        if (matrix, reduced) not in self.maxima:
+            magnitudes = self.call(aten.abs.default, matrix)
+            self.maxima[matrix, reduced] = self.call(aten.amax.default, magnitudes, [reduced], True)
+        return self.maxima[matrix, reduced]
+
     def _amax_of(self, parts: Any) -> Node:
         """Along rows first, where the matrix is made, then over what that leaves."""
         found = []
         for part in parts:
-            rows = self.call(aten.amax.default, self.call(aten.abs.default, part), [-1])
-            found.append(self.call(aten.amax.default, rows, [0]))
+            found.append(self.call(aten.amax.default, self._maxima(part, 1), [0, 1]))
         return self.cast(self._maximum(found), torch.float32)
 
     def _quantize(

@@ -1,4 +1,4 @@
-"""FP8 under DDP and FSDP2: two processes over gloo against one process."""
+"""FP8 under DDP and FSDP2: two processes, over gloo or with a GPU each, against one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from kp_compiler.lowering.fp8.quantize import sqnr
 from tests.distributed import workers
 
 SIZE = 2
@@ -24,3 +25,19 @@ def test_gradients_are_those_of_one_process(wrapper: str, recipe: str, tmp_path:
     assert len(got) == len(want)
     for mine, exact in zip(got, want, strict=True):
         assert (mine - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < SIZE, reason="needs two GPUs")
+def test_training_on_two_gpus(tmp_path: Path) -> None:
+    """Two steps, against the same ones in bfloat16 on one GPU."""
+    check_training("cuda", tmp_path)
+
+
+def check_training(device: str, folder: Path) -> None:
+    out = folder / "moved.pt"
+    arguments = (SIZE, str(folder / "store"), device, str(out))
+    mp.spawn(workers.train_everything, arguments, nprocs=SIZE, join=True)
+    want = workers.trained_alone(SIZE, device)
+    for got in torch.load(out).values():
+        assert all(sqnr(mine, exact) > 18 for mine, exact in zip(got, want, strict=True))

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import kp_compiler
+
 OPTIONS: dict[str, Any] = {"cpu_rewrites": True, "lowering": "aot_eager", "strict": True}
 DIM = 256
 
@@ -31,9 +33,9 @@ def inputs(rank: int) -> torch.Tensor:
     return torch.randn(32, DIM, generator=torch.Generator().manual_seed(10 + rank))
 
 
-def start(rank: int, size: int, file: str) -> None:
+def start(rank: int, size: int, file: str, backend: str = "gloo") -> None:
     os.environ["KP_PASSES"] = ""
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
 
 
 def reference(size: int, recipe: str) -> list[torch.Tensor]:
@@ -48,8 +50,8 @@ def reference(size: int, recipe: str) -> list[torch.Tensor]:
     return sums
 
 
-def _fp8(recipe: str) -> dict[str, Any]:
-    return {"mode": "require", "recipe": recipe}
+def _fp8(recipe: str, **settings: Any) -> dict[str, Any]:
+    return {"mode": "require", "recipe": recipe, **settings}
 
 
 def ddp(rank: int, size: int, file: str, recipe: str, out: str) -> None:
@@ -88,3 +90,84 @@ def fsdp(rank: int, size: int, file: str, recipe: str, out: str) -> None:
     if rank == 0:
         torch.save(grads, out)
     dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# two steps of training in bfloat16, of weights in float32
+
+STEPS = 2  # delayed scaling knows nothing before the second
+
+
+def train_everything(rank: int, size: int, file: str, device: str, out: str) -> None:
+    """Saves {(wrapper, recipe): what each weight moved by}."""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    start(rank, size, file, "nccl" if device == "cuda" else "gloo")
+    moved = {}
+    for recipe in ("tensorwise", "delayed"):
+        fp8 = _fp8(recipe, reduce_amax=True) if recipe == "delayed" else _fp8(recipe)
+        options = {"strict": True, "fp8_linear": fp8} if device == "cuda" else {**OPTIONS, "fp8_linear": fp8}
+        for wrapped in (replicated, sharded):
+            torch._dynamo.reset()
+            net = model().to(device)
+            run = wrapped(net, options)
+            moved[wrapped.__name__, recipe] = trained(net, run, inputs(rank).to(device))
+            if recipe == "delayed" and wrapped is replicated:  # the other's state has no names
+                _check_same_scales(net)
+    if rank == 0:
+        torch.save(moved, out)
+    dist.destroy_process_group()
+
+
+def replicated(net: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """One graph of Dynamo's, which its optimizer for DDP splits where buckets of gradients end."""
+    compiled: Any = torch.compile(net, backend="kp", fullgraph=True, options=options)
+    return nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=1)
+
+
+def sharded(net: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Every layer sharded and compiled on its own, in one graph."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in net.children():
+        layer.compile(backend="kp", fullgraph=True, options=options)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(net, mesh=mesh, mp_policy=policy)
+    return net
+
+
+def trained(net: nn.Module, run: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each weight moves by."""
+    before = [_whole(p).clone() for p in net.parameters()]
+    optimizer = torch.optim.SGD(run.parameters(), lr=1.0)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = run(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+    return [(_whole(p) - first).cpu() for p, first in zip(net.parameters(), before, strict=True)]
+
+
+def trained_alone(size: int, device: str) -> list[torch.Tensor]:
+    """The same without kp, in one process on the inputs of all ranks."""
+    net = model().to(device)
+    return trained(net, net, torch.cat([inputs(rank) for rank in range(size)]).to(device))
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    value: Any = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[no-any-return]
+
+
+def _check_same_scales(net: nn.Module) -> None:
+    """Histories of largest magnitudes are those of all ranks."""
+    state = {k: v for k, v in kp_compiler.state_dict(net).items() if k.endswith("amax_history")}
+    assert state
+    for mine in state.values():
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first)

@@ -1,0 +1,179 @@
+"""What a compiled layer keeps for its backward pass, as passes over graphs of AOTAutograd.
+
+`narrow` (forward graphs): a result that is a slice of a merged product would keep all of that product alive.
+
+    mm ─▶ slice ─▶ output        to        mm ─▶ slice ─▶ clone ─▶ output
+
+`store_products` (joint graphs, `save="fp8"`): what the backward pass computes from products of FP8 layers, it
+computes from copies of them in FP8, one scale a row; half the bytes where pointwise operations stand between,
+as behind the gate and up projections (the method of COAT, arXiv 2410.19313, with its scales for 128 elements
+made coarser).
+
+    forward  mm ─▶ f ─▶ …                    forward  mm ─▶ f ─▶ …      mm ─▶ cast ─▶ kept
+    backward        f ─▶ g(tangent)          backward  kept ─▶ cast back ─▶ f ─▶ g(tangent)
+
+The partitioner then keeps the smaller copy, and recomputes f.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from kp_compiler.lowering.fp8.quantize import E4M3
+from kp_compiler.lowering.fp8.recipes import ROW
+from kp_compiler.lowering.fp8.write_out import Writer
+
+aten, prims = torch.ops.aten, torch.ops.prims
+_VIEWS = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
+    aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.alias.default, aten.detach.default, operator.getitem,
+}  # fmt: skip
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
+
+
+def narrow(graph: Graph) -> None:
+    """Copy results that are slices, where the others together are not all of what they are slices of."""
+    output = next(iter(graph.find_nodes(op="output")))
+    slices: dict[Node, list[Node]] = {}
+    for node in dict.fromkeys(n for n in output.args[0] if isinstance(n, Node)):  # type: ignore[union-attr]
+        base = _base(node)
+        if base is not node and base.op == "call_function" and isinstance(_value(base), torch.Tensor):
+            slices.setdefault(base, []).append(node)
+    for base, nodes in slices.items():
+        kept = sum(_value(node).numel() for node in nodes)
+        if base in output.all_input_nodes or not _smaller(kept, _value(base).numel()):
+            continue
+        for node in nodes:
+            copy = Writer(graph, output).call(aten.clone.default, node)
+            output.replace_input_with(node, copy)
+
+
+def _base(node: Node) -> Node:
+    """What a tensor is a view of."""
+    while node.target in _VIEWS or node.target in _SPLITS:
+        source = node.args[0]
+        if not isinstance(source, Node) or (node.target is operator.getitem and source.target not in _SPLITS):
+            break
+        node = source
+    return node
+
+
+def _smaller(part: Any, whole: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(part < whole))
+
+
+def _value(node: Node) -> Any:
+    return node.meta.get("val")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def store_products(graph: Graph) -> None:
+    """See the module docstring. Graphs without a backward pass stay as they are."""
+    backward = _backward(graph)
+    if not backward:
+        return
+    copies = _Copies(graph, backward)
+    for node in [n for n in graph.nodes if n in backward and _reads_values(n)]:
+        for source in list(node.all_input_nodes):
+            if source not in backward and copies.depends(source):
+                node.replace_input_with(source, copies.of(source))
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def _backward(graph: Graph) -> set[Node]:
+    """Nodes that depend on a tangent."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" and "tangents" in str(node.target):
+            found.add(node)
+        elif node.op != "output" and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _reads_values(node: Node) -> bool:
+    """Pointwise operations, and casts: what they read need not be what the forward pass had to the bit."""
+    kp = torch.ops.kp
+    return _is_pointwise(node) or node.target in (
+        kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default,
+    )  # fmt: skip
+
+
+def _is_pointwise(node: Node) -> bool:
+    target = node.target
+    if target is prims.convert_element_type.default:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def _is_product(node: Node) -> bool:
+    kp = torch.ops.kp
+    return node.target in (aten._scaled_mm.default, kp.fp8_mm.default)
+
+
+class _Copies:
+    """Forward values, computed again from products in FP8."""
+
+    def __init__(self, graph: Graph, backward: set[Node]) -> None:
+        self.graph, self.backward = graph, backward
+        self.made: dict[Node, Node] = {}
+        self.known: dict[Node, bool] = {}
+
+    def depends(self, node: Node) -> bool:
+        """A product's columns, or pointwise operations on such and on single rows (a sum along the residual
+        stream would be repeated from all layers before it)."""
+        if node not in self.known:
+            self.known[node] = self._is_slice(node) or self._repeats(node)
+        return self.known[node]
+
+    def _is_slice(self, node: Node) -> bool:
+        """A product [M,N], or some columns of one."""
+        while not _is_product(node):
+            if node.target not in (operator.getitem, aten.slice.Tensor, *_SPLITS):
+                return False
+            node = node.args[0]  # type: ignore[assignment]
+            if not isinstance(node, Node):
+                return False
+        return True
+
+    def _repeats(self, node: Node) -> bool:
+        if node in self.backward or not (_is_pointwise(node) or node.target is aten.view.default):
+            return False
+        tensors = [n for n in node.all_input_nodes if isinstance(_value(n), torch.Tensor)]
+        large = [n for n in tensors if not _is_row(_value(n))]
+        return bool(large) and all(self.depends(n) for n in large)
+
+    def of(self, node: Node) -> Node:
+        if node not in self.made:
+            self.made[node] = self._stored(node) if self._is_slice(node) else self._again(node)
+        return self.made[node]
+
+    def _again(self, node: Node) -> Node:
+        inputs = {n: self.of(n) for n in node.all_input_nodes if self.depends(n)}
+        with self.graph.inserting_after(max([node, *inputs.values()])):
+            copy = self.graph.node_copy(node, lambda n: inputs.get(n, n))
+        return copy
+
+    def _stored(self, node: Node) -> Node:
+        """Cast and cast back."""
+        write, kp = Writer(self.graph, node.next), torch.ops.kp
+        scale = write.call(kp.fp8_scale.default, [node], 0, E4M3, list(ROW), False, None)
+        stored = write.call(kp.fp8_quantize.default, [node], 0, scale, E4M3, list(ROW), False, None)
+        wide = write.call(prims.convert_element_type.default, stored, torch.float32)
+        back = write.call(aten.mul.Tensor, wide, write.call(aten.reciprocal.default, scale))
+        return write.cast(back, _value(node).dtype)
+
+
+def _is_row(value: torch.Tensor) -> bool:
+    """One number for a column at most, as a bias."""
+    return all(size == 1 for size in value.shape[:-1])
