@@ -13,7 +13,7 @@ State belongs to parameters: it survives recompilation, and `kp.state_dict` reac
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from kp_compiler.lowering.fp8.linear import Scale, finish, parse_spec, weight_ca
 from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, fp8_amax, fp8_quantize
 from kp_compiler.lowering.fp8.recipes import TENSOR, Fp8Spec
 from kp_compiler.lowering.ops import fragment
+from kp_compiler.target import has_package
 
 ROLES = ("x", "w", "dy")
 # The magnitudes that a first step is prepared for, where nothing is known: activations behind a norm stay
@@ -103,7 +104,6 @@ class _Delayed(torch.autograd.Function):
 # the state
 
 
-_TINY = 2.0**-100  # a smaller magnitude is none: its scale would be infinite
 _LINE = 4  # float32 numbers of 16 bytes: compiled code copies an input that starts elsewhere
 
 
@@ -115,12 +115,10 @@ class Block:
         device, sites = owners[0].device, len(owners)
         self.owners = [weakref.ref(owner) for owner in owners]
         self.history = torch.zeros(length, sites, len(ROLES), device=device)
-        lines = torch.zeros(sites, len(ROLES), _LINE, device=device)
-        self.all_seen = lines[..., 0]
-        self.seen = [[line[:1] for line in row] for row in lines]
+        self.lines = torch.zeros(sites, len(ROLES), _LINE, device=device)
+        self.seen = [[line[:1] for line in row] for row in self.lines]
         self.overflows = torch.zeros(sites, len(ROLES), dtype=torch.int64, device=device)
-        self.guess = torch.tensor([_GUESS[role] for role in ROLES], device=device)
-        self.scale: Tensor | None = None
+        self.scale = torch.zeros(sites, len(ROLES), device=device)  # of the last step; zeros before the first
         self.step = 0
 
     def alive(self) -> bool:
@@ -145,26 +143,51 @@ class Block:
             tensor.copy_(value)
         self.overflows[row] = state["overflows"].to(self.overflows)
 
-    def next_scales(self, limits: Tensor, margin: int, *, reduce: bool) -> list[Tensor]:
+    def next_scales(self, limits: Tensor, guess: Tensor, headroom: float, *, reduce: bool) -> list[Tensor]:
         """Take in what the last step saw, and the scales of the next with their inverses, [6,4] a site, in
         memory of their own: a backward pass may still come that reads the last ones."""
-        seen = _reduced(self.all_seen) if reduce else self.all_seen
-        if self.scale is not None:
-            self.overflows += ~(seen * self.scale <= limits)
-        entry = self.history[self.step % len(self.history)]
-        torch.nan_to_num(seen, nan=0.0, posinf=0.0, neginf=0.0, out=entry)
+        seen = _reduced(self.lines) if reduce else self.lines
+        entry = self.step % len(self.history)
         self.step += 1
-        amax = self.history.amax(0) * 2.0**margin
-        self.scale = limits / torch.where(amax > _TINY, amax, self.guess)
-        both = torch.cat([self.scale, self.scale.reciprocal()], dim=1)
-        return list(both.unsqueeze(-1).expand(-1, -1, _LINE).contiguous().unbind())
+        update = _updater(seen.device.type)
+        lines = update(seen, self.history, entry, self.scale, self.overflows, limits, guess, headroom)
+        return list(lines.unbind())
+
+
+@cache
+def _updater(device: str) -> Callable[..., Tensor]:
+    if device == "cuda" and has_package("triton"):
+        from kp_compiler.lowering.triton.delayed_scales import update
+
+        return update
+    return updated
+
+
+def updated(
+    seen: Tensor,
+    history: Tensor,
+    entry: int,
+    scale: Tensor,
+    overflows: Tensor,
+    limits: Tensor,
+    guess: Tensor,
+    headroom: float,
+) -> Tensor:
+    """The reference of `triton.delayed_scales.update`."""
+    top = seen[..., 0]
+    overflows += ~(top * scale <= limits)
+    torch.nan_to_num(top, nan=0.0, posinf=0.0, neginf=0.0, out=history[entry])
+    amax = history.amax(0)
+    torch.div(limits, torch.where(amax > 2.0**-100, amax * headroom, guess), out=scale)
+    both = torch.cat([scale, scale.reciprocal()], dim=1)
+    return both.unsqueeze(-1).expand(-1, -1, seen.shape[2]).contiguous()
 
 
 def _reduced(seen: Tensor) -> Tensor:
     import torch.distributed as dist
 
-    seen = seen.contiguous()
     if dist.is_available() and dist.is_initialized():
+        seen = seen.clone()
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
     return seen
 
@@ -210,9 +233,9 @@ class DelayedScaling:
     """The provider of scales and of the tensors that magnitudes are written to, for all sites of a graph."""
 
     def __init__(self, length: int, margin: int, limits: tuple[float, ...], *, reduce: bool) -> None:
-        self.length, self.margin, self.limits, self.reduce = length, margin, limits, reduce
+        self.length, self.headroom, self.limits, self.reduce = length, 2.0**margin, limits, reduce
         self.sites: list[tuple[tuple[int, ...], int]] = []  # positions of a site's weights, which use it is
-        self._limits: Tensor | None = None
+        self.constants: tuple[Tensor, Tensor] | None = None  # limits and guesses, on the device
 
     def add(self, positions: tuple[int, ...]) -> None:
         use = sum(first[0] == positions[0] for first, _ in self.sites)
@@ -224,9 +247,11 @@ class DelayedScaling:
         keys = tuple((id(owner), use) for owner, (_, use) in zip(owners, self.sites, strict=True))
         with torch.no_grad():
             block = _block(keys, owners, self.length, weights)
-            if self._limits is None or self._limits.device != owners[0].device:
-                self._limits = torch.tensor(self.limits, device=owners[0].device)
-            scales = block.next_scales(self._limits, self.margin, reduce=self.reduce)
+            if self.constants is None or self.constants[0].device != owners[0].device:
+                numbers = (self.limits, tuple(_GUESS[role] for role in ROLES))
+                limits, guess = (torch.tensor(each, device=owners[0].device) for each in numbers)
+                self.constants = limits, guess
+            scales = block.next_scales(*self.constants, self.headroom, reduce=self.reduce)
         return [tensor for scale, seen in zip(scales, block.seen, strict=True) for tensor in (scale, *seen)]
 
 

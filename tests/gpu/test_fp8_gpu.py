@@ -231,3 +231,23 @@ def test_delayed_scaling() -> None:
         < 1e-6
     )
     assert all(not value.any() for name, value in state.items() if name.endswith("overflows"))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1024])
+def test_delayed_scales_are_those_of_the_reference(steps: int) -> None:
+    from kp_compiler.lowering.fp8.delayed import updated
+    from kp_compiler.lowering.triton.delayed_scales import update
+
+    seen = torch.rand(5, 3, 4, device="cuda") * 10
+    seen[0, 0, 0], seen[1, 1, 0], seen[2, 2, 0] = float("inf"), float("nan"), 0.0
+    history = torch.rand(steps, 5, 3, device="cuda")
+    history[:, 2, 2] = 0.0
+    state = (history, torch.rand(5, 3, device="cuda") * 100, torch.zeros(5, 3, device="cuda").long())
+    limits, guess = torch.tensor([448.0, 448.0, 57344.0]).cuda(), torch.tensor([64.0, 1.0, 1.0]).cuda()
+    found = []
+    for function in (update, updated):
+        past, scale, overflows = (each.clone() for each in state)
+        lines = function(seen, past, steps // 2, scale, overflows, limits, guess, 2.0)
+        found.append((lines, past, scale, overflows))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
