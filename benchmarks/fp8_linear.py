@@ -50,6 +50,7 @@ def _transformer_engine(layer: nn.Linear) -> Iterator[tuple[str, Callable[[torch
     for name, each in made.items():
 
         def call(x: torch.Tensor, each: Any = each) -> torch.Tensor:
+            twin.weight.grad = None
             with te.fp8_autocast(enabled=True, fp8_recipe=each):
                 return twin(x)
 

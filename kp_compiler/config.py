@@ -83,9 +83,9 @@ class Fp8LinearConfig(PassConfig):
     margin: int = 1  # delayed: powers of two of headroom above the largest magnitude
     reduce_amax: bool = False  # delayed: the largest magnitude over all processes of the default group
     merge: bool = True  # one product for all weights that read the same activation
-    # what is kept for the backward pass. input: inputs of layers as they are; auto: of the graph's inputs, which
-    # are read from memory anyway, the transposed FP8 copy instead; fp8: products that pointwise operations of
-    # the backward pass read (gate and up projections) in FP8 too
+    # what is kept for the backward pass. input: inputs of layers as they are; auto: of inputs of the graph,
+    # which are read from memory anyway, the transposed FP8 copy instead; fp8: products that pointwise
+    # operations of the backward pass read (gate and up projections) in FP8 too
     save: Literal["auto", "input", "fp8"] = "auto"
     cache_weights: bool = True  # inference: keep weights in FP8 until a parameter's version counter moves
 
