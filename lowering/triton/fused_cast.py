@@ -12,6 +12,8 @@ launches it as it launches its own.
 
 from __future__ import annotations
 
+import hashlib
+import linecache
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -20,7 +22,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._inductor.codecache import PyCodeCache
 from torch.utils._sympy.functions import CeilDiv
 
 from kp_compiler.lowering.fp8.fused import fp8_fused, parse
@@ -94,7 +95,12 @@ def _tuned(text: str, warps: int) -> Any:
 
 @lru_cache(maxsize=1024)
 def _compiled(text: str) -> Any:
-    return PyCodeCache.load(text).kp_fused_cast
+    """The kernel of a source, which is known to `inspect` without lying in a file."""
+    name = f"<kp_fused_cast {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    namespace: dict[str, Any] = {"__name__": __name__}
+    exec(compile(text, name, "exec"), namespace)
+    return namespace["kp_fused_cast"]
 
 
 def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
