@@ -29,7 +29,7 @@ from harness import RESULTS, bar, synchronise, time_interleaved, warm, write
 from torch import Tensor
 
 from kp_compiler.lowering.fp8 import quantize
-from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3
+from kp_compiler.lowering.fp8.quantize import DTYPES, E4M3, scale_from_amax
 from kp_compiler.lowering.fp8.recipes import RECIPES
 
 CASTS = ("delayed", "tensorwise", "rowwise")
@@ -49,6 +49,8 @@ FORWARD: dict[str, tuple[int, Callable[..., Tensor]]] = {  # matrices read, and 
 
 
 def scale_of(parts: list[Tensor], dtype: torch.dtype, block: tuple[int, int], dim: int = 0) -> Tensor:
+    if block == (0, 0):
+        return scale_from_amax(torch.ops.kp.fp8_amax.default(parts, dim).reshape(1, 1), dtype, False)
     return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), False, None)
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.fp8.linear import (
+    activation_cast,
+    activation_scale,
     as_rows,
-    cast_activation,
     finish,
     fprop,
     parse_spec,
@@ -47,8 +48,8 @@ def _linear(
 ) -> list[Tensor]:
     plan = parse_spec(spec)
     rows = x.reshape(-1, x.shape[-1])
-    quantized, scale_x = cast_activation(plan, rows)
-    out = fprop(plan, quantized, weight, scale_x.inverse, inverse, rows.shape[0])
+    scale = activation_scale(plan, rows)
+    out = fprop(plan, activation_cast(plan, rows, scale), weight, scale.inverse, inverse, rows.shape[0])
     outs = out.split(sizes, dim=1) if len(sizes) > 1 else (out,)
     return finish(plan, x, outs, biases)
 

@@ -45,7 +45,8 @@ def library() -> Any:
 
 def fp8_linear_delayed() -> Any:
     """`kp::fp8_linear`, with `scales` [6,4] given, the first numbers of the rows those of x, w and dy and
-    their inverses, and the largest magnitudes written to `seen` [1] each; dy's in the backward pass."""
+    their inverses, and the largest magnitudes written to `seen` [1] each; those of dy, and of w where dgrad
+    casts it anyway, in the backward pass."""
     library()
     return torch.ops.kp.fp8_linear_delayed.default
 
@@ -78,9 +79,11 @@ class _Delayed(torch.autograd.Function):
         weight = weight_cast(plan, weights, scale_w)
         out = linear.fprop(plan, quantized, weight, scale_x.inverse, scale_w.inverse, x.shape[0])
         seen_x.copy_(fp8_amax([x]))
-        seen_w.copy_(fp8_amax(list(weights), dim=plan.outputs_dim))
+        late = ctx.needs_input_grad[1]  # dgrad's cast of the weights finds their maximum on the way
+        if not late:
+            seen_w.copy_(fp8_amax(list(weights), dim=plan.outputs_dim))
         ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
-        ctx.seen_dy = seen_dy
+        ctx.seen_dy, ctx.seen_w = seen_dy, seen_w if late else None
         kept, _ = linear.keep(plan, x, scale_x)
         ctx.save_for_backward(kept, scales, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
@@ -93,6 +96,8 @@ class _Delayed(torch.autograd.Function):
         scale_x, scale_w, scale_dy = _parts(scales)
         amax = fp8_amax(list(grads), dim=1)
         ctx.seen_dy.copy_(amax)
+        if ctx.seen_w is not None:
+            ctx.seen_w.copy_(fp8_amax(weights, dim=plan.outputs_dim))
         dx, dw = linear.gradients(
             plan, grads, scale_dy, x, scale_x, weights, scale_w, dtype=ctx.dtype, sizes=ctx.sizes,
             need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[6:], after=amax,

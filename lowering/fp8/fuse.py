@@ -7,13 +7,15 @@ A cast that only wants the matrix as it lies is written out in ATen: Inductor fu
 computes the matrix, the norm or the activation. A cast that wants it transposed becomes a kernel of kp's,
 together with the plain cast of the same matrix and with the pointwise operations in front of them, and with
 other casts that read the same tensors: gradients of gate and up projection and the product they came from are
-one kernel. Scales are written out in ATen as well, first along rows, so that the maximum is taken where the
-matrix is made.
+one kernel. One scale a row, of what lies in memory, makes a kernel as well, which finds the scales on the
+way. Other scales are written out in ATen, first along rows, so that the maximum is taken where the matrix is
+made.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8.fused import fp8_fused
-from kp_compiler.lowering.fp8.program import Buffer, Kind, Launch, Layout, Program, Store, tile_for
+from kp_compiler.lowering.fp8.keep import base
+from kp_compiler.lowering.fp8.program import (
+    MOST_COLUMNS,
+    Buffer,
+    Kind,
+    Launch,
+    Layout,
+    Program,
+    Store,
+    tile_for,
+)
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT, alignment
 from kp_compiler.lowering.fp8.recipes import BLOCK
 from kp_compiler.lowering.fp8.write_out import Writer
@@ -50,6 +62,7 @@ _EXPRESSIONS: dict[Any, str] = {
     aten.rsqrt.default: "(1.0 / tl.sqrt({0}))",
     aten.relu.default: "tl.where({0} < 0.0, 0.0, {0})",
 }
+_PRODUCTS = (aten._scaled_mm.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -92,6 +105,7 @@ class Cast:
     plain: list[Node] = field(default_factory=list)
     turned: list[Node] = field(default_factory=list)
     amax: list[Node] = field(default_factory=list)
+    by_rows: bool = False  # a kernel of whole rows makes their scales
 
     def nodes(self) -> list[Node]:
         return [*self.plain, *self.turned, *self.amax, *self.made()]
@@ -100,7 +114,10 @@ class Cast:
         """The scale, where the kernel makes it: that of blocks of the same matrix."""
         mine = (list(self.parts), self.dim, self.dtype, list(self.block))
         args = self.scale.args
-        if max(self.block) <= 1 or self.scale.target is not torch.ops.kp.fp8_scale.default:
+        if (
+            not (self.by_rows or max(self.block) > 1)
+            or self.scale.target is not torch.ops.kp.fp8_scale.default
+        ):
             return []
         return [self.scale] if (list(args[0]), args[1], args[2], list(args[3])) == mine else []  # type: ignore[call-overload]
 
@@ -116,9 +133,11 @@ def _casts(nodes: list[Node]) -> list[Cast]:
 
 
 def _take_amax(casts: list[Cast], amaxes: list[Node]) -> None:
-    """The largest magnitude of a matrix is found where it is cast."""
+    """The largest magnitude of a matrix is found where it is cast, unless the cast needs it."""
     for cast in casts:
         same = [node for node in amaxes if (tuple(node.args[0]), node.args[1]) == (cast.parts, cast.dim)]
+        if not cast.made():
+            same = [node for node in same if not _reaches([cast.scale], {node})]
         cast.amax += same
         amaxes = [node for node in amaxes if node not in same]
 
@@ -126,7 +145,10 @@ def _take_amax(casts: list[Cast], amaxes: list[Node]) -> None:
 def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Iterator[list[Cast]]:
     """Casts that become one operator: those that want a transposed copy or join several matrices, put
     together where they read a tensor in common and nothing lies between them."""
-    wanted = [c for c in _casts(nodes) if c.turned or len(c.parts) > 1 or max(c.block) > 1]
+    casts = _casts(nodes)
+    for cast in casts:
+        cast.by_rows = _by_rows(cast, absorbed)
+    wanted = [c for c in casts if c.turned or len(c.parts) > 1 or max(c.block) > 1 or c.by_rows]
     _take_amax(wanted, amaxes)
     reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
     rest = wanted
@@ -134,10 +156,29 @@ def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Itera
         group, rest = [rest[0]], rest[1:]
         for other in list(rest):
             shared = any(reads[id(other)] & reads[id(mine)] for mine in group)
-            if shared and _same_rows(group[0], other) and _independent([*group, other]):
+            alike = group[0].by_rows == other.by_rows and _same_rows(group[0], other)
+            if shared and alike and _independent([*group, other]):
                 group.append(other)
                 rest.remove(other)
         yield group
+
+
+def _by_rows(cast: Cast, absorbed: set[Node]) -> bool:
+    """One scale a row and no transposed copy, of what is read from memory anyway: rows are then read once.
+    Casts of what Inductor computes, as a norm, are made by the kernel that computes it."""
+    if cast.block != (1, 0) or cast.turned or (len(cast.parts) > 1 and cast.dim == 1):
+        return False
+    leaves = {leaf for part in cast.parts for leaf in _leaves(part, absorbed)}
+    return _value(cast.parts[0]).shape[-1] <= MOST_COLUMNS and all(map(_lies_in_memory, leaves))
+
+
+def _lies_in_memory(node: Node) -> bool:
+    """An input of the graph, or the result of a kernel that Inductor fuses nothing into."""
+    source = base(node)
+    if source.op == "placeholder" or source.target is operator.getitem:
+        return True
+    namespace = getattr(source.target, "namespace", "")
+    return namespace == "kp" or source.target in _PRODUCTS
 
 
 def _same_rows(one: Cast, other: Cast) -> bool:
@@ -148,16 +189,20 @@ def _same_rows(one: Cast, other: Cast) -> bool:
 def _independent(group: list[Cast]) -> bool:
     """No member needs what another one makes, be it through an operator that was written before."""
     made = {node for cast in group for node in cast.nodes()}
-    queue = [n for cast in group for n in (*cast.parts, *([] if cast.made() else [cast.scale]))]
-    seen: set[Node] = set()
+    return not _reaches([n for c in group for n in (*c.parts, *([] if c.made() else [c.scale]))], made)
+
+
+def _reaches(nodes: list[Node], made: set[Node]) -> bool:
+    """Some of `nodes` is one of `made`, or needs one."""
+    queue, seen = list(nodes), set[Node]()
     while queue:
         node = queue.pop()
         if node in made:
-            return False
+            return True
         if node not in seen:
             seen.add(node)
             queue.extend(node.all_input_nodes)
-    return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -259,7 +304,7 @@ class _Launches:
     def finished(self) -> Launch:
         leaves = tuple(self.leaves)
         stores = tuple(self.stores)
-        return Launch(leaves, tuple(self.code), stores, tile_for(leaves, stores), self.columns)
+        return Launch(leaves, tuple(self.code), stores, tile_for(leaves, stores, self.columns), self.columns)
 
     def read(self, node: Node, kind: Kind) -> int:
         leaf = (self.builder.tensor(node), kind)
@@ -311,7 +356,7 @@ def _emit(graph: Graph, group: list[Cast], absorbed: set[Node]) -> None:
     for cast in group:
         _add(cast, builder, launches)
     for index, (_, one) in builder.maxima.items():
-        height, width, _ = tile_for(tuple(one.leaves), tuple(one.stores))
+        height, width, _ = one.finished().tile
         builder.buffers[index] = dataclasses.replace(builder.buffers[index], tile=(height, width))
     program = Program(
         tuple(one.finished() for one in launches.values()), tuple(builder.buffers), fingerprint()
@@ -345,7 +390,8 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
     plain = builder.buffer(cast.plain, "plain", rows, columns, align=unit)
     turned = builder.buffer(cast.turned, "turned", rows, columns, align=alignment(cast.block))
     unit = alignment(cast.block) if cast.block[0] > 1 else unit
-    scales = builder.buffer(cast.made(), "tiles", rows, columns, tile=cast.block, align=unit)
+    tile = (cast.block[0], cast.block[1] or columns)
+    scales = builder.buffer(cast.made(), "tiles", rows, columns, tile=tile, align=unit)
     place = 0
     for part, size in zip(cast.parts, sizes, strict=True):
         key = part if along_rows else int(size[1])

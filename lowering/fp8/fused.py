@@ -66,7 +66,7 @@ def _made(store: Store, value: Tensor, outs: list[Tensor]) -> Tensor:
     """Scales of blocks, written where they go and spread over the elements."""
     into = next(outs[b] for b in (store.plain, store.turned) if b >= 0)
     scale = scale_of([value], 0, into.dtype, list(store.block), store.power_of_two)
-    row, column = store.row // store.block[0], store.column // store.block[1]
+    row, column = store.row // store.block[0], store.column // (store.block[1] or value.shape[1])
     into = outs[store.scales][row : row + scale.shape[0], column : column + scale.shape[1]]
     into.copy_(scale[: into.shape[0]])
     return spread(scale, value, store.block)

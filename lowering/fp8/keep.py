@@ -41,20 +41,20 @@ def narrow(graph: Graph) -> None:
     output = next(iter(graph.find_nodes(op="output")))
     slices: dict[Node, list[Node]] = {}
     for node in dict.fromkeys(n for n in output.args[0] if isinstance(n, Node)):  # type: ignore[union-attr]
-        base = _base(node)
-        if base is not node and base.op == "call_function" and isinstance(_value(base), torch.Tensor):
-            slices.setdefault(base, []).append(node)
-    for base, nodes in slices.items():
+        whole = base(node)
+        if whole is not node and whole.op == "call_function" and isinstance(_value(whole), torch.Tensor):
+            slices.setdefault(whole, []).append(node)
+    for whole, nodes in slices.items():
         kept = sum(_value(node).numel() for node in nodes)
-        if base in output.all_input_nodes or not _smaller(kept, _value(base).numel()):
+        if whole in output.all_input_nodes or not _smaller(kept, _value(whole).numel()):
             continue
         for node in nodes:
             copy = Writer(graph, output).call(aten.clone.default, node)
             output.replace_input_with(node, copy)
 
 
-def _base(node: Node) -> Node:
-    """What a tensor is a view of."""
+def base(node: Node) -> Node:
+    """What a tensor is a view or a part of."""
     while node.target in _VIEWS or node.target in _SPLITS:
         source = node.args[0]
         if not isinstance(source, Node) or (node.target is operator.getitem and source.target not in _SPLITS):

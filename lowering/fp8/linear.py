@@ -73,16 +73,17 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Fp8Spec, x: Tensor, *weights: Tensor) -> Any:
-        recipe = plan.scaling
-        scale_w = weight_scale(plan, weights)
-        quantized, scale_x = cast_activation(plan, x)
-        weight = weight_cast(plan, weights, scale_w)
-        out = fprop(plan, quantized, weight, scale_x.inverse, as_rows(plan, scale_w.inverse), x.shape[0])
-        ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
+        recipe, sizes = plan.scaling, [w.shape[plan.outputs_dim] for w in weights]
+        scale_w, scale_x = weight_scale(plan, weights), activation_scale(plan, x)
         again = _tensor_scale(plan, weights, recipe.w, recipe.w_t, scale_w, plan.outputs_dim)
-        kept, scale_t = keep(plan, x, scale_x)
+        scale_t = _tensor_scale(plan, [x], recipe.x, recipe.x_t, scale_x)
+        quantized = activation_cast(plan, x, scale_x, after=scale_t)
+        weight = weight_cast(plan, weights, scale_w, after=again)
+        out = fprop(plan, quantized, weight, scale_x.inverse, as_rows(plan, scale_w.inverse), x.shape[0])
+        ctx.plan, ctx.sizes, ctx.dtype = plan, sizes, x.dtype
+        kept, scale_t = keep(plan, x, scale_t)
         ctx.save_for_backward(kept, *(scale_t or (None, None)), *(again or (None, None)), *weights)
-        return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
+        return out if len(weights) == 1 else out.split(sizes, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -110,16 +111,14 @@ def fprop(
     return out[:rows] if blocks else out
 
 
-def keep(plan: Fp8Spec, x: Tensor, scale: Scale) -> tuple[Tensor, Scale | None]:
-    """What wgrad will read of the activation, and its scale: x itself, which may have to be kept for other
-    reasons or is cheap to compute again; or its transposed copy in FP8, of half the bytes."""
-    recipe = plan.scaling
-    scale_t = _tensor_scale(plan, [x], recipe.x, recipe.x_t, scale)
-    if plan.save != "fp8" or recipe.x_t is None:
-        return x, scale_t
-    if scale_t is None:
-        scale_t = _scale(plan, [x], recipe.x_t)
-    return fp8_quantize([x], scale_t.cast, E4M3, recipe.x_t, transpose=True), scale_t
+def keep(plan: Fp8Spec, x: Tensor, scale: Scale | None) -> tuple[Tensor, Scale | None]:
+    """What wgrad will read of the activation, and its scale where that is known: x itself, which may have to
+    be kept for other reasons or is cheap to compute again; or its transposed copy in FP8, half the bytes."""
+    block = plan.scaling.x_t
+    if plan.save != "fp8" or block is None:
+        return x, scale
+    scale = scale or _scale(plan, [x], block)
+    return fp8_quantize([x], scale.cast, E4M3, block, transpose=True), scale
 
 
 def gradients(
@@ -166,18 +165,25 @@ def _scale(
 def _tensor_scale(
     plan: Fp8Spec, parts: Sequence[Tensor], block: Block, again: Block | None, scale: Scale, dim: int = 0
 ) -> Scale | None:
-    """The scale that the backward pass needs, where the forward pass has it for nothing: that of the whole
-    tensor, whose maximum is that of the maxima of `scale`, the one of the forward pass."""
+    """The scale of the backward pass, where that is one for the whole tensor; `scale` is that of the forward
+    pass, which has read the tensor for it. Its casts have to wait for this one: it is then found there."""
     if again != TENSOR:
         return None
     return scale if block == TENSOR else _scale(plan, parts, TENSOR, dim=dim)
 
 
-def cast_activation(plan: Fp8Spec, x: Tensor) -> tuple[Tensor, Scale]:
-    """x [M,K] for fprop, and its scale."""
-    block = plan.scaling.x
-    scale = _scale(plan, [x], block)
-    return fp8_quantize([x], scale.cast, E4M3, block), scale
+def _cast(scale: Scale | None) -> Tensor | None:
+    return None if scale is None else scale.cast
+
+
+def activation_scale(plan: Fp8Spec, x: Tensor) -> Scale:
+    """The scale of x [M,K] for fprop."""
+    return _scale(plan, [x], plan.scaling.x)
+
+
+def activation_cast(plan: Fp8Spec, x: Tensor, scale: Scale, after: Scale | None = None) -> Tensor:
+    """x [M,K] for fprop."""
+    return fp8_quantize([x], scale.cast, E4M3, plan.scaling.x, after=_cast(after))
 
 
 def weight_scale(plan: Fp8Spec, weights: Sequence[Tensor]) -> Scale:
@@ -185,9 +191,9 @@ def weight_scale(plan: Fp8Spec, weights: Sequence[Tensor]) -> Scale:
     return _weight_scale(plan, weights, plan.scaling.w)
 
 
-def weight_cast(plan: Fp8Spec, weights: Sequence[Tensor], scale: Scale) -> Tensor:
+def weight_cast(plan: Fp8Spec, weights: Sequence[Tensor], scale: Scale, after: Scale | None = None) -> Tensor:
     """Weights [N,K] for fprop."""
-    return _weight(plan, weights, scale, plan.scaling.w, by_outputs=True)
+    return _weight(plan, weights, scale, plan.scaling.w, by_outputs=True, after=_cast(after))
 
 
 # Weights are cast from where they lie, [N,K] or [K,N]; recipes speak of [N,K].

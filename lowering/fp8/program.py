@@ -115,8 +115,17 @@ _TILE = (128, 128, 8)
 _TILE_OF_MANY = (64, 128, 8)
 
 
-def tile_for(leaves: tuple[tuple[int, Kind], ...], stores: tuple[Store, ...]) -> tuple[int, int, int]:
-    """Scales of blocks are made within a tile, which then has to be 128 by 128."""
-    if any(store.scales >= 0 for store in stores):
+MOST_COLUMNS = 16384  # of a tile of whole rows, which a block of threads holds in registers
+
+
+def tile_for(
+    leaves: tuple[tuple[int, Kind], ...], stores: tuple[Store, ...], columns: int
+) -> tuple[int, int, int]:
+    """Scales are made within a tile, which then has to be 128 by 128, or whole rows."""
+    made = [store.block for store in stores if store.scales >= 0]
+    if (1, 0) in made:
+        width = 1 << (columns - 1).bit_length()
+        return max(1, 8192 // width), width, 16 if width > 8192 else 8
+    if made:
         return _TILE
     return _TILE if sum(kind == "full" for _, kind in leaves) == 1 else _TILE_OF_MANY

@@ -3,12 +3,11 @@
     scale[i, j] = max_finite / max |x| over block (i, j), in float32            kp::fp8_scale
     q           = clamp(x * scale, ±max_finite) in FP8                          kp::fp8_quantize
 
-A block is `(rows, columns)`, 0 for all of them: (0, 0) is one scale a matrix, (1, 0) one a row, (1, 128)
-one for 128 elements of a row. They take a list of matrices that stand for their concatenation along
-`dim`: weights that read the same activation, and the gradients of their results, become one matrix without
-being copied together first.
-They are functional and opaque, so that a graph pass can move and fuse them (`fuse`); run as they stand they
-compute the reference.
+A block is `(rows, columns)`, 0 for all of them: (0, 0) is one scale a matrix, made of `kp::fp8_amax`, (1, 0)
+one a row, (1, 128) one for 128 elements of a row. They take a list of matrices that stand for their
+concatenation along `dim`: weights that read the same activation, and the gradients of their results, become
+one matrix without being copied together first. They are functional and opaque, so that a graph pass can move
+and fuse them (`fuse`); run as they stand they compute the reference.
 
 Non-finite inputs are never hidden: an infinity or a NaN makes everything that shares its scale NaN. A block
 of zeros has scale 1. e4m3 is the variant without infinities (largest 448), e5m2 reaches 57344.
@@ -67,6 +66,8 @@ def fp8_scale(
     """parts, together [R, C], to scales [ceil(R / rows), ceil(C / columns)] in float32; blocks of 1 x 128
     have R rounded up to 16, as their cast has. `after` as below."""
     library()
+    if block == (0, 0):
+        return scale_from_amax(fp8_amax(parts, dim=dim).reshape(1, 1), dtype, power_of_two)
     return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), power_of_two, after)
 
 
@@ -106,8 +107,6 @@ def scale_of(
     after: Tensor | None = None,
 ) -> Tensor:
     """The reference of `kp::fp8_scale`."""
-    if block == [0, 0]:
-        return scale_from_amax(amax_of(parts, dim).reshape(1, 1), dtype, power_of_two)
     x = _joined(parts, dim)
     amax = block_amax(_padded(x, scale_padding(block, x.shape[0]), 0), block)
     return scale_from_amax(amax, dtype, power_of_two)

@@ -43,10 +43,10 @@ class Recipe:
 
 
 RECIPES = {
-    # one scale a tensor, from the tensor itself (torchao's and Transformer Engine's "current scaling"); one a row
-    # in fprop. That costs nothing (8192^3 on one H100, 2026-11-26: 1462 and 1387 TFLOP/s), the maximum of a row
-    # is known where the row is made, and a spike spoils its own row only. Gradients in e5m2 hold a spike of 1e5
-    # times the rest as they are.
+    # one scale a tensor, from the tensor itself (torchao's and Transformer Engine's "current scaling"), one a
+    # row in fprop. That costs nothing (8192^3 on one H100, 2026-11-26: 1462 and 1387 TFLOP/s), the maximum of
+    # a row is known where it is made, and a spike spoils its own row only. Gradients in e5m2 hold a spike of
+    # 1e5 times the rest as they are.
     "tensorwise": Recipe(ROW, ROW, TENSOR, TENSOR, TENSOR, TENSOR, "e5m2"),
     # one scale a tensor, from earlier steps (`delayed`)
     "delayed": Recipe(TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, "e5m2"),

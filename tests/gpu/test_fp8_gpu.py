@@ -19,6 +19,9 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_gw_hp", "blockwise")
 
 
 def fp8_scale(parts: Any, dtype: Any, block: Any, *, dim: int = 0) -> torch.Tensor:
+    if block == (0, 0):
+        amax = torch.ops.kp.fp8_amax.default(parts, dim)
+        return quantize.scale_from_amax(amax.reshape(1, 1), dtype, False)
     return torch.ops.kp.fp8_scale.default(parts, dim, dtype, list(block), False, None)
 
 
