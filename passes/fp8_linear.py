@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from kp_compiler import cost
 from kp_compiler.lowering import ops, te
 from kp_compiler.lowering.fingerprint import fingerprint
-from kp_compiler.lowering.fp8 import cached, delayed, linear
+from kp_compiler.lowering.fp8 import cached, delayed, linear, state
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT
 from kp_compiler.lowering.fp8.recipes import BLOCK, Fp8Spec, spec_for
 from kp_compiler.metadata import tensor_of, value_of
@@ -136,17 +136,15 @@ def _delayed_inputs(site: Node, weights: list[Any], spec: Fp8Spec, ctx: Context)
     """Scales and one-element tensors of a site, as nodes of its graph. One provider serves all sites."""
     outer = ctx.calls[0] if ctx.calls else site
     top, config = outer.graph.owning_module, ctx.config.fp8_linear
-    provider = next((p for p in providers(top) if isinstance(p, delayed.DelayedScaling)), None)
+    provider = next((p for p in providers(top) if isinstance(p, state.DelayedScaling)), None)
     if provider is None:
-        limits = delayed.limits_of(spec)
-        provider = delayed.DelayedScaling(
-            config.amax_history, config.margin, limits, reduce=config.reduce_amax
-        )
+        limits = state.limits_of(spec)
+        provider = state.DelayedScaling(config.amax_history, config.margin, limits, reduce=config.reduce_amax)
     provider.add(tuple(position(_outer(w, ctx)) for w in weights))
     like = tensor_of(weights[0])
     assert like is not None
     with fake_mode(outer.graph), torch.no_grad():
-        values = delayed.fake_inputs(like)
+        values = state.fake_inputs(like)
     nodes = add_inputs(top, provider, values, top.graph.find_nodes(op="placeholder")[-1].next)
     return [ops.import_node(node, site, ctx.calls) for node in nodes]
 

@@ -76,7 +76,10 @@ def test_state_survives_recompilation_and_a_restart() -> None:
     other.load_state_dict(model.state_dict())
     again = delayed(other)
     kp_compiler.load_state_dict(again, after)  # before its first call
+    assert all(torch.equal(kp_compiler.state_dict(again)[name], value) for name, value in after.items())
     assert all(torch.equal(a, b) for a, b in zip(train(run, x), train(again, x), strict=True))
+    moved = kp_compiler.state_dict(again)
+    assert torch.equal(moved["gate.weight.fp8_amax_history"][-1], after["gate.weight.fp8_amax"])
     kp_compiler.load_state_dict(again, before)  # and after it
     kp_compiler.load_state_dict(run, before)
     assert all(torch.equal(a, b) for a, b in zip(train(run, x), train(again, x), strict=True))

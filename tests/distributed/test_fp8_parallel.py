@@ -27,6 +27,10 @@ def test_gradients_are_those_of_one_process(wrapper: str, recipe: str, tmp_path:
         assert (mine - exact).norm() <= 1e-5 * exact.norm()
 
 
+def test_training_in_two_processes(tmp_path: Path) -> None:
+    check_training("cpu", tmp_path)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < SIZE, reason="needs two GPUs")
 def test_training_on_two_gpus(tmp_path: Path) -> None:

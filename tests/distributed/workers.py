@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,18 +70,15 @@ def ddp(rank: int, size: int, file: str, recipe: str, out: str) -> None:
 def fsdp(rank: int, size: int, file: str, recipe: str, out: str) -> None:
     """Every layer sharded and compiled on its own, as FSDP2's users do."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     start(rank, size, file)
-    net = model()
     mesh = init_device_mesh("cpu", (size,))
-    for layer in net:
-        layer.compile(backend="kp", options={**OPTIONS, "fp8_linear": _fp8(recipe)})
-        fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    net = _sharded_layers(mesh, recipe)
     weights = [p.detach().clone() for p in net.parameters()]
     net(inputs(rank)).square().mean().backward()
     grads = [p.grad.full_tensor() for p in net.parameters()]
+    if recipe == "delayed":
+        _check_state_by_name(net, lambda: _sharded_layers(mesh, recipe), inputs(rank))
     x = inputs(rank)
     with torch.no_grad():  # inference between changes of weights: no copy of old ones may be used
         for factor in (1.0, 0.0, 1.0, 0.0):
@@ -90,6 +88,31 @@ def fsdp(rank: int, size: int, file: str, recipe: str, out: str) -> None:
     if rank == 0:
         torch.save(grads, out)
     dist.destroy_process_group()
+
+
+def _sharded_layers(mesh: Any, recipe: str) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    net = model()
+    for layer in net:
+        layer.compile(backend="kp", options={**OPTIONS, "fp8_linear": _fp8(recipe)})
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def _check_state_by_name(net: nn.Module, fresh: Callable[[], nn.Module], x: torch.Tensor) -> None:
+    """State has the names of the sharded parameters, and can be loaded before the first forward pass."""
+    state = kp_compiler.state_dict(net)
+    names = {name for name, _ in net.named_parameters()}
+    assert {name.rpartition(".fp8_")[0] for name in state} <= names
+    seen = {name: value for name, value in state.items() if name.endswith("fp8_amax")}
+    assert seen and all(value.all() for value in seen.values())
+    other = fresh()
+    kp_compiler.load_state_dict(other, state)
+    other(x).sum().backward()
+    after = kp_compiler.state_dict(other)
+    assert set(after) == set(state)
+    assert all(torch.equal(after[f"{name}_history"][-1], value) for name, value in seen.items())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -112,7 +135,7 @@ def train_everything(rank: int, size: int, file: str, device: str, out: str) -> 
             net = model().to(device)
             run = wrapped(net, options)
             moved[wrapped.__name__, recipe] = trained(net, run, inputs(rank).to(device))
-            if recipe == "delayed" and wrapped is replicated:  # the other's state has no names
+            if recipe == "delayed":
                 _check_same_scales(net)
     if rank == 0:
         torch.save(moved, out)

@@ -238,7 +238,7 @@ def test_delayed_scaling() -> None:
 
 @pytest.mark.parametrize("steps", [1, 7, 1024])
 def test_delayed_scales_are_those_of_the_reference(steps: int) -> None:
-    from kp_compiler.lowering.fp8.delayed import updated
+    from kp_compiler.lowering.fp8.state import updated
     from kp_compiler.lowering.triton.delayed_scales import update
 
     seen = torch.rand(5, 3, 4, device="cuda") * 10
