@@ -32,9 +32,15 @@ def provided_input(provider: int, index: int) -> torch.Tensor:
 
 
 def add_inputs(
-    gm: GraphModule, provider: Provider, values: Sequence[torch.Tensor], before: Node
+    gm: GraphModule,
+    provider: Provider,
+    values: Sequence[torch.Tensor],
+    before: Node,
+    staying: Sequence[bool],
 ) -> list[Node]:
-    """Stand-ins for `provider`'s tensors in front of a node; `values` are fake."""
+    """Stand-ins for `provider`'s tensors in front of a node; `values` are fake. Tensors that are `staying`
+    where they are from call to call need not be copied into a CUDA graph's own memory; where one moves all
+    the same, Inductor records again."""
     if _KEY not in gm.meta:  # Dynamo's optimizer for DDP gives one dictionary to all parts of a graph
         gm.meta = {**gm.meta, _KEY: []}
     known = gm.meta[_KEY]
@@ -44,10 +50,11 @@ def add_inputs(
     earlier = gm.graph.find_nodes(op="call_function", target=provided_input)
     start = sum(node.args[0] == number for node in earlier)
     nodes = []
-    for index, value in enumerate(values, start):
+    for index, (value, stays) in enumerate(zip(values, staying, strict=True), start):
         with gm.graph.inserting_before(before):
             node = gm.graph.call_function(provided_input, (number, index))
         node.meta["example_value"] = value
+        node.meta["kp_stays"] = stays
         nodes.append(node)
     return nodes
 
@@ -73,6 +80,10 @@ def extended(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModul
         with graph.inserting_after(last):
             last = graph.placeholder(f"kp_input_{node.args[0]}_{node.args[1]}")
         last.meta["example_value"] = node.meta["example_value"]
+        if node.meta["kp_stays"]:
+            last.meta["tensor_dict"] = {
+                "_dynamo_static_input_type": "unguarded"
+            }  # as mark_static_address does
         last._dynamo_source = None  # AOTAutograd asks every placeholder; no user code names this one
         node.replace_all_uses_with(last, propagate_meta=False)
         graph.erase_node(node)

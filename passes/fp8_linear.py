@@ -120,7 +120,7 @@ def _emit(group: Group, ctx: Context) -> None:
         provider = cached.CachedWeights(tuple(map(position, weights)), spec)
         with emit.mode, torch.no_grad():
             values = cached.quantized([tensor_of(w) for w in weights], spec)
-        copies = add_inputs(ctx.gm, provider, values, first)
+        copies = add_inputs(ctx.gm, provider, values, first, staying=[True] * len(values))
         sizes = [_shape(member, ctx).outputs for member in group.members]
         node = emit.call(cached.fp8_linear_cached(), x, *copies, sizes, biases, spec)
     elif group.spec.recipe == "delayed":
@@ -145,7 +145,8 @@ def _delayed_inputs(site: Node, weights: list[Any], spec: Fp8Spec, ctx: Context)
     assert like is not None
     with fake_mode(outer.graph), torch.no_grad():
         values = state.fake_inputs(like)
-    nodes = add_inputs(top, provider, values, top.graph.find_nodes(op="placeholder")[-1].next)
+    staying = [False, *(True for _ in values[1:])]  # scales are made anew in each step
+    nodes = add_inputs(top, provider, values, top.graph.find_nodes(op="placeholder")[-1].next, staying)
     return [ops.import_node(node, site, ctx.calls) for node in nodes]
 
 

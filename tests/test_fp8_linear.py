@@ -465,3 +465,23 @@ def test_verify_refuses_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     out, report = compiled(Gated(), (torch.randn(M, K),), **fp8(), verify=True, strict=False)
     assert {site.reason.code for site in report.sites} == {"verify-failed"}
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(("recipe", "training", "moving"), [("tensorwise", False, 0), ("delayed", True, 1)])
+def test_added_inputs_stay_where_they_are(recipe: str, training: bool, moving: int) -> None:
+    """Weights in FP8 and what delayed scaling writes to are no inputs that a CUDA graph would copy."""
+    found: list[tuple[int, list[int]]] = []
+
+    def look(graph: Any) -> None:
+        context = torch._guards.TracingContext.try_get()
+        count = len(graph.find_nodes(op="placeholder"))
+        found.append((count, list(context.fw_metadata.static_input_indices)))
+
+    model, x = Gated(), torch.randn(M, K)
+    options = {"cpu_rewrites": True, "inductor": {"post_grad_custom_pre_pass": look}, **fp8(recipe)}
+    with torch.set_grad_enabled(training):
+        torch.compile(model, backend="kp", options=options)(x)
+    count, static = found[0]
+    sites = 2  # gate and up are one
+    assert count - len(static) == 1 + moving * sites  # x, and scales

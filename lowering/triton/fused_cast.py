@@ -66,7 +66,7 @@ def _lowered(tensors: list[Any], program: str) -> Any:
         pointers = [*leaves, *(outs[b] for b in one.buffers)]
         ir.UserDefinedTritonKernel(
             kernel_idx=kernel_side_table.add_kernel(_tuned(one.source, one.warps)),
-            grid=[(*one.grid, 1)],
+            grid=[(*one.grid, 1, 1)],
             tma_descriptor_metadata={},
             kernel_args=dict(zip(one.pointers, pointers, strict=True)) | one.numbers,
         )
@@ -133,7 +133,7 @@ class Kernel:
     pointers: tuple[str, ...]
     buffers: tuple[int, ...]
     numbers: dict[str, Any]
-    grid: tuple[Any, Any]
+    grid: tuple[Any]
     warps: int
 
 
@@ -159,9 +159,10 @@ def kernel_for(
     even = even and "M" in known and known["M"] % height == 0
     text = source(
         launch, tuple(_TRITON[getattr(torch, program.buffers[b].dtype)] for b in buffers), pointers,
-        known | {"BLOCK_M": height, "BLOCK_K": width, "EVEN": even}, tuple(unknown),
+        known | {"BLOCK_M": height, "BLOCK_K": width, "TILES": _tiles(columns, width), "EVEN": even},
+        tuple(unknown),
     )  # fmt: skip
-    grid = (_tiles(columns, width), _tiles(ends[aligned], height))
+    grid = (_tiles(columns, width) * _tiles(ends[aligned], height),)
     return Kernel(text, pointers, buffers, unknown, grid, warps)
 
 
@@ -201,8 +202,10 @@ def source(
         "@triton.jit",
         f"def kp_fused_cast({', '.join((*pointers, *numbers))}):",
         *(f"    {name}: tl.constexpr = {value}" for name, value in constants.items()),
-        "    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)",
-        "    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]",
+        "    row_of_tiles = tl.program_id(0) // TILES",
+        "    column_of_tiles = tl.program_id(0) % TILES",
+        "    m = row_of_tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)",
+        "    k = column_of_tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]",
         "    inside = tl.full([BLOCK_M, BLOCK_K], True, tl.int1) if EVEN else (m < M) & (k < K)",
     ]
     lines += [f"    x{i} = {_load(i, kind)}" for i, (_, kind) in enumerate(launch.leaves)]
@@ -239,8 +242,8 @@ def _stores(store: Store, number: int, dtypes: tuple[str, ...]) -> list[str]:
             f"    top = tl.max(tl.where(inside, tl.abs({store.value}), 0.0))",
             f"    bad = tl.max(tl.where(inside & ({store.value} != {store.value}), 1, 0))",
             "    top = tl.where(bad > 0, float('nan'), top)",
-            f"    place = tl.program_id(1) * t{number} + tl.program_id(0)",
-            f"    tl.store(o{number} + place, top, mask=tl.program_id(1) * BLOCK_M < M)",
+            f"    place = row_of_tiles * t{number} + column_of_tiles",
+            f"    tl.store(o{number} + place, top, mask=row_of_tiles * BLOCK_M < M)",
         ]
     return lines
 
@@ -259,16 +262,16 @@ def _scales(store: Store, number: int, dtype: str) -> list[str]:
     """Scales of the blocks of a tile, and where they go: 1 x 128, 128 x 1 or 128 x 128."""
     limit = 448.0 if "e4" in dtype else 57344.0
     row, column = f"m + {store.row}", f"k + {store.column}"
-    row_of_blocks = f"tl.program_id(1) + {store.row // 128}"
-    column_of_blocks = f"tl.program_id(0) + {store.column // 128}"
+    row_of_blocks = f"row_of_tiles + {store.row // 128}"
+    column_of_blocks = f"column_of_tiles + {store.column // 128}"
     if store.block[0] == 1:
         largest, mask, column = "tl.max(top, axis=1)[:, None]", f"m < r{number}", column_of_blocks
     elif store.block[1] == 1:
         largest, row = "tl.max(top, axis=0)[None, :]", row_of_blocks
-        mask = f"(k < K) & (tl.program_id(1) * BLOCK_M < r{number})"
+        mask = f"(k < K) & (row_of_tiles * BLOCK_M < r{number})"
     else:
         largest, row, column = "tl.max(top)", row_of_blocks, column_of_blocks
-        mask = f"tl.program_id(1) * BLOCK_M < r{number}"
+        mask = f"row_of_tiles * BLOCK_M < r{number}"
     rounded = ["    scale = tl.exp2(tl.floor(tl.log2(scale)))"] if store.power_of_two else []
     return [
         f"    top = tl.where(inside, tl.abs({store.value}), 0.0)",

@@ -95,6 +95,40 @@ def test_fused_cast(producer: str, rows: int, columns: int, block: tuple[int, in
         assert torch.equal(plain, fp8_quantize([a], whole, E4M3, block).float()[:rows])
 
 
+@pytest.mark.parametrize("producer", ["itself", "swiglu"])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 64), (77, 208), (300, 4096), (9, 14336), (16, 16384), (5, 20000)]
+)
+def test_cast_of_rows(producer: str, rows: int, columns: int) -> None:
+    """Scale, cast and largest magnitude of rows; up to 16384 columns by one kernel."""
+    function = PRODUCERS[producer]
+
+    def cast(a: torch.Tensor, b: torch.Tensor) -> Any:
+        x = function(a, b)
+        scale = fp8_scale([x], E4M3, (1, 0))
+        q = fp8_quantize([x], scale, E4M3, (1, 0))
+        return scale, q.to(torch.float32), torch.ops.kp.fp8_amax.default([x], 0)
+
+    a, b = _rand(rows, columns), _rand(rows, columns)
+    _poison()
+    scale, q, amax = _compiled(cast)(a, b)
+    exact = function(a.double(), b.double())
+    assert scale.shape == (rows, 1) and bool((q.abs().amax(1) == 448).all())
+    assert sqnr(q / scale, exact) > 30
+    assert abs(amax.item() / exact.abs().max().item() - 1) < 1e-2
+
+
+def test_more_rows_than_a_grid_is_high() -> None:
+    x = _rand(70_000, 16_384)
+
+    def cast(x: torch.Tensor) -> Any:
+        scale = fp8_scale([x], E4M3, (1, 0))
+        return scale, fp8_quantize([x], scale, E4M3, (1, 0))
+
+    scale, q = _compiled(cast)(x)
+    assert sqnr(q[-16:].float() / scale[-16:], x[-16:]) > 30
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_fused_cast_of_parts(dtype: torch.dtype) -> None:
     """Gradients of gate and up projection, and the product they come from, in one operator."""
@@ -193,6 +227,27 @@ def test_block(recipe: str, rows: int, bias: bool) -> None:
     assert sqnr(grads[1][0], grads[0][0]) > 26
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_products_kept_in_fp8(recipe: str) -> None:
+    """`save="fp8"` changes gradients by no more than FP8 does anyway, and keeps fewer bytes."""
+    torch.manual_seed(0)
+    dim = 2048 if recipe == "blockwise" else 512
+    block, x = Block(dim, 2 * dim, bias=False).cuda().bfloat16(), _rand(2, 512, dim)
+    kept, grads = [], []
+    for save in ("input", "fp8"):
+        settings = {"mode": "require", "recipe": recipe, "save": save}
+        run = torch.compile(block, backend="kp", options={"strict": True, "fp8_linear": settings})
+        for _ in range(2):
+            block.zero_grad()
+            before = torch.cuda.memory_allocated()
+            out = run(x)
+            kept.append(torch.cuda.memory_allocated() - before)
+            out.square().mean().backward()
+        grads.append([p.grad for p in block.parameters()])
+    assert kept[3] < 0.8 * kept[1]
+    assert all(sqnr(got, want) > 18 for want, got in zip(*grads, strict=True))
+
+
 def test_inference_reads_new_weights() -> None:
     layer, x = nn.Linear(1024, 2048).cuda().bfloat16(), _rand(64, 1024)
     for mode in ("default", "reduce-overhead"):
@@ -205,11 +260,13 @@ def test_inference_reads_new_weights() -> None:
                 layer.weight.mul_(-2)
 
 
-def test_delayed_scaling() -> None:
-    """From the second step on as exact as one scale a tensor; every kernel sees the largest magnitudes."""
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_delayed_scaling(mode: str) -> None:
+    """From the second step on as exact as one scale a tensor; every kernel sees the largest magnitudes, also
+    in CUDA graphs."""
     torch.manual_seed(0)
     block = Block(512, 1024, bias=False).cuda().bfloat16()
-    options = {"strict": True, "fp8_linear": {"mode": "on", "recipe": "delayed", "expect": 7}}
+    options = {"strict": True, "mode": mode, "fp8_linear": {"mode": "on", "recipe": "delayed", "expect": 7}}
     compiled = torch.compile(block, backend="kp", fullgraph=True, options=options)
     reference = Block(512, 1024, bias=False).cuda()
     reference.load_state_dict(block.state_dict())
@@ -221,7 +278,7 @@ def test_delayed_scaling() -> None:
             run.zero_grad()
             out = run(leaf)
             out.square().mean().backward()
-            grads.append([out.detach(), leaf.grad, *(p.grad for p in run.parameters())])
+            grads.append([t.detach().clone() for t in (out, leaf.grad, *(p.grad for p in run.parameters()))])
         assert step == 0 or all(sqnr(got, want) > 14 for want, got in zip(*grads, strict=True))
     state = kp_compiler.state_dict(compiled)
     assert len(state) == 3 * 4
