@@ -4,7 +4,8 @@ Engine.
     python benchmarks/fp8_linear.py [--rows 15872] [--repeats 9] [--out DIR]
 
 The shapes are those of Transformer Engine's own page on this ("gemm_profiling"): 4096 to 12288, 4096 to 4096,
-4096 to 16384 and 16384 to 4096; the times of one arm are added up. Weights are cast in every step.
+4096 to 16384 and 16384 to 4096; the times of one arm are added up. Weights are cast in every step. Each arm
+runs for a fifth of a second at a time, hot, as in training.
 
 Transformer Engine, on a machine with a second cuDNN, takes the wrong one unless LD_LIBRARY_PATH begins with
 that of torch, …/site-packages/nvidia/cudnn/lib.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, bar, installed, time_interleaved, warm, write
+from harness import RESULTS, SUSTAINED, bar, installed, time_interleaved, warm, write
 from torch import nn
 
 RECIPES = ("tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise")
@@ -68,7 +69,7 @@ def measure(inputs: int, outputs: int, rows: int, repeats: int) -> dict[str, flo
         x.grad = layer.weight.grad = None
 
     steps = {name: (lambda run=run: step(run)) for name, run in arms(layer)}
-    return time_interleaved({name: s for name, s in steps.items() if warm(name, s)}, repeats)
+    return time_interleaved({name: s for name, s in steps.items() if warm(name, s)}, repeats, **SUSTAINED)
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ can be imported.
 
 Forward and backward, and forward without gradients; milliseconds, peak memory, seconds of the first call
 (forward and backward, compiled with empty caches; libraries are loaded before), kernels of kp that cast,
-memory kept for the backward pass. Arms are interleaved (`harness.time_interleaved`). Transformer Engine runs
-its own TransformerLayer, since it can't take the model as it is; torchao converts a copy of the model.
+memory kept for the backward pass. Arms are interleaved, a fifth of a second each (`harness.SUSTAINED`).
+Transformer Engine runs its own TransformerLayer, since it can't take the model as it is; torchao converts a
+copy of the model.
 
 Transformer Engine, on a machine with a second cuDNN, takes the wrong one unless LD_LIBRARY_PATH begins with
 that of torch, …/site-packages/nvidia/cudnn/lib.
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import RESULTS, bar, installed, peak_gib, synchronise, time_interleaved, warm, write
+from harness import RESULTS, SUSTAINED, bar, installed, peak_gib, synchronise, time_interleaved, warm, write
 from torch import nn
 
 RECIPES = ("tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise")
@@ -228,7 +229,7 @@ def main() -> None:
             name: lambda run=run, train=train: step(run, inputs, grad, train=train)
             for name, run in runs.items()
         }
-        for name, ms in time_interleaved(steps, options.repeats).items():
+        for name, ms in time_interleaved(steps, options.repeats, **SUSTAINED).items():
             rows[name, mode] |= {"ms": round(ms, 3), "peak_gib": round(peak_gib(steps[name]), 3)}
             if train:
                 rows[name, mode] |= {
