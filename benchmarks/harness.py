@@ -26,8 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]
 # A step that is bound by the host moves by a tenth from call to call, a span of them does not.
 SPAN_MS = 30.0
-# Under load a GPU at its power limit lowers its clocks, for bfloat16 more than for FP8. A linear layer 16384 to
-# 4096 on one H100, 2026-11-26: bfloat16 8.02 ms in short spans with pauses, 8.64 without; FP8 5.00 and 5.03.
+# Under load a GPU at its power limit lowers its clocks, for bfloat16 more than for FP8. A linear layer 16384
+# to 4096 on one H100, 2026-11-26: bfloat16 8.02 ms in short spans with pauses, 8.64 without; FP8 5.00, 5.03.
 # Long spans without pauses are what a loop over batches sees.
 SUSTAINED: dict[str, float] = {"pause": 0.0, "span_ms": 200.0}
 

@@ -133,10 +133,10 @@ FP8_PRODUCT = {
 # Bytes that casting moves for each element of (x, w, dy), forward and then backward: the amax pass, the cast,
 # and the transposed copy.
 CAST_BYTES = {
-    "tensorwise": ((5, 5, 0), (3, 3, 6)),
+    "tensorwise": ((3, 3, 0), (3, 3, 6)),
     "delayed": ((3, 3, 0), (3, 3, 4)),
     "rowwise": ((3, 3, 0), (5, 5, 8)),
-    "rowwise_gw_hp": ((3, 3, 0), (0, 5, 3)),
+    "rowwise_gw_hp": ((3, 3, 0), (0, 3, 3)),
     "blockwise": ((3, 3, 0), (3, 3, 4)),
 }
 SM, SI, SN = sympy.symbols("M K N", positive=True, integer=True)

@@ -108,13 +108,12 @@ class Program:
         return cls(launches, buffers, data["fingerprint"])
 
 
-# Rows, columns and warps of a tile, by the number of matrices read. One H100 80GB HBM3, torch 2.11, triton
-# 3.6, 2026-11-26: 8192x14336 bfloat16 to both layouts 2809 GB/s, dSwiGLU to five copies 2774 GB/s (a plain
-# copy: 2953).
+# Rows, columns and warps of a tile. One H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-26: a transposed copy,
+# or a tile that makes scales; both layouts and the maximum (8192 x 14336 bfloat16 2807 GB/s, 15872 x 16384 2835,
+# in tiles of 128 x 128 2792 and 2740; a plain copy: 2953); several matrices (dSwiGLU to five copies 2774 GB/s).
 _TILE = (128, 128, 8)
+_TILE_OF_BOTH = (64, 128, 4)
 _TILE_OF_MANY = (64, 128, 8)
-
-
 MOST_COLUMNS = 16384  # of a tile of whole rows, which a block of threads holds in registers
 
 
@@ -128,4 +127,7 @@ def tile_for(
         return max(1, 8192 // width), width, 16 if width > 8192 else 8
     if made:
         return _TILE
-    return _TILE if sum(kind == "full" for _, kind in leaves) == 1 else _TILE_OF_MANY
+    if sum(kind == "full" for _, kind in leaves) > 1:
+        return _TILE_OF_MANY
+    both = any(store.plain >= 0 and store.turned >= 0 for store in stores)
+    return _TILE_OF_BOTH if both else _TILE
