@@ -225,7 +225,8 @@ def saved_bytes(model: nn.Module, x: torch.Tensor, **settings: Any) -> float:
     """Bytes a row that a forward pass keeps for its backward pass: storages other than parameters and `x`."""
     torch._dynamo.reset()
     options = {"cpu_rewrites": True, "attention": "off", "strict": True, **settings}
-    saved = torch.compile(model, backend="kp", options=options)(x).grad_fn.saved_tensors
+    out = torch.compile(model, backend="kp", options=options)(x)
+    saved = out.grad_fn.saved_tensors  # there as long as `out` is
     own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     return sum(size for place, size in storages.items() if place not in own) / x.shape[0]

@@ -108,9 +108,9 @@ class Program:
         return cls(launches, buffers, data["fingerprint"])
 
 
-# Rows, columns and warps of a tile: for one transposed copy, or scales made in the tile; for both layouts; for
-# several matrices. One H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-26, bfloat16 to both layouts and their
-# maximum: 8192 x 14336 2807 GB/s, 15872 x 16384 2835 (in tiles of 128 x 128 2792 and 2740; a plain copy 2953);
+# Rows, columns and warps of a tile: for one transposed copy or scales made in the tile, for both layouts, for
+# several matrices. One H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-26, bfloat16 to both layouts and the
+# maximum: 8192 x 14336 2807 GB/s, 15872 x 16384 2835 (tiles of 128 x 128: 2792 and 2740; a plain copy: 2953);
 # dSwiGLU to five copies 2774 GB/s.
 _TILE = (128, 128, 8)
 _TILE_OF_BOTH = (64, 128, 4)
