@@ -106,7 +106,13 @@ class _FuseCasts(_Pass):
     """FP8 casts into their producers, one kernel for each matrix; and no more of merged products kept than is
     read."""
 
+    def __init__(self, before: Any, config: Config) -> None:
+        super().__init__(before, config)
+        self.asked = config.fp8_linear.mode != "off"
+
     def apply(self, graph: Graph) -> None:
+        if not self.asked:
+            return
         from kp_compiler.lowering.fp8.fuse import fuse_casts
         from kp_compiler.lowering.fp8.keep import narrow
 

@@ -193,6 +193,8 @@ def _transposed(site: Node) -> bool:
 
 def _check(site: Node, ctx: Context) -> Rejection | None:
     shape = _shape(site, ctx)
+    if shape.rows == 0 and isinstance(shape.rows, int):
+        return Rejection("empty", "The input has no rows.")
     if shape.dtype not in HALF and not (ctx.target.reference and shape.dtype == torch.float32):
         return Rejection("dtype", f"FP8 products give bfloat16 or float16, this site is {shape.dtype}.")
     if shape.dtype == torch.float16 and ctx.config.fp8_linear.recipe not in ("tensorwise", "delayed"):
@@ -258,7 +260,7 @@ def _joins(site: Node, other: Node, ctx: Context) -> bool:
     if any(not (a < site) or ctx.writes.between(a, other, since=site) for a in (*operands, site.args[0])):
         return False
     mine, theirs = _shape(site, ctx), _shape(other, ctx)
-    alike = mine.dtype == theirs.dtype and mine.grad_w == theirs.grad_w
+    alike = mine.dtype == theirs.dtype and (mine.grad_x, mine.grad_w) == (theirs.grad_x, theirs.grad_w)
     alike = alike and _transposed(site) == _transposed(other)
     return alike and not left_out(ctx.config.fp8_linear, other)
 
@@ -280,6 +282,8 @@ def _views_work(node: Node, value: torch.Tensor, storage: int | None) -> bool:
     for user in node.users:
         if isinstance(user.target, torch._ops.OpOverload) and user.target.namespace not in ("aten", "kp"):
             return False
+        if isinstance(user.target, torch._ops.HigherOrderOperator) or "as_strided" in str(user.target):
+            return False  # may count on a layout without saying so
         if user.op not in ("call_function", "call_method"):
             return False  # leaves the graph: who reads it next is not known
         if storage_of(user) != storage:

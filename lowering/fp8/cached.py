@@ -1,8 +1,9 @@
 """Weights of inference: quantised once, and again when a parameter changes.
 
 `CachedWeights` holds the FP8 copy and the inverse of its scale beside the parameters, and looks at each
-parameter's version counter and address on every call. A changed weight is cast again into the same memory, so
-a captured CUDA graph reads the new one. Writes through `.data` do not count versions and are not seen.
+parameter's version counter and address on every call, and at how many steps optimizers made. A changed weight
+is cast again into the same memory, so a captured CUDA graph reads the new one. Writes that count no versions
+are not seen: through `.data`, and by a training step that is replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -54,10 +55,24 @@ def _linear(
     return finish(plan, x, outs, biases)
 
 
+_steps = [0]  # of any optimizer: fused ones change parameters without counting versions
+
+
+@cache
+def _count_steps() -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def count(*_: Any) -> None:
+        _steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+
+
 class CachedWeights:
     """The provider of (FP8 weight [N,K], inverse scale) for the weights at some argument positions."""
 
     def __init__(self, positions: tuple[int, ...], spec: str) -> None:
+        _count_steps()
         self.positions, self.spec = positions, spec
         self.kept: dict[tuple[int, ...], _Kept] = {}  # by identity: a graph may serve several layers
 
@@ -84,8 +99,8 @@ class _Kept:
         return all(owner() is weight for owner, weight in zip(self.owners, weights, strict=True))
 
     def current(self, weights: list[Tensor], spec: str) -> tuple[Tensor, Tensor]:
-        state = tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in weights)
-        unknown = any(version is None for _, version in state)  # inference tensors count no versions
+        unknown = any(w.is_inference() for w in weights)  # these count no versions
+        state = (_steps[0], [(w.data_ptr(), 0 if unknown else w._version) for w in weights])
         if self.copies is None or unknown or state != self.state:
             with torch.no_grad():
                 fresh = quantized([w.detach() for w in weights], spec)

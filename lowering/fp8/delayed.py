@@ -74,7 +74,7 @@ class _Delayed(torch.autograd.Function):
             seen_w.copy_(fp8_amax(list(weights), dim=plan.outputs_dim))
         ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
         ctx.seen_dy, ctx.seen_w = seen_dy, seen_w if late else None
-        kept, _ = linear.keep(plan, x, scale_x)
+        kept = linear.keep(plan, x, scale_x)[0] if any(ctx.needs_input_grad[6:]) else None
         ctx.save_for_backward(kept, scales, *weights)
         return out if len(weights) == 1 else out.split(ctx.sizes, dim=1)
 

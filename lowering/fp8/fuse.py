@@ -15,6 +15,7 @@ made.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -79,6 +80,9 @@ def fuse_casts(graph: Graph) -> None:
         return
     amaxes = [node for node in scales if node.target is kp.fp8_amax.default]
     absorbed = _absorbed(graph)  # fused operators read none of these: the set stays right as they are written
+    for part in {part for node in (*casts, *scales) for part in node.args[0]}:  # type: ignore[union-attr]
+        if not any(_is_whole(leaf, part) for leaf in _leaves(part, absorbed)):
+            absorbed.discard(part)  # a kernel goes over the tiles of some matrix that it reads
     for group in _groups(casts, amaxes, absorbed):
         _emit(graph, group, absorbed)
     maxima: dict[Any, Node] = {}
@@ -86,6 +90,11 @@ def fuse_casts(graph: Graph) -> None:
         if not node._erased and not _has_blocks(node):  # one that is left without its cast stays an operator
             Writer(graph, node, maxima).write_out()
     _sort(graph)
+
+
+def _is_whole(leaf: Node, part: Node) -> bool:
+    """A leaf with as many numbers as the matrix that is made of it."""
+    return _equal(_value(leaf).numel(), _value(part).numel())
 
 
 def _has_blocks(node: Node) -> bool:
@@ -183,7 +192,8 @@ def _lies_in_memory(node: Node) -> bool:
 
 def _same_rows(one: Cast, other: Cast) -> bool:
     a, b = _value(one.parts[0]), _value(other.parts[0])
-    return bool(one.dim == other.dim or len(one.parts) == len(other.parts) == 1) and a.shape == b.shape
+    alike = one.dim == other.dim or len(one.parts) == len(other.parts) == 1
+    return alike and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape))
 
 
 def _independent(group: list[Cast]) -> bool:
@@ -226,6 +236,8 @@ def _repeatable(node: Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return False
+    if node.target not in _VIEWS and not all(_broadcasts(_value(n), value) for n in node.all_input_nodes):
+        return False
     if node.target is prims.convert_element_type.default or node.target in _VIEWS:
         source = _value(node.args[0])
         return source.is_floating_point() and (node.target not in _VIEWS or _merges_rows(source, value))
@@ -236,6 +248,18 @@ def _repeatable(node: Node) -> bool:
     return node.target in _EXPRESSIONS and not node.kwargs
 
 
+def _broadcasts(part: Any, whole: torch.Tensor) -> bool:
+    """`part` is as large as `whole`, or has one number for each row of it, or for each column, or is one."""
+    if not isinstance(part, torch.Tensor) or part.dim() > whole.dim():
+        return False
+    sizes = [1] * (whole.dim() - part.dim()) + list(part.shape)
+    return all(map(_equal, sizes[:-1], whole.shape[:-1])) or all(_equal(size, 1) for size in sizes[:-1])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(statically_known_true(one == other))
+
+
 def _merges_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
     """A view that only splits or merges the leading dimensions."""
     return before.dim() > 0 and after.dim() > 0 and bool(before.shape[-1] == after.shape[-1])
@@ -243,9 +267,16 @@ def _merges_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 def _leaves(node: Node, absorbed: set[Node]) -> list[Node]:
     """The tensors that a kernel for `node` reads."""
-    if node not in absorbed:
-        return [node]
-    return list(dict.fromkeys(leaf for source in node.all_input_nodes for leaf in _leaves(source, absorbed)))
+    found: dict[Node, None] = {}
+    queue, seen = [node], {node}
+    while queue:
+        each = queue.pop()
+        sources = each.all_input_nodes if each in absorbed else []
+        if each not in absorbed and isinstance(_value(each), torch.Tensor):  # sizes are no leaves
+            found[each] = None
+        queue += [source for source in sources if source not in seen]
+        seen.update(sources)
+    return list(found)
 
 
 def _value(node: Any) -> torch.Tensor:
@@ -315,7 +346,7 @@ class _Launches:
     def expression(self, node: Any) -> str:
         """The name of a node's value at (m, k)."""
         if not isinstance(node, Node):
-            return repr(float(node))
+            return repr(float(node)) if math.isfinite(node) else f"float('{float(node)}')"
         if node in self.names:
             return self.names[node]
         if node not in self.builder.absorbed:
@@ -405,13 +436,13 @@ def _add(cast: Cast, builder: _Builder, launches: dict[Any, _Launches]) -> None:
             power_of_two = bool(cast.scale.args[4])
             store = Store(value, -1, plain, turned, *offset, amax, cast.block, scales, power_of_two)
         else:
-            scale = _scale_leaf(cast, one, place, int(size[cast.dim]))
+            scale = _scale_leaf(cast, one, place, size[cast.dim])
             store = Store(value, scale, plain, turned, *offset, amax)
         one.stores.append(store)
-        place += int(size[cast.dim])
+        place += int(size[cast.dim]) if len(cast.parts) > 1 else 0
 
 
-def _scale_leaf(cast: Cast, launch: _Launches, start: int, length: int) -> int:
+def _scale_leaf(cast: Cast, launch: _Launches, start: int, length: Any) -> int:
     """The scale of one part as a leaf: one number, or one for each row or column."""
     kind: Kind = "scalar" if cast.block == (0, 0) else "row" if cast.block[0] else "column"
     scale, writer = cast.scale, launch.builder.writer

@@ -46,6 +46,7 @@ def interpreted(tensors: list[Tensor], program: str) -> list[Tensor]:
     parsed = parse(program)
     outs = [out.zero_() for out in parsed.results(tensors)]
     for launch in parsed.launches:
+        rows = tensors[launch.matrix].shape[0]
         values: dict[str, Any] = {"tl": _Language}
         for place, (index, kind) in enumerate(launch.leaves):
             x = tensors[index].float()
@@ -56,7 +57,7 @@ def interpreted(tensors: list[Tensor], program: str) -> list[Tensor]:
             name, _, expression = line.partition(" = ")
             values[name] = eval(expression, values)  # written by `fuse` from a fixed set of expressions
         for store in launch.stores:
-            value = values[store.value]
+            value = torch.broadcast_to(values[store.value], (rows, launch.columns))
             scale = _made(store, value, outs) if store.scales >= 0 else values[f"x{store.scale}"]
             _store(store, value, scale, outs, launch.tile)
     return outs

@@ -33,24 +33,52 @@ _VIEWS = {
     aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.alias.default, aten.detach.default, operator.getitem,
 }  # fmt: skip
+# What a rounding error passes through without growing. Comparisons are only those with a number: a maximum
+# that is looked for again is not found among rounded values.
+_SMOOTH = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.sub.Scalar,
+    aten.mul.Scalar, aten.div.Scalar, aten.neg.default, aten.exp.default, aten.sigmoid.default,
+    aten.tanh.default, aten.erf.default, aten.relu.default, aten.pow.Tensor_Scalar, aten.le.Scalar,
+    aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.where.self, prims.convert_element_type.default,
+}  # fmt: skip
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
 def narrow(graph: Graph) -> None:
-    """Copy results that are slices, where the others together are not all of what they are slices of."""
+    """Copy what is kept of a product where that is less than all of it. What the caller gets stays as it is:
+    it may count on results that share memory."""
+    if not _has_backward(graph):
+        return
     output = next(iter(graph.find_nodes(op="output")))
+    results: Any = output.args[0]
+    given = set(results[: _results()])
     slices: dict[Node, list[Node]] = {}
-    for node in dict.fromkeys(n for n in output.args[0] if isinstance(n, Node)):  # type: ignore[union-attr]
+    for node in dict.fromkeys(n for n in results if isinstance(n, Node) and n not in given):
         whole = base(node)
         if whole is not node and whole.op == "call_function" and isinstance(_value(whole), torch.Tensor):
             slices.setdefault(whole, []).append(node)
     for whole, nodes in slices.items():
         kept = sum(_value(node).numel() for node in nodes)
+        if any(base(n) is whole for n in given if isinstance(n, Node)):
+            continue
         if whole in output.all_input_nodes or not _smaller(kept, _value(whole).numel()):
             continue
         for node in nodes:
             copy = Writer(graph, output).call(aten.clone.default, node)
             output.replace_input_with(node, copy)
+
+
+def _has_backward(graph: Graph) -> bool:
+    """A forward graph as AOTAutograd names its inputs."""
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    return any(n.startswith("primals") for n in names) and not any(n.startswith("tangents") for n in names)
+
+
+def _results() -> int:
+    """How many of a forward graph's results are the caller's; the rest is kept."""
+    context = torch._guards.TracingContext.try_get()
+    assert context is not None and context.fw_metadata is not None
+    return int(context.fw_metadata.num_forward)
 
 
 def base(node: Node) -> Node:
@@ -84,7 +112,7 @@ def store_products(graph: Graph) -> None:
     copies = _Copies(graph, backward)
     for node in [n for n in graph.nodes if n in backward and _reads_values(n)]:
         for source in list(node.all_input_nodes):
-            if source not in backward and copies.depends(source):
+            if source not in backward and copies.depends(source) and not _divides(node, source):
                 node.replace_input_with(source, copies.of(source))
     graph.eliminate_dead_code()
     graph.lint()
@@ -102,18 +130,21 @@ def _backward(graph: Graph) -> set[Node]:
 
 
 def _reads_values(node: Node) -> bool:
-    """Pointwise operations, and casts: what they read need not be what the forward pass had to the bit."""
+    """Smooth operations, and casts: what they read need not be what the forward pass had to the bit."""
     kp = torch.ops.kp
-    return _is_pointwise(node) or node.target in (
+    return node.target in _SMOOTH or node.target in (
         kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default,
     )  # fmt: skip
 
 
-def _is_pointwise(node: Node) -> bool:
-    target = node.target
-    if target is prims.convert_element_type.default:
-        return True
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+def _divides(node: Node, source: Node) -> bool:
+    """A division by a product's value, which may be rounded to zero; by a sum with 1, as in a sigmoid, it is
+    harmless."""
+    return (
+        node.target is aten.div.Tensor
+        and node.args[1] is source
+        and source.target not in (aten.add.Tensor, aten.add.Scalar)
+    )
 
 
 def _is_product(node: Node) -> bool:
@@ -147,7 +178,9 @@ class _Copies:
         return True
 
     def _repeats(self, node: Node) -> bool:
-        if node in self.backward or not (_is_pointwise(node) or node.target is aten.view.default):
+        if node in self.backward or not (node.target in _SMOOTH or node.target is aten.view.default):
+            return False
+        if any(_divides(node, source) for source in node.all_input_nodes):
             return False
         tensors = [n for n in node.all_input_nodes if isinstance(_value(n), torch.Tensor)]
         large = [n for n in tensors if not _is_row(_value(n))]

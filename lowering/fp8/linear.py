@@ -81,7 +81,7 @@ class _Fp8Linear(torch.autograd.Function):
         weight = weight_cast(plan, weights, scale_w, after=again)
         out = fprop(plan, quantized, weight, scale_x.inverse, as_rows(plan, scale_w.inverse), x.shape[0])
         ctx.plan, ctx.sizes, ctx.dtype = plan, sizes, x.dtype
-        kept, scale_t = keep(plan, x, scale_t)
+        kept, scale_t = keep(plan, x, scale_t) if any(ctx.needs_input_grad[2:]) else (None, None)
         ctx.save_for_backward(kept, *(scale_t or (None, None)), *(again or (None, None)), *weights)
         return out if len(weights) == 1 else out.split(sizes, dim=1)
 

@@ -41,7 +41,7 @@ def fp8_mm(
     `blocks`: one scale for 1 x 128 elements of `a` and for 128 x 128 of `b`. `fast_accum` leaves partial
     sums in the tensor core's own accumulator (about 14 bits of mantissa).
     """
-    if not blocks and inverse_a.shape != inverse_b.shape:
+    if not blocks and _is_single(inverse_a) != _is_single(inverse_b):
         inverse_a = inverse_a.expand(a.shape[0], 1).contiguous()
         inverse_b = inverse_b.expand(b.shape[0], 1).contiguous()
     if a.device.type != "cuda":
@@ -52,6 +52,11 @@ def fp8_mm(
     return torch.ops.aten._scaled_mm.default(
         a, b.t(), inverse_a, inverse_b.t(), out_dtype=dtype, use_fast_accum=fast_accum and not blocks,
     )  # fmt: skip
+
+
+def _is_single(scale: Tensor) -> bool:
+    """One scale for all rows; asked without guarding how many rows there are."""
+    return isinstance(scale.shape[0], int) and scale.shape[0] == 1
 
 
 def refusal(

@@ -126,5 +126,5 @@ class Writer:
 
 def _fake_mode(node: Node) -> Any:
     value = node.meta["val"]
-    value = value[0] if isinstance(value, list | tuple) else value
-    return value.fake_mode
+    values = value if isinstance(value, list | tuple) else [value]
+    return next(each.fake_mode for each in values if isinstance(each, torch.Tensor))
