@@ -81,9 +81,8 @@ def extended(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModul
             last = graph.placeholder(f"kp_input_{node.args[0]}_{node.args[1]}")
         last.meta["example_value"] = node.meta["example_value"]
         if node.meta["kp_stays"]:
-            last.meta["tensor_dict"] = {
-                "_dynamo_static_input_type": "unguarded"
-            }  # as mark_static_address does
+            # as torch._dynamo.mark_static_address does
+            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         last._dynamo_source = None  # AOTAutograd asks every placeholder; no user code names this one
         node.replace_all_uses_with(last, propagate_meta=False)
         graph.erase_node(node)

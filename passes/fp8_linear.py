@@ -42,6 +42,7 @@ class Group:
     members: tuple[Node, ...]
     spec: Fp8Spec
     shape: LinearShape
+    predicted: dict[str, Any] | None
 
 
 class Fp8Linear:
@@ -76,7 +77,7 @@ class Fp8Linear:
             return refused
         group = _group(site, ctx)
         if ctx.config.fp8_linear.mode == "auto":
-            predicted = cost.predict_linear(group.shape, group.spec.recipe, ctx.target)
+            predicted = group.predicted
             if predicted is not None and predicted["gain"] < 1:
                 return Rejection(
                     "no-gain",
@@ -91,10 +92,8 @@ class Fp8Linear:
         impl = "reference" if ctx.target.reference else "scaled_mm"
         if ctx.config.fp8_linear.impl == "te":
             impl = "te"
-        predicted = cost.predict_linear(group.shape, group.spec.recipe, ctx.target)
-        return Match(
-            site, group, impl=impl, spec=text, shape=_shape(site, ctx).describe(), predicted=predicted
-        )
+        shape = _shape(site, ctx).describe()
+        return Match(site, group, impl=impl, spec=text, shape=shape, predicted=group.predicted)
 
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
         site, group = match.site, match.data
@@ -235,7 +234,7 @@ def _group(site: Node, ctx: Context) -> Group:
         config, transposed=_transposed(site), dtype=str(tensor.dtype).removeprefix("torch."),
         fingerprint=fingerprint(), training=total.grad_x or total.grad_w, save=_saved(site, ctx),
     )  # fmt: skip
-    return Group(tuple(members), spec, total)
+    return Group(tuple(members), spec, total, cost.predict_linear(total, spec.recipe, ctx.target))
 
 
 def _saved(site: Node, ctx: Context) -> str:

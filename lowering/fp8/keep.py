@@ -51,7 +51,8 @@ def narrow(graph: Graph) -> None:
         return
     output = next(iter(graph.find_nodes(op="output")))
     results: Any = output.args[0]
-    given = set(results[: _results()])
+    given = {n for n in results[: _results()] if isinstance(n, Node)}
+    intact = {base(n) for n in given} | set(output.all_input_nodes)
     slices: dict[Node, list[Node]] = {}
     for node in dict.fromkeys(n for n in results if isinstance(n, Node) and n not in given):
         whole = base(node)
@@ -59,9 +60,7 @@ def narrow(graph: Graph) -> None:
             slices.setdefault(whole, []).append(node)
     for whole, nodes in slices.items():
         kept = sum(_value(node).numel() for node in nodes)
-        if any(base(n) is whole for n in given if isinstance(n, Node)):
-            continue
-        if whole in output.all_input_nodes or not _smaller(kept, _value(whole).numel()):
+        if whole in intact or not _smaller(kept, _value(whole).numel()):
             continue
         for node in nodes:
             copy = Writer(graph, output).call(aten.clone.default, node)
