@@ -6,7 +6,8 @@ them.
 Norms and activations with the cast that a forward pass needs (the matrix as it lies; the delayed recipe is
 given its scale and writes the largest magnitude), and the backward pass of SwiGLU with all copies that the
 products around it need, each against the operation alone, compiled by Inductor in bfloat16. GB/s count every
-input and every result once. Calls go round inputs of 512 MiB together, so that none is in the cache.
+input and every result once. A CUDA graph goes round inputs of 512 MiB together, so that none is in the
+cache and the host is no part of it.
 
 Then the casts of a layer of Llama-8B's shape in a profile: kernels of kp's own that cast activations and
 gradients (what Inductor fuses needs none), and weights, in each pass.
@@ -25,7 +26,7 @@ from typing import Any
 import fp8_model
 import torch
 import torch.nn.functional as F
-from harness import RESULTS, bar, synchronise, time_interleaved, warm, write
+from harness import RESULTS, bar, recorded, synchronise, time_interleaved, write
 from torch import Tensor
 
 from kp_compiler.lowering.fp8 import quantize
@@ -36,9 +37,9 @@ CASTS = ("delayed", "tensorwise", "rowwise")
 ROWS, COLUMNS = (8192, 16384), (4096, 14336)
 IN_TURN = 2**29  # bytes
 TOKENS = 3072  # in the profiled layer: of all sizes the one with a factor of three, which a grid keeps
-# Matrices with a scale of their own in a layer's pass: inputs of qkv, o, gate and up, down; and the gradients
-# of their outputs.
-DISTINCT = {"forward": 4, "backward": 8}
+# Matrices that a layer's pass casts: inputs of qkv, o, gate and up, down; behind those, the gradients of the
+# outputs of all seven.
+DISTINCT = {"forward": 4, "backward": 11}
 
 FORWARD: dict[str, tuple[int, Callable[..., Tensor]]] = {  # matrices read, and the operation
     "RMSNorm": (1, lambda a, w: F.rms_norm(a, (a.shape[-1],), w)),
@@ -68,11 +69,10 @@ def with_cast(operation: Callable[..., Tensor], recipe: str) -> Callable[..., An
     """The operation, and its result in FP8 instead of bfloat16."""
     block = RECIPES[recipe].x
 
-    def function(given: Tensor, seen: Tensor, *inputs: Tensor) -> Any:
+    def function(given: Tensor, *inputs: Tensor) -> Any:
         x = operation(*inputs)
         if recipe == "delayed":
-            seen.copy_(amax_of([x]))
-            return cast([x], given, E4M3, block)
+            return cast([x], given, E4M3, block), amax_of([x])
         scale = scale_of([x], E4M3, block)
         return cast([x], scale, E4M3, block), scale
 
@@ -92,10 +92,11 @@ def backward_with_casts(recipe: str) -> Callable[..., Any]:
     blocks = RECIPES[recipe]
     dtype = DTYPES[blocks.grad_dtype]
 
-    def function(given: Tensor, seen: Tensor, gate: Tensor, up: Tensor, dh: Tensor) -> Any:
+    def function(given: Tensor, gate: Tensor, up: Tensor, dh: Tensor) -> Any:
         *grads, h = swiglu_backward(gate, up, dh)
+        found = []
         if recipe == "delayed":
-            seen.copy_(amax_of(grads, 1))
+            found.append(amax_of(grads, 1))
             scales = [given] * 3
         else:
             scales = [scale_of(grads, dtype, blocks.dy, 1)] * 2
@@ -106,6 +107,7 @@ def backward_with_casts(recipe: str) -> Callable[..., Any]:
             cast(grads, scales[0], dtype, blocks.dy, 1),
             cast(grads, scales[1], dtype, blocks.dy_t, 1, turned=True),
             cast([h], scales[2], E4M3, blocks.x_t, turned=True),
+            *found,
         )
 
     return function
@@ -119,23 +121,22 @@ def measure(op: str, rows: int, columns: int, repeats: int) -> Iterator[dict[str
         [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(matrices)] + extra
         for _ in range(-(-IN_TURN // (matrices * rows * columns * 2)))
     ]
-    given, seen = torch.ones(1, 1, device="cuda"), torch.zeros(1, device="cuda")
+    given = torch.ones(1, 1, device="cuda")
     runs: dict[str, Callable[..., Any]] = {"bf16": torch.compile(operation, dynamic=False)}
     for recipe in CASTS:
         function = with_cast(operation, recipe) if op in FORWARD else backward_with_casts(recipe)
         options = {"strict": True, "fp8_linear": "on"}
         compiled = torch.compile(function, backend="kp", fullgraph=True, dynamic=False, options=options)
-        runs[recipe] = lambda *inputs, compiled=compiled: compiled(given, seen, *inputs)
-    turn = itertools.cycle(ring)
-    steps = {name: (lambda run=run: run(*next(turn))) for name, run in runs.items()}
-    steps = {name: step for name, step in steps.items() if warm(name, step)}
-    times = time_interleaved(steps, repeats, pause=0.01)
+        runs[recipe] = lambda *inputs, compiled=compiled: compiled(given, *inputs)
+    rounds = {name: recorded(lambda run=run: [run(*inputs) for inputs in ring]) for name, run in runs.items()}
+    times = time_interleaved(rounds, repeats, pause=0.01)
     for name, ms in times.items():
-        out = steps[name]()
+        ms /= len(ring)
+        out = runs[name](*ring[0])
         moved = sum(t.nbytes for t in (*ring[0], *(out if isinstance(out, tuple) else (out,))))
         yield {
             "op": op, "M": rows, "K": columns, "arm": name, "ms": round(ms, 4),
-            "gb_per_s": round(moved / ms / 1e6), "ratio": round(ms / times["bf16"], 4),
+            "gb_per_s": round(moved / ms / 1e6), "ratio": round(ms * len(ring) / times["bf16"], 4),
         }  # fmt: skip
 
 

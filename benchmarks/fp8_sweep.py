@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Step, bar, time_interleaved, write
+from harness import RESULTS, bar, recorded, time_interleaved, write
 from torch import nn
 
 from kp_compiler import cost
@@ -63,20 +63,6 @@ def measure(inputs: int, outputs: int, recipe: str, repeats: int) -> list[dict[s
         )  # fmt: skip
         print(found[-1], flush=True)
     return found
-
-
-def recorded(step: Step) -> Step:
-    """The step as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ after: the other patterns still apply, and no configuration outside this compila
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,23 +21,39 @@ from kp_compiler import runtime
 from kp_compiler.config import Config
 from kp_compiler.lowering import fp8
 from kp_compiler.lowering.fingerprint import fingerprint
-from kp_compiler.metadata import stride_order
+from kp_compiler.lowering.fp8.delayed import let_passes_overlap
+from kp_compiler.lowering.whole_rows import keeping_rows
+from kp_compiler.metadata import copied, stride_order
 from kp_compiler.target import has_package
 
+log = logging.getLogger("kp_compiler")
 _MARK = "kp_softmax_barrier"
 
 
 class _Pass(CustomGraphPass):
     """A graph pass with a uuid for Inductor's cache, run after the user's own if there is one."""
 
+    optional = False  # only makes the graph faster: undone where it fails
+
     def __init__(self, before: Any, config: Config) -> None:
-        self.before = before
+        self.before, self.strict = before, config.strict
         self.key = f"{type(self).__name__}-{fingerprint()}-{config.fingerprint()}"
 
     def __call__(self, graph: Graph) -> None:
         if self.before is not None:
             self.before(graph)
-        self.apply(graph)
+        if self.strict or not self.optional:
+            self.apply(graph)
+        else:
+            self._try(graph)
+
+    def _try(self, graph: Graph) -> None:
+        before = copied(graph)
+        try:
+            self.apply(graph)
+        except Exception as error:
+            graph.owning_module.graph = before
+            log.warning("kp: %s failed and was undone: %s", type(self).__name__, error, exc_info=True)
 
     def apply(self, graph: Graph) -> None:
         raise NotImplementedError
@@ -91,6 +108,8 @@ class _GradLayout(_Pass):
 class _StoreProducts(_Pass):
     """Products that the backward pass reads again, in FP8, where `save="fp8"` asks for it."""
 
+    optional = True
+
     def __init__(self, before: Any, config: Config) -> None:
         super().__init__(before, config)
         self.asked = config.fp8_linear.save == "fp8"
@@ -102,9 +121,18 @@ class _StoreProducts(_Pass):
             store_products(graph)
 
 
+class _LetPassesOverlap(_Pass):
+    """Several forward passes before the first backward pass, under delayed scaling."""
+
+    def apply(self, graph: Graph) -> None:
+        let_passes_overlap(graph)
+
+
 class _FuseCasts(_Pass):
     """FP8 casts into their producers, one kernel for each matrix; and no more of merged products kept than is
-    read."""
+    read. Casts that are left alone run as they stand, a kernel for each operation."""
+
+    optional = True
 
     def __init__(self, before: Any, config: Config) -> None:
         super().__init__(before, config)
@@ -177,10 +205,23 @@ def _lowered(gm: GraphModule, inputs: list[Any], config: Config, *, guarded: boo
     if config.lowering == "eager":
         return gm.forward
     if config.lowering == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return aot_eager(gm, inputs)
+        return _aot_eager(gm, inputs)
     return compile_with_inductor(gm, inputs, config, guarded=guarded)
+
+
+def _aot_eager(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """PyTorch's backend of that name, with the pass over joint graphs that correctness needs."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    def partition(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        let_passes_overlap(joint.graph)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    return aot_autograd(  # type: ignore[no-any-return]
+        fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+    )(gm, inputs)
 
 
 def compile_with_inductor(
@@ -188,7 +229,7 @@ def compile_with_inductor(
 ) -> Any:
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches: dict[str, Any] = {}
     if config.mode is not None and config.mode != "default":
@@ -197,12 +238,13 @@ def compile_with_inductor(
     if guarded:
         for key, passes in (
             ("joint_custom_pre_pass", (_Barrier,)),
-            ("joint_custom_post_pass", (_Unbarrier, _GradLayout, _StoreProducts)),
+            ("joint_custom_post_pass", (_Unbarrier, _GradLayout, _StoreProducts, _LetPassesOverlap)),
             ("post_grad_custom_pre_pass", (_FuseCasts,)),
         ):
             for each in passes:
                 patches[key] = each(patches.get(key, getattr(inductor_config, key)), config)
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    inner = compile_fx_inner if config.fp8_linear.mode == "off" else keeping_rows(compile_fx_inner)
+    return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
 
 
 def reset() -> None:

@@ -167,3 +167,27 @@ def test_results_that_share_memory_go_on_sharing_it() -> None:
         a[0, 5] = 7.0
         assert b[0, 1] == 7.0
         assert len(merged(reports).rewritten("linear")) == bool(options)
+
+
+@pytest.mark.inductor
+def test_a_pass_that_fails_after_autograd_is_undone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half-way through, with the graph already changed: the casts that it had are computed all the same."""
+
+    def broken(graph: Any) -> None:
+        cast = next(iter(graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_quantize.default)))
+        cast.replace_all_uses_with(cast.args[0][0])
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr("kp_compiler.lowering.fp8.fuse.fuse_casts", broken)
+    torch.manual_seed(0)
+    module = Around(lambda y, factor: y * factor)
+    x, factor = torch.randn(2, 24, K), torch.randn(N)
+    run = torch.compile(module, backend="kp", options={"cpu_rewrites": True, **fp8()})
+    want = gradients(module, module, x, factor)
+    assert all(sqnr(a, b) > 20 for a, b in zip(gradients(run, module, x, factor), want, strict=True))
+    assert "half-way" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="half-way"):
+        torch.compile(module, backend="kp", options={**INDUCTOR, **fp8()})(x, factor)

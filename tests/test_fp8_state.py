@@ -134,3 +134,23 @@ def test_computed_weights_have_no_state() -> None:
     x = torch.randn(M, K, requires_grad=True)
     _, report = compiled(module, (x,), **fp8("delayed"))
     assert [site.reason.code for site in report.sites] == ["no-parameter"]
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("length", [1, 4])
+def test_passes_overlap(lowering: str, length: int) -> None:
+    """All forward passes of a step may come before its backward passes; the largest of all is remembered."""
+    torch.manual_seed(0)
+    model = Gated()
+    options = {**REFERENCE, "lowering": lowering, **fp8("delayed", amax_history=length)}
+    run = torch.compile(model, backend="kp", fullgraph=True, options=options)
+    x = torch.randn(M, K)
+    for _ in range(2):
+        outs = [run(x * size) for size in (1.0, 2.0)]
+        for size, out in zip((3.0, 1.0), outs, strict=True):
+            (out * size).sum().backward()
+    state = kp_compiler.state_dict(run)
+    assert state["gate.weight.fp8_amax"][0] == 2 * x.abs().max()
+    assert state["down.weight.fp8_amax"][2] == 3.0
+    model.zero_grad()
+    assert worst(run, model, x) > 18

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
 from kp_compiler.lowering.fp8 import linear
 from kp_compiler.lowering.fp8.linear import Scale, finish, parse_spec, weight_cast
@@ -35,7 +36,7 @@ def library() -> Any:
 
 def fp8_linear_delayed() -> Any:
     """`kp::fp8_linear`, with `scales` [6,4] given, the first numbers of the rows those of x, w and dy and
-    their inverses, and the largest magnitudes written to `seen` [1] each; those of dy, and of w where dgrad
+    their inverses, and the largest magnitudes taken into `seen` [1] each; those of dy, and of w where dgrad
     casts it anyway, in the backward pass."""
     library()
     return torch.ops.kp.fp8_linear_delayed.default
@@ -60,6 +61,21 @@ def _parts(scales: Tensor) -> list[Scale]:
     return [Scale(*pair) for pair in zip(found[: len(ROLES)], found[len(ROLES) :], strict=True)]
 
 
+def _see(seen: Tensor, amax: Tensor) -> None:
+    """A step may have several passes, and the forward pass of one precede the backward pass of another."""
+    torch.maximum(seen, amax, out=seen)
+
+
+def let_passes_overlap(graph: Graph) -> None:
+    """In a joint graph: AOTAutograd saves the tensors that its backward part takes magnitudes into, and would
+    refuse the second of two backward passes because the first one wrote them. Both are meant to."""
+    aten, amax = torch.ops.aten, torch.ops.kp.fp8_amax.default
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        seen, larger = node.args[:2]
+        if larger.target is aten.maximum.default and larger.args[0] is seen and larger.args[1].target is amax:
+            seen.meta["saved_tensor_with_no_vc_check"] = True
+
+
 class _Delayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Fp8Spec, x: Tensor, scales: Tensor, *rest: Tensor) -> Any:
@@ -68,10 +84,10 @@ class _Delayed(torch.autograd.Function):
         quantized = fp8_quantize([x], scale_x.cast, E4M3, TENSOR)
         weight = weight_cast(plan, weights, scale_w)
         out = linear.fprop(plan, quantized, weight, scale_x.inverse, scale_w.inverse, x.shape[0])
-        seen_x.copy_(fp8_amax([x]))
+        _see(seen_x, fp8_amax([x]))
         late = ctx.needs_input_grad[1]  # dgrad's cast of the weights finds their maximum on the way
         if not late:
-            seen_w.copy_(fp8_amax(list(weights), dim=plan.outputs_dim))
+            _see(seen_w, fp8_amax(list(weights), dim=plan.outputs_dim))
         ctx.plan, ctx.sizes, ctx.dtype = plan, [w.shape[plan.outputs_dim] for w in weights], x.dtype
         ctx.seen_dy, ctx.seen_w = seen_dy, seen_w if late else None
         kept = linear.keep(plan, x, scale_x)[0] if any(ctx.needs_input_grad[6:]) else None
@@ -85,9 +101,9 @@ class _Delayed(torch.autograd.Function):
         x, scales, *weights = ctx.saved_tensors
         scale_x, scale_w, scale_dy = _parts(scales)
         amax = fp8_amax(list(grads), dim=1)
-        ctx.seen_dy.copy_(amax)
+        _see(ctx.seen_dy, amax)
         if ctx.seen_w is not None:
-            ctx.seen_w.copy_(fp8_amax(weights, dim=plan.outputs_dim))
+            _see(ctx.seen_w, fp8_amax(weights, dim=plan.outputs_dim))
         dx, dw = linear.gradients(
             plan, grads, scale_dy, x, scale_x, weights, scale_w, dtype=ctx.dtype, sizes=ctx.sizes,
             need_dx=ctx.needs_input_grad[1], need_dw=ctx.needs_input_grad[6:], after=amax,

@@ -158,6 +158,7 @@ def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Itera
     for cast in casts:
         cast.by_rows = _by_rows(cast, absorbed)
     wanted = [c for c in casts if c.turned or len(c.parts) > 1 or max(c.block) > 1 or c.by_rows]
+    wanted = [c for c in wanted if not c.turned or c.dim == 1 or all(_is_even(p) for p in c.parts[:-1])]
     _take_amax(wanted, amaxes)
     reads = {id(c): {leaf for part in c.parts for leaf in _leaves(part, absorbed)} for c in wanted}
     rest = wanted
@@ -165,11 +166,16 @@ def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Itera
         group, rest = [rest[0]], rest[1:]
         for other in list(rest):
             shared = any(reads[id(other)] & reads[id(mine)] for mine in group)
-            alike = group[0].by_rows == other.by_rows and _same_rows(group[0], other)
+            alike = all(mine.by_rows == other.by_rows and _same_rows(mine, other) for mine in group)
             if shared and alike and _independent([*group, other]):
                 group.append(other)
                 rest.remove(other)
         yield group
+
+
+def _is_even(part: Node) -> bool:
+    """Two rows of one tensor are turned together."""
+    return _equal(_value(part).shape[0] % 2, 0)
 
 
 def _by_rows(cast: Cast, absorbed: set[Node]) -> bool:
@@ -191,9 +197,10 @@ def _lies_in_memory(node: Node) -> bool:
 
 
 def _same_rows(one: Cast, other: Cast) -> bool:
+    """Their parts are of one shape, and lie below one another in both or in none."""
     a, b = _value(one.parts[0]), _value(other.parts[0])
-    alike = one.dim == other.dim or len(one.parts) == len(other.parts) == 1
-    return alike and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape))
+    joined = {cast.dim for cast in (one, other) if len(cast.parts) > 1}
+    return len(joined) < 2 and a.dim() == b.dim() and all(map(_equal, a.shape, b.shape))
 
 
 def _independent(group: list[Cast]) -> bool:

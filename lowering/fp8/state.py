@@ -28,15 +28,19 @@ _GUESS = {"x": 64.0, "w": 1.0, "dy": 1.0}
 _LINE = 4  # float32 numbers of 16 bytes: compiled code copies an input that starts elsewhere
 
 
+UNSEEN = -1.0  # in place of a magnitude: nothing since scales were made
+
+
 class Block:
-    """The state of a graph's operators: history [steps, sites, 3] of largest magnitudes, what the last step
-    saw, and how often a value saturated or was not finite, [sites, 3]."""
+    """The state of a graph's operators: history [steps, sites, 3] of largest magnitudes, what was seen since
+    the last step began, in as many passes as there were, and how often a value saturated or was not finite,
+    [sites, 3]."""
 
     def __init__(self, owners: Sequence[Tensor], length: int) -> None:
         device, sites = owners[0].device, len(owners)
         self.owners = [weakref.ref(owner) for owner in owners]
         self.history = torch.zeros(length, sites, len(ROLES), device=device)
-        self.lines = torch.zeros(sites, len(ROLES), _LINE, device=device)
+        self.lines = torch.full((sites, len(ROLES), _LINE), UNSEEN, device=device)
         self.seen = [[line[:1] for line in row] for row in self.lines]
         self.overflows = torch.zeros(sites, len(ROLES), dtype=torch.int64, device=device)
         self.scale = torch.zeros(sites, len(ROLES), device=device)  # of the last step; zeros before the first
@@ -45,11 +49,18 @@ class Block:
     def alive(self) -> bool:
         return all(owner() is not None for owner in self.owners)
 
+    def serves(self, owners: Sequence[Tensor], length: int) -> bool:
+        """Whether it is the state of these, where they are now."""
+        same = all(mine() is owner for mine, owner in zip(self.owners, owners, strict=True))
+        return same and len(self.history) == length and self.history.device == owners[0].device
+
     def export(self, row: int) -> dict[str, Tensor]:
         """One site's state, as tensors of its own."""
+        history = torch.roll(self.history[:, row], -self.step, 0).clone()
+        seen = torch.cat(self.seen[row])
         return {
-            "amax_history": torch.roll(self.history[:, row], -self.step, 0).clone(),
-            "amax": torch.cat(self.seen[row]).clone(),
+            "amax_history": history,
+            "amax": torch.where(seen == UNSEEN, history[-1], seen),
             "overflows": self.overflows[row].clone(),
         }
 
@@ -66,13 +77,14 @@ class Block:
         self.scale[row] = 0.0
 
     def next_scales(self, limits: Tensor, guess: Tensor, headroom: float, *, reduce: bool) -> list[Tensor]:
-        """Take in what the last step saw, and the scales of the next with their inverses, [6,4] a site, in
-        memory of their own: a backward pass may still come that reads the last ones."""
-        seen = _reduced(self.lines) if reduce else self.lines
+        """Take in what was seen, and the scales of the next step with their inverses, [6,4] a site, in memory
+        of their own: a backward pass may still come that reads the last ones."""
+        if reduce:
+            _reduce(self.lines)
         entry = self.step % len(self.history)
         self.step += 1
-        update = _updater(seen.device.type)
-        lines = update(seen, self.history, entry, self.scale, self.overflows, limits, guess, headroom)
+        update = _updater(self.lines.device.type)
+        lines = update(self.lines, self.history, entry, self.scale, self.overflows, limits, guess, headroom)
         return list(lines.unbind())
 
 
@@ -96,8 +108,9 @@ def updated(
     headroom: float,
 ) -> Tensor:
     """The reference of `triton.delayed_scales.update`."""
-    top = seen[..., 0]
-    overflows += ~(top * scale <= limits)
+    top = torch.where(seen[..., 0] == UNSEEN, history[entry - 1], seen[..., 0])
+    overflows += ~(top * scale <= limits) & (seen[..., 0] != UNSEEN)
+    seen.fill_(UNSEEN)
     torch.nan_to_num(top, nan=0.0, posinf=0.0, neginf=0.0, out=history[entry])
     amax = history.amax(0)
     torch.div(limits, torch.where(amax > 2.0**-100, amax * headroom, guess), out=scale)
@@ -105,13 +118,12 @@ def updated(
     return both.unsqueeze(-1).expand(-1, -1, seen.shape[2]).contiguous()
 
 
-def _reduced(seen: Tensor) -> Tensor:
+def _reduce(seen: Tensor) -> None:
+    """The largest of all processes."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        seen = seen.clone()
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return seen
 
 
 _Key = tuple[int, int]  # a parameter's identity, and which of its uses
@@ -136,7 +148,7 @@ _loaded: list[_Loaded] = []
 def _block(keys: tuple[_Key, ...], owners: list[Tensor], length: int, first: list[list[Tensor]]) -> Block:
     """The state of these sites: kept from earlier graphs, loaded, or new."""
     found = _blocks.get(keys)
-    if found is not None and all(o() is owner for o, owner in zip(found.owners, owners, strict=True)):
+    if found is not None and found.serves(owners, length):
         return found
     for key in [key for key, block in _blocks.items() if not block.alive()]:
         del _blocks[key]

@@ -67,7 +67,6 @@ class Writer:
         assert list(block) in ([1, 0], [0, 1]), "other scales have kernels, or are made of fp8_amax"
         amax = self._amax_along(parts, dim, 1 if block[0] else 0)
         limit = torch.finfo(dtype).max
-        amax = self.cast(amax, torch.float32)
         tiny = self.call(aten.lt.Scalar, amax, limit * 2.0**-126)
         full = self.call(aten.full.default, [], limit, dtype=torch.float32, device=amax.meta["val"].device)
         scale = self.call(aten.div.Tensor, full, self.call(aten.where.self, tiny, full, amax))
@@ -95,9 +94,13 @@ class Writer:
         return self._maximum(found) if dim == reduced else self._joined(found, dim)
 
     def _maxima(self, matrix: Node, reduced: int) -> Node:
+        """In float32. The largest magnitude has the largest bits, taken as integers, and a NaN larger ones:
+        that is a comparison less for each element."""
         if (matrix, reduced) not in self.maxima:
-            magnitudes = self.call(aten.abs.default, matrix)
-            self.maxima[matrix, reduced] = self.call(aten.amax.default, magnitudes, [reduced], True)
+            bits = self.call(aten.view.dtype, self.cast(matrix, torch.float32), torch.int32)
+            magnitudes = self.call(aten.bitwise_and.Scalar, bits, 0x7FFFFFFF)
+            largest = self.call(aten.amax.default, magnitudes, [reduced], True)
+            self.maxima[matrix, reduced] = self.call(aten.view.dtype, largest, torch.float32)
         return self.maxima[matrix, reduced]
 
     def _amax_of(self, parts: Any) -> Node:
@@ -105,16 +108,14 @@ class Writer:
         found = []
         for part in parts:
             found.append(self.call(aten.amax.default, self._maxima(part, 1), [0, 1]))
-        return self.cast(self._maximum(found), torch.float32)
+        return self._maximum(found)
 
     def _quantize(
         self, parts: Any, dim: int, scale: Node, dtype: torch.dtype, block: Any, transpose: bool, after: Any
     ) -> Node:
         x = self._joined(parts, dim)
-        limit = torch.finfo(dtype).max
         scaled = self.call(aten.mul.Tensor, self.cast(x, torch.float32), scale)
-        q = self.call(aten.clamp_max.default, self.call(aten.clamp_min.default, scaled, -limit), limit)
-        q = self.call(aten.add.Tensor, q, self.call(aten.mul.Tensor, scaled, 0.0))  # infinities become NaN
+        q = self.call(aten.add.Tensor, self._clamped(scaled, dtype), self.call(aten.mul.Tensor, scaled, 0.0))
         if not transpose:
             return self.cast(q, dtype)
         more = -x.meta["val"].shape[0] % 16
@@ -122,6 +123,14 @@ class Writer:
         if not (isinstance(more, int) and more == 0):
             q = self.call(aten.constant_pad_nd.default, q, [0, more], 0.0)
         return self.call(aten.clone.default, self.cast(q, dtype), memory_format=torch.contiguous_format)
+
+    def _clamped(self, scaled: Node, dtype: torch.dtype) -> Node:
+        """Within what `dtype` holds. On a GPU the conversion that Triton emits does that (PTX has no other
+        one to FP8). The caller adds a product with zero, which makes infinities NaN before."""
+        if scaled.meta["val"].device.type == "cuda":
+            return scaled
+        limit = torch.finfo(dtype).max
+        return self.call(aten.clamp_max.default, self.call(aten.clamp_min.default, scaled, -limit), limit)
 
 
 def _fake_mode(node: Node) -> Any:

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kp_compiler.lowering.fp8.state import UNSEEN
+
 
 def update(
     seen: Tensor,
@@ -20,15 +22,15 @@ def update(
     headroom: float,
 ) -> Tensor:
     """Take in the largest magnitudes `seen` [sites,3,4] (the first of each line), as row `entry` of `history`
-    [steps,sites,3], and count in `overflows` [sites,3] what was not finite or more than `scale` [sites,3]
-    held. Then write the next scales there: `limits` [3] over `headroom` times the largest magnitude of the
-    history, or over `guess` [3] where it has none. Returns scales and their inverses, [sites,6,4], each as a
-    line of four."""
+    [steps,sites,3], the row before once more where there are none; they are none afterwards. Count in
+    `overflows` [sites,3] what was not finite or more than `scale` [sites,3] held. Then write the next scales
+    there: `limits` [3] over `headroom` times the largest magnitude of the history, or over `guess` [3] where
+    it has none. Returns scales and their inverses, [sites,6,4], each as a line of four."""
     steps, sites, roles = history.shape
     lines = torch.empty(sites, 2 * roles, seen.shape[2], device=seen.device)
     _update[(sites, roles)](
         seen, history, scale, overflows, limits, guess, lines, entry, steps, headroom,
-        ROLES=roles, LINE=seen.shape[2], STEPS=triton.next_power_of_2(steps), num_warps=4,
+        ROLES=roles, LINE=seen.shape[2], STEPS=triton.next_power_of_2(steps), NONE=UNSEEN, num_warps=4,
     )  # fmt: skip
     return lines
 
@@ -36,12 +38,15 @@ def update(
 @triton.jit(do_not_specialize=["entry"])
 def _update(
     seen, history, scale, overflows, limits, guess, lines, entry, steps, headroom,
-    ROLES: tl.constexpr, LINE: tl.constexpr, STEPS: tl.constexpr,
+    ROLES: tl.constexpr, LINE: tl.constexpr, STEPS: tl.constexpr, NONE: tl.constexpr,
 ):  # fmt: skip
     role, place = tl.program_id(1), tl.program_id(0) * ROLES + tl.program_id(1)
     width = tl.num_programs(0) * ROLES
     top, limit = tl.load(seen + place * LINE), tl.load(limits + role)
     held = top * tl.load(scale + place) <= limit  # false for NaN
+    tl.store(seen + place * LINE, NONE)
+    before = tl.load(history + (entry + steps - 1) % steps * width + place)
+    top = tl.where(top == NONE, before, top)
     tl.store(overflows + place, tl.load(overflows + place) + tl.where(held, 0, 1))
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
     step = tl.arange(0, STEPS)

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils._sympy.functions import CeilDiv
 
 from kp_compiler.lowering.fp8.fused import fp8_fused, parse
-from kp_compiler.lowering.fp8.program import Buffer, Launch, Program, Store
+from kp_compiler.lowering.fp8.program import Buffer, Launch, Program
+from kp_compiler.lowering.triton.cast_source import Inside, buffers_of, source
 
 _TRITON = {
     torch.float8_e4m3fn: "tl.float8e4nv",
@@ -143,7 +144,7 @@ def kernel_for(
     """`strides` are those of the rows of full leaves, `sizes` those of the program's buffers; `rows` how many
     the launch reads. Numbers are ints or, where unknown at compile time, expressions of Inductor's."""
     height, width, warps = launch.tile
-    buffers = tuple(b for store in launch.stores for b in _buffers(store))
+    buffers = tuple(b for store in launch.stores for b in buffers_of(store))
     columns = launch.columns
     numbers: dict[str, Any] = {"M": rows, "K": columns}
     full = [i for i, (_, kind) in enumerate(launch.leaves) if kind == "full"]
@@ -155,12 +156,11 @@ def kernel_for(
     unknown = {name: n for name, n in numbers.items() if name not in known}
     aligned = max(range(len(buffers)), key=lambda i: program.buffers[buffers[i]].align)
     pointers = (*(f"p{i}" for i in range(len(launch.leaves))), *(f"o{i}" for i in range(len(buffers))))
-    even = columns % width == 0 and all(_is_known(n) and n == rows for n in ends)
-    even = even and "M" in known and known["M"] % height == 0
+    whole = all(_is_known(n) and n == rows for n in ends) and _is_known(rows) and rows % height == 0
     text = source(
         launch, tuple(_TRITON[getattr(torch, program.buffers[b].dtype)] for b in buffers), pointers,
-        known | {"BLOCK_M": height, "BLOCK_K": width, "TILES": _tiles(columns, width), "EVEN": even},
-        tuple(unknown),
+        known | {"BLOCK_M": height, "BLOCK_K": width, "TILES": _tiles(columns, width)},
+        tuple(unknown), Inside(whole, columns % width == 0),
     )  # fmt: skip
     grid = (_tiles(columns, width) * _tiles(ends[aligned], height),)
     return Kernel(text, pointers, buffers, unknown, grid, warps)
@@ -175,121 +175,9 @@ def _tiles(size: Any, tile: int) -> Any:
     return int(count) if _is_known(count) else count
 
 
-def _buffers(store: Store) -> list[int]:
-    return [b for b in (store.scales, store.plain, store.turned, store.amax) if b >= 0]
-
-
 def _end(buffer: Buffer, size: Sequence[Any], rows: Any) -> Any:
     """The row, counted from the launch's first, where a result ends: padding is written, parts below are
     not."""
     if buffer.rows >= 0 or buffer.align == 1:
         return rows
     return size[1] if buffer.layout == "turned" else size[0] * buffer.tile[0]
-
-
-def source(
-    launch: Launch,
-    dtypes: tuple[str, ...],
-    pointers: tuple[str, ...],
-    constants: dict[str, Any],
-    numbers: tuple[str, ...],
-) -> str:
-    """The kernel as Python."""
-    lines = [
-        "import triton",
-        "import triton.language as tl",
-        "",
-        "@triton.jit",
-        f"def kp_fused_cast({', '.join((*pointers, *numbers))}):",
-        *(f"    {name}: tl.constexpr = {value}" for name, value in constants.items()),
-        "    row_of_tiles = tl.program_id(0) // TILES",
-        "    column_of_tiles = tl.program_id(0) % TILES",
-        "    m = row_of_tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)",
-        "    k = column_of_tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]",
-        "    inside = tl.full([BLOCK_M, BLOCK_K], True, tl.int1) if EVEN else (m < M) & (k < K)",
-    ]
-    lines += [f"    x{i} = {_load(i, kind)}" for i, (_, kind) in enumerate(launch.leaves)]
-    lines += [f"    {line}" for line in launch.code]
-    number = 0
-    for store in launch.stores:
-        lines += _stores(store, number, dtypes)
-        number += len(_buffers(store))
-    return "\n".join(lines) + "\n"
-
-
-def _stores(store: Store, number: int, dtypes: tuple[str, ...]) -> list[str]:
-    """Scale, cast and write one value; its results are numbered from `number`."""
-    lines, scale = [], f"x{store.scale}"
-    if store.scales >= 0:
-        lines, scale, number = _scales(store, number, dtypes[number + 1]), "scale", number + 1
-    lines += _scaled(store.value, scale, dtypes[number])
-    if store.plain >= 0:
-        lines += [
-            f"    place = (m + {store.row}) * t{number} + k + {store.column}",
-            f"    tl.store(o{number} + place, q, mask=None if EVEN else (k < K) & (m < r{number}))",
-        ]
-        number += 1
-    if store.turned >= 0:
-        lines += [
-            f"    line = (tl.trans(k) + {store.column}).to(tl.int64)",
-            f"    place = line * t{number} + tl.trans(m) + {store.row}",
-            f"    edge = tl.trans((k < K) & (m < r{number}))",
-            f"    tl.store(o{number} + place, tl.trans(q), mask=None if EVEN else edge)",
-        ]
-        number += 1
-    if store.amax >= 0:
-        lines += [
-            f"    top = tl.max(tl.where(inside, tl.abs({store.value}), 0.0))",
-            f"    bad = tl.max(tl.where(inside & ({store.value} != {store.value}), 1, 0))",
-            "    top = tl.where(bad > 0, float('nan'), top)",
-            f"    place = row_of_tiles * t{number} + column_of_tiles",
-            f"    tl.store(o{number} + place, top, mask=row_of_tiles * BLOCK_M < M)",
-        ]
-    return lines
-
-
-def _load(index: int, kind: str) -> str:
-    if kind == "full":
-        return f"tl.load(p{index} + m * s{index} + k, mask=inside, other=0.0).to(tl.float32)"
-    if kind == "row":
-        return f"tl.load(p{index} + m, mask=m < M, other=0.0).to(tl.float32)"
-    if kind == "column":
-        return f"tl.load(p{index} + k, mask=k < K, other=0.0).to(tl.float32)"
-    return f"tl.load(p{index}).to(tl.float32)"
-
-
-def _scales(store: Store, number: int, dtype: str) -> list[str]:
-    """Scales of the blocks of a tile, and where they go: 1 x 128, 128 x 1 or 128 x 128."""
-    limit = 448.0 if "e4" in dtype else 57344.0
-    row, column = f"m + {store.row}", f"k + {store.column}"
-    row_of_blocks = f"row_of_tiles + {store.row // 128}"
-    column_of_blocks = f"column_of_tiles + {store.column // 128}"
-    if store.block[0] == 1:
-        largest, mask, column = "tl.max(top, axis=1)[:, None]", f"m < r{number}", column_of_blocks
-    elif store.block[1] == 1:
-        largest, row = "tl.max(top, axis=0)[None, :]", row_of_blocks
-        mask = f"(k < K) & (row_of_tiles * BLOCK_M < r{number})"
-    else:
-        largest, row, column = "tl.max(top)", row_of_blocks, column_of_blocks
-        mask = f"row_of_tiles * BLOCK_M < r{number}"
-    rounded = ["    scale = tl.exp2(tl.floor(tl.log2(scale)))"] if store.power_of_two else []
-    return [
-        f"    top = tl.where(inside, tl.abs({store.value}), 0.0)",
-        f"    top = {largest}",
-        f"    scale = {limit} / tl.where(top < {limit * 2.0**-126}, {limit}, top)",
-        *rounded,
-        f"    tl.store(o{number} + ({row}) * t{number} + {column}, scale, mask={mask})",
-    ]
-
-
-def _scaled(value: str, scale: str, dtype: str) -> list[str]:
-    """Clamped by comparisons, which leave NaN alone (a clamp beside a transposed FP8 store was miscompiled:
-    triton-lang/triton#11111). Infinities become NaN, rows past the last one zeros."""
-    limit = 448.0 if "e4" in dtype else 57344.0
-    return [
-        f"    scaled = {value} * {scale}",
-        f"    q = tl.where(scaled > {limit}, {limit}, scaled)",
-        f"    q = tl.where(q < {-limit}, {-limit}, q)",
-        "    q = tl.where(tl.abs(scaled) == float('inf'), float('nan'), q)",
-        f"    q = tl.where(inside, q, 0.0).to({dtype})",
-    ]
