@@ -121,6 +121,17 @@ class _StoreProducts(_Pass):
             store_products(graph)
 
 
+class _RecomputeCasts(_Pass):
+    """What casts of the backward pass read is computed there."""
+
+    optional = True
+
+    def apply(self, graph: Graph) -> None:
+        from kp_compiler.lowering.fp8.keep import recompute_casts
+
+        recompute_casts(graph)
+
+
 class _LetPassesOverlap(_Pass):
     """Several forward passes before the first backward pass, under delayed scaling."""
 
@@ -238,7 +249,10 @@ def compile_with_inductor(
     if guarded:
         for key, passes in (
             ("joint_custom_pre_pass", (_Barrier,)),
-            ("joint_custom_post_pass", (_Unbarrier, _GradLayout, _StoreProducts, _LetPassesOverlap)),
+            (
+                "joint_custom_post_pass",
+                (_Unbarrier, _GradLayout, _StoreProducts, _RecomputeCasts, _LetPassesOverlap),
+            ),
             ("post_grad_custom_pre_pass", (_FuseCasts,)),
         ):
             for each in passes:

@@ -82,11 +82,13 @@ class CachedWeights:
         kept = self.kept.get(key)
         if kept is None or not kept.belongs_to(weights):
             self.kept = {k: v for k, v in self.kept.items() if v.alive()}
-            kept = self.kept[key] = _Kept(weights)
+            kept = self.kept[key] = _kept(weights, self.spec)
         return kept.current(weights, self.spec)
 
 
 class _Kept:
+    """Copies of some weights, for all graphs that read them so."""
+
     def __init__(self, weights: list[Tensor]) -> None:
         self.owners = [weakref.ref(w) for w in weights]
         self.state: tuple[Any, ...] | None = None
@@ -112,6 +114,18 @@ class _Kept:
             self.state = state
         assert self.copies is not None
         return self.copies
+
+
+_shared: weakref.WeakValueDictionary[Any, _Kept] = weakref.WeakValueDictionary()
+
+
+def _kept(weights: list[Tensor], spec: str) -> _Kept:
+    """What another graph has already, or a new one."""
+    key = (*map(id, weights), spec)
+    kept = _shared.get(key)
+    if kept is None or not kept.belongs_to(weights):
+        kept = _shared[key] = _Kept(weights)
+    return kept
 
 
 def quantized(weights: Sequence[Any], spec: str) -> tuple[Tensor, Tensor]:

@@ -227,16 +227,28 @@ def _reaches(nodes: list[Node], made: set[Node]) -> bool:
 
 
 def _absorbed(graph: Graph) -> set[Node]:
-    """Pointwise nodes whose every use is a cast, a scale, or another such node."""
+    """Pointwise nodes that a cast, a scale or another such node uses: and nothing else, or they are cheap."""
     kp = torch.ops.kp
     sinks = {kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default}
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op != "call_function" or not node.users or not _repeatable(node):
             continue
-        if all(user.target in sinks or user in found for user in node.users):
+        uses = [user.target in sinks or user in found for user in node.users]
+        if all(uses) or (any(uses) and _is_cheap(node)):
             found.add(node)
     return found
+
+
+def _is_cheap(node: Node) -> bool:
+    """Made of one matrix that is no larger, and of vectors: a kernel may as well read that, and Inductor then
+    writes the result only where other uses want it in memory."""
+    if node.target in _VIEWS:
+        return True
+    value = _value(node)
+    tensors = [_value(n) for n in node.all_input_nodes if isinstance(_value(n), torch.Tensor)]
+    large = [t for t in tensors if _equal(t.numel(), value.numel())]
+    return len(large) == 1 and large[0].element_size() <= value.element_size()
 
 
 def _repeatable(node: Node) -> bool:

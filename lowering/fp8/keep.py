@@ -13,6 +13,12 @@ made coarser).
     backward        f ─▶ g(tangent)          backward  kept ─▶ cast back ─▶ f ─▶ g(tangent)
 
 The partitioner then keeps the smaller copy, and recomputes f.
+
+`recompute_casts` (joint graphs): the partitioner takes a cast for an operation that needs its input in
+memory, and keeps what norms and activations give. But `fuse` computes such an input again in the kernel that
+casts it, from what the backward pass reads anyway.
+
+    forward  x ─▶ norm ─▶ cast ─▶ mm         backward  x ─▶ norm ─▶ cast turned ─▶ mm
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from kp_compiler.lowering.fp8.quantize import E4M3
 from kp_compiler.lowering.fp8.recipes import ROW
@@ -117,6 +124,81 @@ def store_products(graph: Graph) -> None:
     graph.lint()
 
 
+# ---------------------------------------------------------------------------------------------------------
+
+
+def recompute_casts(graph: Graph) -> None:
+    """Mark what a cast of the backward pass reads as to be computed again, up to what is kept anyway."""
+    backward = _backward(graph)
+    chains = _Chains(backward)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_quantize.default):
+        if node not in backward:
+            continue
+        for part in node.args[0]:  # type: ignore[union-attr]
+            chains.mark(part)
+
+
+class _Chains:
+    def __init__(self, backward: set[Node]) -> None:
+        self.backward = backward
+        self.kept: dict[Node, bool] = {}
+
+    def mark(self, part: Node) -> None:
+        """Where all of what `part` is made of is kept anyway, `part` need not be."""
+        while part.target in _VIEWS and part.target is not operator.getitem:
+            part = part.args[0]  # type: ignore[assignment]
+        found: set[Node] = set()
+        if self._is_pointwise(part) and not self._is_kept(part) and self._collect(part, part, found):
+            for node in found:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+    def _collect(self, node: Node, part: Node, found: set[Node]) -> bool:
+        """Whether `node` can be computed in the backward pass from small and kept tensors, by `found`."""
+        found.add(node)
+        for source in node.all_input_nodes:
+            if not isinstance(_value(source), torch.Tensor) or source in found:
+                continue
+            if _is_vector(_value(source)) or "recompute" in source.meta or self._is_kept(source):
+                continue
+            if not (self._is_pointwise(source) and self._collect(source, part, found)):
+                return False
+        return True
+
+    def _is_pointwise(self, node: Node) -> bool:
+        simple = node.target in _SMOOTH or node.target in (aten.rsqrt.default, *_RESHAPES)
+        return simple and node not in self.backward and "recompute" not in node.meta
+
+    def _is_kept(self, node: Node) -> bool:
+        """The backward pass reads it, or what is made of nothing else but vectors; casts don't count."""
+        if node not in self.kept:
+            self.kept[node] = False
+            self.kept[node] = any(self._needs(user, node) for user in node.users)
+        return self.kept[node]
+
+    def _needs(self, user: Node, node: Node) -> bool:
+        if user in self.backward:
+            return not _is_cast(user)
+        others = [n for n in user.all_input_nodes if n is not node and isinstance(_value(n), torch.Tensor)]
+        simple = self._is_pointwise(user) and all(_is_vector(_value(n)) for n in others)
+        return simple and self._is_kept(user)
+
+
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+
+
+def _is_cast(node: Node) -> bool:
+    kp = torch.ops.kp
+    return node.target in (kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default)
+
+
+def _is_vector(value: torch.Tensor) -> bool:
+    """One number for a column or for a row at most."""
+    return _is_row(value) or value.shape[-1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
 def _backward(graph: Graph) -> set[Node]:
     """Nodes that depend on a tangent."""
     found: set[Node] = set()
@@ -130,10 +212,7 @@ def _backward(graph: Graph) -> set[Node]:
 
 def _reads_values(node: Node) -> bool:
     """Smooth operations, and casts: what they read need not be what the forward pass had to the bit."""
-    kp = torch.ops.kp
-    return node.target in _SMOOTH or node.target in (
-        kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default,
-    )  # fmt: skip
+    return node.target in _SMOOTH or _is_cast(node)
 
 
 def _divides(node: Node, source: Node) -> bool:

@@ -311,3 +311,48 @@ def test_delayed_scales_are_those_of_the_reference(steps: int) -> None:
         found.append((lines, past, scale, overflows))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_kernel_of_delayed_scales(steps: int) -> None:
+    """Against the reference, over magnitudes that are missing, infinite and not a number."""
+    from kp_compiler.lowering.fp8.state import UNSEEN, updated
+    from kp_compiler.lowering.triton.delayed_scales import update
+
+    seen = torch.full((3, 3, 4), UNSEEN, device="cuda")
+    state = [seen, torch.zeros(steps, 3, 3, device="cuda"), torch.zeros(3, 3, device="cuda")]
+    state.append(torch.zeros(3, 3, dtype=torch.int64, device="cuda"))
+    limits = torch.tensor([448.0, 448.0, 57344.0], device="cuda")
+    guess = torch.tensor([64.0, 1.0, 1.0], device="cuda")
+    twin = [tensor.clone() for tensor in state]
+    for step in range(9):
+        new = torch.rand(3, 3, device="cuda") * 10.0 ** torch.randint(-3, 5, (3, 3), device="cuda")
+        new[step % 3, 0] = [1.0, float("nan"), float("inf")][step // 3]
+        there = torch.rand(3, 3, device="cuda") < 0.6
+        outs = []
+        for function, mine in ((updated, state), (update, twin)):
+            lines, history, scale, overflows = mine
+            lines[..., 0] = torch.where(there, new, lines[..., 0])
+            entry = step % steps
+            outs.append(function(lines, history, entry, scale, overflows, limits, guess, 2.0))
+        torch.testing.assert_close(*outs)
+        for one, other in zip(state, twin, strict=True):
+            torch.testing.assert_close(one[..., 0], other[..., 0])
+    assert state[3].any()
+
+
+def test_overlapping_passes() -> None:
+    torch.manual_seed(0)
+    model = Block(256, 512, bias=False).to("cuda", torch.bfloat16)
+    options = {"strict": True, "fp8_linear": {"mode": "require", "recipe": "delayed"}}
+    run = torch.compile(model, backend="kp", fullgraph=True, options=options)
+    x = _rand(2, 256, 256)
+    for _ in range(3):
+        outs = [run(size * x) for size in (1.0, 2.0)]
+        for out in outs:
+            out.square().sum().backward()
+    state = kp_compiler.state_dict(run)
+    assert float(state["gate.weight.fp8_amax"][0]) > 1.5 * float(x.abs().max())
+    assert not state["gate.weight.fp8_overflows"].any()
+    want = model(x)
+    assert sqnr(run(x), want) > 20
