@@ -74,6 +74,7 @@ class Fp8LinearConfig(PassConfig):
     # auto, scaled_mm: kp's casts and cuBLASLt; te, by name only: Transformer Engine's, for every site or none
     impl: Fp8Impl = "auto"
     recipe: Recipe = "tensorwise"  # which elements share a scale, and in which products
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)  # module paths (substrings) with another one
     grad_dtype: Literal["auto", "e4m3", "e5m2"] = "auto"  # auto: e5m2 with one scale a tensor, else e4m3
     power_of_two_scales: bool = False  # scales that change no mantissa
     fast_accum: tuple[str, ...] = (
@@ -245,6 +246,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     """`value` if it is of the hinted type, else KPConfigError. A single string serves where several may
     stand."""
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value
@@ -260,7 +263,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise KPConfigError(f"{name}: got {value!r}, expected a string or a list of strings")
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(value, Mapping):
-            return dict(value)
+            return {key: _checked(f"{name}[{key!r}]", item, args[1]) for key, item in value.items()}
         raise KPConfigError(f"{name}: got {value!r}, expected a dict")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -11,6 +11,7 @@ product, unless a result is written to or viewed in a way that needs it contiguo
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +21,24 @@ import torch
 from torch.fx import Graph, Node
 
 from kp_compiler import cost
+from kp_compiler.config import Fp8LinearConfig
 from kp_compiler.lowering import ops, te
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8 import cached, delayed, linear, state
 from kp_compiler.lowering.fp8.quantize import ALIGNMENT
 from kp_compiler.lowering.fp8.recipes import BLOCK, Fp8Spec, spec_for
 from kp_compiler.metadata import tensor_of, value_of
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, fake_mode, left_out
+from kp_compiler.passes.base import (
+    Context,
+    Emitter,
+    Kind,
+    Match,
+    Rejection,
+    Tier,
+    fake_mode,
+    left_out,
+    module_of,
+)
 from kp_compiler.runtime import add_inputs, position, providers
 from kp_compiler.specs import LinearShape, LinearSpec
 from kp_compiler.target import may_shard_parameters
@@ -190,21 +202,31 @@ def _transposed(site: Node) -> bool:
     return LinearSpec.from_json(str(site.args[3])).transposed
 
 
+def _settings(site: Node, ctx: Context) -> Fp8LinearConfig:
+    """The pass's settings, with the recipe that the site's module has; of several names the last one that
+    fits counts."""
+    config, module = ctx.config.fp8_linear, module_of(site)
+    found = [recipe for part, recipe in config.recipes.items() if part in module]
+    return dataclasses.replace(config, recipe=found[-1]) if found else config
+
+
 def _check(site: Node, ctx: Context) -> Rejection | None:
-    shape = _shape(site, ctx)
+    shape, config = _shape(site, ctx), _settings(site, ctx)
+    if config.impl == "te" and (refused := te.check(config, ctx.target)) is not None:
+        return refused
     if shape.rows == 0 and isinstance(shape.rows, int):
         return Rejection("empty", "The input has no rows.")
     if shape.dtype not in HALF and not (ctx.target.reference and shape.dtype == torch.float32):
         return Rejection("dtype", f"FP8 products give bfloat16 or float16, this site is {shape.dtype}.")
-    if shape.dtype == torch.float16 and ctx.config.fp8_linear.recipe not in ("tensorwise", "delayed"):
+    if shape.dtype == torch.float16 and config.recipe not in ("tensorwise", "delayed"):
         return Rejection("dtype", "Products with several scales give bfloat16 only.")
-    if ctx.config.fp8_linear.recipe == "delayed" and (shape.grad_x or shape.grad_w):
+    if config.recipe == "delayed" and (shape.grad_x or shape.grad_w):
         weight = _outer(site.args[1], ctx)  # type: ignore[arg-type]
         if weight.op != "placeholder" or not isinstance(tensor_of(weight), torch.nn.Parameter):
             return Rejection("no-parameter", "Delayed scaling keeps its state with a parameter: none here.")
         if len(ctx.calls) > 1:
             return Rejection("shared-body", "A checkpointed body that is called twice has no own state.")
-    own_blocks = ctx.config.fp8_linear.recipe == "blockwise" and ctx.config.fp8_linear.impl != "te"
+    own_blocks = config.recipe == "blockwise" and config.impl != "te"
     unit = 4 * BLOCK if own_blocks else ALIGNMENT
     for name, size in (("inputs (K)", shape.inputs), ("outputs (N)", shape.outputs)):
         if size % unit:
@@ -215,7 +237,7 @@ def _check(site: Node, ctx: Context) -> Rejection | None:
 def _group(site: Node, ctx: Context) -> Group:
     """The site and the later ones that can share its product."""
     members = [site]
-    config = ctx.config.fp8_linear
+    config = _settings(site, ctx)
     if config.merge:
         members += [
             other for other in _siblings(site, ctx) if _check(other, ctx) is None and _joins(site, other, ctx)
@@ -260,7 +282,9 @@ def _joins(site: Node, other: Node, ctx: Context) -> bool:
         return False
     mine, theirs = _shape(site, ctx), _shape(other, ctx)
     alike = mine.dtype == theirs.dtype and (mine.grad_x, mine.grad_w) == (theirs.grad_x, theirs.grad_w)
-    alike = alike and _transposed(site) == _transposed(other)
+    alike = (
+        alike and _transposed(site) == _transposed(other) and _settings(site, ctx) == _settings(other, ctx)
+    )
     return alike and not left_out(ctx.config.fp8_linear, other)
 
 

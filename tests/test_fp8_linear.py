@@ -408,6 +408,18 @@ def test_weights_of_inference_are_cast_once(
     assert check() == 0
 
 
+def test_recipes_by_module() -> None:
+    """A site that one scale a tensor is too coarse for has another one; different recipes don't merge."""
+    model, x = Gated(), torch.randn(M, K)
+    recipes = {"up": "tensorwise", "gate": "rowwise", "up.nothing": "blockwise"}
+    _, report = compiled(model, (x.requires_grad_(),), **fp8("delayed", recipes=recipes))
+    found = {site.module.rpartition(".")[2]: site.spec.split(",")[0] for site in report.sites}
+    assert found == {"gate": "rowwise", "up": "tensorwise", "down": "delayed"}
+    assert not any("merged" in site.spec for site in report.sites)
+    with pytest.raises(kp_compiler.KPConfigError, match=r"recipes\['up'\].*'rowwise'"):
+        kp_compiler.options(**fp8("delayed", recipes={"up": "row"})).__enter__()
+
+
 def test_graphs_share_the_weights_of_inference() -> None:
     from kp_compiler.lowering.fp8 import cached
 
