@@ -69,7 +69,8 @@ def _made(store: Store, value: Tensor, outs: list[Tensor]) -> Tensor:
     scale = scale_of([value], 0, into.dtype, list(store.block), store.power_of_two)
     row, column = store.row // store.block[0], store.column // (store.block[1] or value.shape[1])
     into = outs[store.scales][row : row + scale.shape[0], column : column + scale.shape[1]]
-    into.copy_(scale[: into.shape[0]])
+    made = scale[: into.shape[0]]
+    into.copy_(made.reciprocal() if store.inverse else made)
     return spread(scale, value, store.block)
 
 

@@ -23,7 +23,7 @@ class Store:
     """`value * leaf[scale]` in FP8, as it is into buffer `plain`, transposed into buffer `turned`, starting
     at (`row`, `column`) of the untransposed matrix; and the largest magnitude of `value` in each tile into
     buffer `amax`. With a `block` the kernel makes the scales itself, one for `block` elements of a tile, and
-    writes them into buffer `scales`. -1: not."""
+    writes them, or their inverses, into buffer `scales`. -1: not."""
 
     value: str
     scale: int
@@ -34,6 +34,7 @@ class Store:
     amax: int = -1
     block: tuple[int, int] = (0, 0)
     scales: int = -1
+    inverse: bool = False
     power_of_two: bool = False
 
 

@@ -163,7 +163,8 @@ class _Writer:
         ]
         if store.power_of_two:
             self.lines.append(f"scale{half} = tl.exp2(tl.floor(tl.log2(scale{half})))")
-        self.lines.append(f"tl.store(o{number} + {row} * t{number} + {column}, scale{half}, mask={mask})")
+        kept = f"1.0 / scale{half}" if store.inverse else f"scale{half}"
+        self.lines.append(f"tl.store(o{number} + {row} * t{number} + {column}, {kept}, mask={mask})")
 
     def casts(self, store: Store) -> None:
         """The conversion takes what is too large to the largest number (PTX has no other one to FP8), an
