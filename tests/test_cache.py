@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kp_compiler.config import resolve
 from kp_compiler.lowering import fingerprint as fingerprints
-from kp_compiler.lowering import inductor
+from kp_compiler.lowering import graph_passes
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.ops import parse_spec
 from tests.helpers import captured_graphs
@@ -87,7 +87,7 @@ def test_code_that_moves_between_files_counts(copied_sources: Path) -> None:
 
 def keys(options: dict[str, Any]) -> list[Any]:
     config = resolve(options, env={})
-    return [cls(None, config).uuid() for cls in (inductor._Barrier, inductor._Unbarrier)]
+    return [cls(None, config).uuid() for cls in (graph_passes.Barrier, graph_passes.Unbarrier)]
 
 
 def test_uuid_of_kps_inductor_passes(copied_sources: Path) -> None:
@@ -115,7 +115,7 @@ class Theirs(torch._inductor.custom_graph_pass.CustomGraphPass):
 
 def test_users_pass_is_part_of_the_key() -> None:
     config = resolve({}, env={})
-    one, other = (inductor._Barrier(Theirs(key), config).uuid() for key in ("one", "other"))
+    one, other = (graph_passes.Barrier(Theirs(key), config).uuid() for key in ("one", "other"))
     assert one != other
-    assert inductor._Barrier(Theirs(None), config).uuid() is None, "a pass without a key forbids caching"
-    assert inductor._Barrier(lambda graph: None, config).uuid() is None
+    assert graph_passes.Barrier(Theirs(None), config).uuid() is None, "a pass without a key forbids caching"
+    assert graph_passes.Barrier(lambda graph: None, config).uuid() is None

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kp_compiler.config import resolve
-from kp_compiler.lowering.inductor import _GradLayout
+from kp_compiler.lowering.graph_passes import GradLayout
 
 aten = torch.ops.aten
 SIZES = {"heads first": (2, 4, 24, 16), "sequence first": (2, 24, 4, 16)}
@@ -34,7 +34,7 @@ def test_gradient_follows_the_output(inputs: str, gradient: str) -> None:
         grad = _tensor(gradient)
     gm = make_fx(_backward, tracing_mode="fake", _allow_non_fake_inputs=True)(q, k, v, grad)
     before = len(gm.graph.nodes)
-    _GradLayout(None, resolve({}))(gm.graph)
+    GradLayout(None, resolve({}))(gm.graph)
     gm.graph.lint()
     name = "_scaled_dot_product_cudnn_attention_backward"
     (node,) = (n for n in gm.graph.nodes if name in str(n.target))

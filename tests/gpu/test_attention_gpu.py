@@ -55,7 +55,7 @@ def _run(function, inputs, train):
 
 def _run_plain(function, inputs, train):
     """The original in eager mode, without cuDNN: PyTorch keeps cuDNN's backward plans regardless of the
-    gradient's layout (lowering/inductor.py, _GradLayout), so an eager run of another layout would spoil
+    gradient's layout (lowering/graph_passes.py, GradLayout), so an eager run of another layout would spoil
     ours."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
