@@ -154,3 +154,30 @@ def test_passes_overlap(lowering: str, length: int) -> None:
     assert state["down.weight.fp8_amax"][2] == 3.0
     model.zero_grad()
     assert worst(run, model, x) > 18
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spiky, self.calm = nn.Linear(K, N), nn.Linear(K, N)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.spiky(x) + self.calm(x.clamp(-4, 4))
+
+
+def test_layers_with_spikes_have_another_recipe() -> None:
+    """A value of 1e5 times the rest coarsens all rows of a delayed activation, and only its own in others."""
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(M, K)
+    x[3, 5] = 1e5
+    rest = [row for row in range(M) if row != 3]
+    with torch.no_grad():
+        want = model(x)[rest]
+    found = {}
+    for recipe in ("delayed", "rowwise", "blockwise"):
+        torch._dynamo.reset()
+        run = delayed(model, recipes={"spiky": recipe})
+        outs = [train(run, x)[0] for _ in range(3)]  # the first one does not know of it yet
+        found[recipe] = sqnr(outs[-1][rest], want)
+    assert found["delayed"] < 20
+    assert min(found["rowwise"], found["blockwise"]) >= 27
