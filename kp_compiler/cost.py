@@ -170,5 +170,5 @@ def predict_linear(shape: LinearShape, recipe: str, target: Target) -> dict[str,
     return {
         "fp8_ms": round((after + cast) * 1e3, 4),
         "before_ms": round(before * 1e3, 4),
-        "gain": round(before / (after + cast), 2),
+        "gain": round(before / (after + cast), 4),
     }
