@@ -48,7 +48,7 @@ class Pass(CustomGraphPass):
         try:
             self.apply(graph)
         except Exception as error:
-            graph.owning_module.graph = before
+            _restore(graph, before)
             log.warning("kp: %s failed and was undone: %s", type(self).__name__, error, exc_info=True)
 
     def apply(self, graph: Graph) -> None:
@@ -59,6 +59,17 @@ class Pass(CustomGraphPass):
         if self.before is not None and theirs is None:
             return None  # their pass forbids caching
         return f"{self.key}-{theirs}"
+
+
+def _restore(graph: Graph, before: Graph) -> None:
+    """The nodes that `before` has, in the same object: the passes that follow are handed it."""
+    for node in graph.nodes:
+        node.args, node.kwargs = (), {}
+    for node in list(graph.nodes):
+        graph.erase_node(node)
+    again: dict[Node, Node] = {}
+    for node in before.nodes:
+        again[node] = graph.node_copy(node, again.__getitem__)
 
 
 class Barrier(Pass):
