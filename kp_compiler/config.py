@@ -263,7 +263,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise KPConfigError(f"{name}: got {value!r}, expected a string or a list of strings")
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(value, Mapping):
-            return {key: _checked(f"{name}[{key!r}]", item, args[1]) for key, item in value.items()}
+            return {
+                _checked(f"{name}, a key", key, args[0]): _checked(f"{name}[{key!r}]", item, args[1])
+                for key, item in value.items()
+            }
         raise KPConfigError(f"{name}: got {value!r}, expected a dict")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -32,16 +32,22 @@ class Pass(CustomGraphPass):
     optional = False  # only makes the graph faster: undone where it fails
 
     def __init__(self, before: Any, config: Config) -> None:
-        self.before, self.strict = before, config.strict
+        self.before, self.strict, self.fp8 = before, config.strict, config.fp8_linear
         self.key = f"{type(self).__name__}-{fingerprint()}-{config.fingerprint()}"
 
     def __call__(self, graph: Graph) -> None:
         if self.before is not None:
             self.before(graph)
+        if not self.asked():
+            return
         if self.strict or not self.optional:
             self.apply(graph)
         else:
             self._try(graph)
+
+    def asked(self) -> bool:
+        """Whether the options call for it."""
+        return True
 
     def _try(self, graph: Graph) -> None:
         before = copied(graph)
@@ -117,21 +123,22 @@ class StoreProducts(Pass):
 
     optional = True
 
-    def __init__(self, before: Any, config: Config) -> None:
-        super().__init__(before, config)
-        self.asked = config.fp8_linear.save == "fp8"
+    def asked(self) -> bool:
+        return self.fp8.mode != "off" and self.fp8.save == "fp8"
 
     def apply(self, graph: Graph) -> None:
         from kp_compiler.lowering.fp8.keep import store_products
 
-        if self.asked:
-            store_products(graph)
+        store_products(graph)
 
 
 class RecomputeCasts(Pass):
     """What casts of the backward pass read is computed there."""
 
     optional = True
+
+    def asked(self) -> bool:
+        return self.fp8.mode != "off"
 
     def apply(self, graph: Graph) -> None:
         from kp_compiler.lowering.fp8.keep import recompute_casts
@@ -141,6 +148,9 @@ class RecomputeCasts(Pass):
 
 class LetPassesOverlap(Pass):
     """Several forward passes before the first backward pass, under delayed scaling."""
+
+    def asked(self) -> bool:
+        return self.fp8.mode != "off"
 
     def apply(self, graph: Graph) -> None:
         let_passes_overlap(graph)
@@ -152,13 +162,10 @@ class FuseCasts(Pass):
 
     optional = True
 
-    def __init__(self, before: Any, config: Config) -> None:
-        super().__init__(before, config)
-        self.asked = config.fp8_linear.mode != "off"
+    def asked(self) -> bool:
+        return self.fp8.mode != "off"
 
     def apply(self, graph: Graph) -> None:
-        if not self.asked:
-            return
         from kp_compiler.lowering.fp8.fuse import fuse_casts
         from kp_compiler.lowering.fp8.keep import narrow
 

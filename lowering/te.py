@@ -44,13 +44,17 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 def check(config: Fp8LinearConfig, target: Target) -> Rejection | None:
     """Why these settings can't be served on this target, or None. Sizes and dtypes are as for other FP8
     products, multiples of 16 for every recipe."""
-    if not target.has_te:
-        return Rejection(
-            "no-te",
-            f"{_NAME} with its extension for torch, 2.11 or newer, is not installed.",
-            "pip install --no-build-isolation 'kp-compiler[te]'; impl='scaled_mm' needs no package.",
-        )
-    return _recipe(config) or _device(config, target)
+    return absent(target) or _recipe(config) or _device(config, target)
+
+
+def absent(target: Target) -> Rejection | None:
+    if target.has_te:
+        return None
+    return Rejection(
+        "no-te",
+        f"{_NAME} with its extension for torch, 2.11 or newer, is not installed.",
+        "pip install --no-build-isolation 'kp-compiler[te]'; impl='scaled_mm' needs no package.",
+    )
 
 
 def _recipe(config: Fp8LinearConfig) -> Rejection | None:

@@ -69,14 +69,14 @@ class Fp8Linear:
     def applies(self, ctx: Context) -> Rejection | None:
         target, config = ctx.target, ctx.config.fp8_linear
         if target.reference:
-            return te.check(config, target) if config.impl == "te" else None
+            return te.absent(target) if config.impl == "te" else None
         if target.device == "cpu":
             return Rejection(
                 "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
             )
         if target.sm < 89:
             return Rejection("device", f"FP8 needs compute capability 8.9, this is {target.sm / 10}.")
-        return te.check(config, target) if config.impl == "te" else None
+        return te.absent(target) if config.impl == "te" else None
 
     def sites(self, graph: Graph) -> Iterator[Node]:
         yield from (node for node in graph.nodes if ops.is_linear(node))

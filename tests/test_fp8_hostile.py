@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -169,7 +169,15 @@ def test_results_that_share_memory_go_on_sharing_it() -> None:
         assert len(merged(reports).rewritten("linear")) == bool(options)
 
 
+@pytest.fixture
+def no_caches() -> Iterator[None]:
+    """Inductor's would answer, and passes not be called."""
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+
+
 @pytest.mark.inductor
+@pytest.mark.usefixtures("no_caches")
 def test_a_pass_that_fails_after_autograd_is_undone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,3 +199,80 @@ def test_a_pass_that_fails_after_autograd_is_undone(
     torch._dynamo.reset()
     with pytest.raises(Exception, match="half-way"):
         torch.compile(module, backend="kp", options={**INDUCTOR, **fp8()})(x, factor)
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("no_caches")
+@pytest.mark.parametrize("name", ["store_products", "recompute_casts"])
+def test_passes_after_one_that_was_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What correctness depends on still happens, in the graph that is compiled."""
+
+    def broken(graph: Any) -> None:
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(f"kp_compiler.lowering.fp8.keep.{name}", broken)
+    torch.manual_seed(0)
+    module = Around(lambda y, factor: F.gelu(y) * factor)
+    run = torch.compile(module, backend="kp", options={"cpu_rewrites": True, **fp8("delayed", save="fp8")})
+    x, factor = torch.randn(2, 24, K), torch.randn(N)
+    for out in [run(x, factor), run(2 * x, factor)]:  # both forward passes come first
+        out.sum().backward()
+
+
+class Scaled(nn.Module):
+    """What a layer reads is made of a buffer that is written afterwards."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(K, N), nn.Parameter(torch.rand(K) + 0.5)
+        self.register_buffer("seen", buffer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layer(x * self.seen) + self.layer(x * self.gain)
+        self.seen.lerp_(x.detach()[:1].expand_as(self.seen), 0.9)
+        return out
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("rows", [1, 48])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_a_written_buffer_is_not_computed_from_again(recipe: str, rows: int) -> None:
+    torch.manual_seed(0)
+    buffer, x = torch.rand(rows, K) + 0.5, torch.randn(48, K)
+    want, got = Scaled(buffer.clone()), Scaled(buffer.clone())
+    got.load_state_dict(want.state_dict())
+    run = torch.compile(got, backend="kp", options={**INDUCTOR, **fp8(recipe)})
+    for _ in range(2):
+        for module, call in ((want, want), (got, run)):
+            module.zero_grad()
+            call(x).square().sum().backward()
+    assert sqnr(got.layer.weight.grad, want.layer.weight.grad) > 18
+    assert torch.allclose(got.seen, want.seen)
+
+
+@pytest.mark.inductor
+def test_a_rounding_to_fp8_of_the_model_itself_stays() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(K, N, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer((x * 16.0).to(torch.float8_e5m2).to(x.dtype) / 16.0)
+
+    torch.manual_seed(0)
+    module, x = Rounded(), torch.randn(48, K)
+    with torch.no_grad():
+        out = torch.compile(module, backend="kp", options={**INDUCTOR, **fp8()})(x)
+        assert sqnr(out, module(x)) > 27
+
+
+def test_cached_weights_of_another_shape() -> None:
+    """A parameter may get other data, in another shape, between two graphs."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(K, N, bias=False), torch.randn(48, K)
+    run = torch.compile(layer, backend="kp", dynamic=False, options={**REFERENCE, **fp8()})
+    with torch.no_grad():
+        for rows in (N, N // 2, 2 * N):
+            layer.weight.data = torch.randn(rows, K)
+            assert sqnr(run(x), layer(x)) > 27

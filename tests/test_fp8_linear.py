@@ -418,6 +418,8 @@ def test_recipes_by_module() -> None:
     assert not any("merged" in site.spec for site in report.sites)
     with pytest.raises(kp_compiler.KPConfigError, match=r"recipes\['up'\].*'rowwise'"):
         kp_compiler.options(**fp8("delayed", recipes={"up": "row"})).__enter__()
+    with pytest.raises(kp_compiler.KPConfigError, match=r"recipes, a key: got 1"):
+        kp_compiler.options(**fp8("delayed", recipes={1: "rowwise"})).__enter__()
 
 
 def test_graphs_share_the_weights_of_inference() -> None:

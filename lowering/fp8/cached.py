@@ -106,7 +106,7 @@ class _Kept:
         if self.copies is None or unknown or state != self.state:
             with torch.no_grad():
                 fresh = quantized([w.detach() for w in weights], spec)
-            if self.copies is None or self.copies[0].device != fresh[0].device:
+            if self.copies is None or not all(map(_alike, self.copies, fresh)):
                 self.copies = fresh
             else:
                 for old, new in zip(self.copies, fresh, strict=True):
@@ -114,6 +114,10 @@ class _Kept:
             self.state = state
         assert self.copies is not None
         return self.copies
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    return (old.device, old.shape, old.dtype) == (new.device, new.shape, new.dtype)
 
 
 _shared: weakref.WeakValueDictionary[Any, _Kept] = weakref.WeakValueDictionary()

@@ -23,9 +23,8 @@ from torch.fx import Graph, Node
 
 from kp_compiler.lowering.fp8.emit import Cast, emit
 from kp_compiler.lowering.fp8.keep import base
-from kp_compiler.lowering.fp8.program import (
-    MOST_COLUMNS,
-)
+from kp_compiler.lowering.fp8.program import MOST_COLUMNS
+from kp_compiler.lowering.fp8.quantize import alignment
 from kp_compiler.lowering.fp8.recipes import BLOCK
 from kp_compiler.lowering.fp8.repeat import absorbed_nodes, equal, leaves_of, value_of
 from kp_compiler.lowering.fp8.write_out import Writer
@@ -97,7 +96,7 @@ def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Itera
     for cast in casts:
         cast.by_rows = _by_rows(cast, absorbed)
     wanted = [c for c in casts if c.turned or len(c.parts) > 1 or max(c.block) > 1 or c.by_rows]
-    wanted = [c for c in wanted if not c.turned or c.dim == 1 or all(_is_even(p) for p in c.parts[:-1])]
+    wanted = [c for c in wanted if not c.turned or c.dim == 1 or len(c.parts) == 1 or _is_aligned(c)]
     _take_amax(wanted, amaxes)
     reads = {id(c): {leaf for part in c.parts for leaf in leaves_of(part, absorbed)} for c in wanted}
     rest = wanted
@@ -112,9 +111,11 @@ def _groups(nodes: list[Node], amaxes: list[Node], absorbed: set[Node]) -> Itera
         yield group
 
 
-def _is_even(part: Node) -> bool:
-    """Two rows of one tensor are turned together."""
-    return equal(value_of(part).shape[0] % 2, 0)
+def _is_aligned(cast: Cast) -> bool:
+    """Parts below one another that fill a transposed copy: a kernel pads one part only, and turns two rows at
+    once."""
+    rows = [value_of(part).shape[0] for part in cast.parts]
+    return all(equal(r % 2, 0) for r in rows) and equal(sum(rows) % alignment(cast.block), 0)
 
 
 def _by_rows(cast: Cast, absorbed: set[Node]) -> bool:

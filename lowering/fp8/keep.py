@@ -48,6 +48,7 @@ _SMOOTH = {
     aten.tanh.default, aten.erf.default, aten.relu.default, aten.pow.Tensor_Scalar, aten.le.Scalar,
     aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.where.self, prims.convert_element_type.default,
 }  # fmt: skip
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
@@ -129,40 +130,47 @@ def store_products(graph: Graph) -> None:
 
 def recompute_casts(graph: Graph) -> None:
     """Mark what a cast of the backward pass reads as to be computed again, up to what is kept anyway."""
-    backward = _backward(graph)
-    chains = _Chains(backward)
+    chains = _Chains(graph, _backward(graph))
     for node in graph.find_nodes(op="call_function", target=torch.ops.kp.fp8_quantize.default):
-        if node not in backward:
+        if node not in chains.backward:
             continue
         for part in node.args[0]:  # type: ignore[union-attr]
             chains.mark(part)
 
 
 class _Chains:
-    def __init__(self, backward: set[Node]) -> None:
+    """Pointwise operations in front of casts."""
+
+    def __init__(self, graph: Graph, backward: set[Node]) -> None:
         self.backward = backward
         self.kept: dict[Node, bool] = {}
+        self.stale = _stale(graph)
 
     def mark(self, part: Node) -> None:
-        """Where all of what `part` is made of is kept anyway, `part` need not be."""
-        while part.target in _VIEWS and part.target is not operator.getitem:
+        """Where all of what `part` is made of is kept anyway, `part` need not be. To the partitioner the mark
+        is a constraint: what carries it is computed again, whatever that takes."""
+        while part.target in _RESHAPES:
             part = part.args[0]  # type: ignore[assignment]
         found: set[Node] = set()
-        if self._is_pointwise(part) and not self._is_kept(part) and self._collect(part, part, found):
+        if self._is_pointwise(part) and not self._is_kept(part) and self._collect(part, found):
             for node in found:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
-    def _collect(self, node: Node, part: Node, found: set[Node]) -> bool:
-        """Whether `node` can be computed in the backward pass from small and kept tensors, by `found`."""
+    def _collect(self, node: Node, found: set[Node]) -> bool:
+        """Whether `node` can be computed in the backward pass from vectors and kept tensors, by `found`."""
         found.add(node)
-        for source in node.all_input_nodes:
-            if not isinstance(_value(source), torch.Tensor) or source in found:
-                continue
-            if _is_vector(_value(source)) or "recompute" in source.meta or self._is_kept(source):
-                continue
-            if not (self._is_pointwise(source) and self._collect(source, part, found)):
-                return False
-        return True
+        return all(
+            self._is_there(source) or (self._is_pointwise(source) and self._collect(source, found))
+            for source in node.all_input_nodes
+            if source not in found and isinstance(_value(source), torch.Tensor)
+        )
+
+    def _is_there(self, node: Node) -> bool:
+        """The backward pass has it anyway, or it is small."""
+        saved = node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+        if node in self.stale:
+            return saved
+        return saved or _is_vector(_value(node)) or self._is_kept(node)
 
     def _is_pointwise(self, node: Node) -> bool:
         simple = node.target in _SMOOTH or node.target in (aten.rsqrt.default, *_RESHAPES)
@@ -183,7 +191,15 @@ class _Chains:
         return simple and self._is_kept(user)
 
 
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+def _stale(graph: Graph) -> set[Node]:
+    """Inputs that the graph writes to, at its end, and all that is made of them: computed again in the
+    backward pass they would be others."""
+    writes = graph.find_nodes(op="call_function", target=aten.copy_.default)
+    found = {base(node.args[0]) for node in writes}  # type: ignore[arg-type]
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_cast(node: Node) -> bool:
@@ -193,7 +209,7 @@ def _is_cast(node: Node) -> bool:
 
 def _is_vector(value: torch.Tensor) -> bool:
     """One number for a column or for a row at most."""
-    return _is_row(value) or value.shape[-1] == 1
+    return _is_row(value) or (value.dim() > 1 and value.shape[-1] == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
