@@ -156,6 +156,17 @@ def test_passes_overlap(lowering: str, length: int) -> None:
     assert worst(run, model, x) > 18
 
 
+def test_passes_without_gradients_forget_none() -> None:
+    """Forward passes alone see no dy: what the history knows of it stays."""
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(M, K)
+    run = delayed(model)
+    train(run, x, scale=100.0)
+    for _ in range(6):
+        run(x.clone().requires_grad_())
+    assert kp_compiler.state_dict(run)["down.weight.fp8_amax_history"][:, 2].max() == 100.0
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -108,7 +108,7 @@ def updated(
     headroom: float,
 ) -> Tensor:
     """The reference of `triton.delayed_scales.update`."""
-    top = torch.where(seen[..., 0] == UNSEEN, history[entry - 1], seen[..., 0])
+    top = torch.where(seen[..., 0] == UNSEEN, history[entry], seen[..., 0])
     overflows += ~(top * scale <= limits) & (seen[..., 0] != UNSEEN)
     seen.fill_(UNSEEN)
     torch.nan_to_num(top, nan=0.0, posinf=0.0, neginf=0.0, out=history[entry])

@@ -22,10 +22,10 @@ def update(
     headroom: float,
 ) -> Tensor:
     """Take in the largest magnitudes `seen` [sites,3,4] (the first of each line), as row `entry` of `history`
-    [steps,sites,3], the row before once more where there are none; they are none afterwards. Count in
-    `overflows` [sites,3] what was not finite or more than `scale` [sites,3] held. Then write the next scales
-    there: `limits` [3] over `headroom` times the largest magnitude of the history, or over `guess` [3] where
-    it has none. Returns scales and their inverses, [sites,6,4], each as a line of four."""
+    [steps,sites,3], whose number stays where there is none; they are none afterwards. Count in `overflows`
+    [sites,3] what was not finite or more than `scale` [sites,3] held. Then write the next scales there:
+    `limits` [3] over `headroom` times the largest magnitude of the history, or over `guess` [3] where it has
+    none. Returns scales and their inverses, [sites,6,4], each as a line of four."""
     steps, sites, roles = history.shape
     lines = torch.empty(sites, 2 * roles, seen.shape[2], device=seen.device)
     _update[(sites, roles)](
@@ -45,8 +45,7 @@ def _update(
     top, limit = tl.load(seen + place * LINE), tl.load(limits + role)
     held = top * tl.load(scale + place) <= limit  # false for NaN
     tl.store(seen + place * LINE, NONE)
-    before = tl.load(history + (entry + steps - 1) % steps * width + place)
-    top = tl.where(top == NONE, before, top)
+    top = tl.where(top == NONE, tl.load(history + entry * width + place), top)
     tl.store(overflows + place, tl.load(overflows + place) + tl.where(held, 0, 1))
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
     step = tl.arange(0, STEPS)
