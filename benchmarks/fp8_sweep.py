@@ -52,7 +52,7 @@ def measure(inputs: int, outputs: int, recipe: str, repeats: int) -> list[dict[s
             x.grad = layer.weight.grad = None
 
         steps = {name: recorded(lambda run=run: step(run)) for name, run in runs.items()}
-        times = time_interleaved(steps, repeats, pause=0.0)
+        times = time_interleaved(steps, repeats, pause=0.0, span_ms=15.0)
         path, gain = chosen(rows, inputs, outputs, recipe)
         found.append(
             {
