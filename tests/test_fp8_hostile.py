@@ -269,11 +269,12 @@ def test_a_rounding_to_fp8_of_the_model_itself_stays() -> None:
 
 
 def test_cached_weights_of_another_shape() -> None:
-    """A parameter may get other data, in another shape, between two graphs."""
+    """A parameter may get other data, in another shape, between two graphs that share its copy."""
     torch.manual_seed(0)
     layer, x = nn.Linear(K, N, bias=False), torch.randn(48, K)
-    run = torch.compile(layer, backend="kp", dynamic=False, options={**REFERENCE, **fp8()})
+    modules = layer, nn.Sequential(layer), nn.Sequential(nn.Sequential(layer))
+    runs = [torch.compile(each, backend="kp", options={**REFERENCE, **fp8()}) for each in modules]
     with torch.no_grad():
-        for rows in (N, N // 2, 2 * N):
+        for run, rows in zip(runs, (N, N // 2, 2 * N), strict=True):
             layer.weight.data = torch.randn(rows, K)
             assert sqnr(run(x), layer(x)) > 27
