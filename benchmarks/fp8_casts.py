@@ -129,14 +129,14 @@ def measure(op: str, rows: int, columns: int, repeats: int) -> Iterator[dict[str
         compiled = torch.compile(function, backend="kp", fullgraph=True, dynamic=False, options=options)
         runs[recipe] = lambda *inputs, compiled=compiled: compiled(given, *inputs)
     rounds = {name: recorded(lambda run=run: [run(*inputs) for inputs in ring]) for name, run in runs.items()}
-    times = time_interleaved(rounds, repeats, pause=0.01)
+    found = time_interleaved(rounds, repeats, pause=0.01)
+    times = {name: ms / len(ring) for name, ms in found.items()}
     for name, ms in times.items():
-        ms /= len(ring)
         out = runs[name](*ring[0])
         moved = sum(t.nbytes for t in (*ring[0], *(out if isinstance(out, tuple) else (out,))))
         yield {
             "op": op, "M": rows, "K": columns, "arm": name, "ms": round(ms, 4),
-            "gb_per_s": round(moved / ms / 1e6), "ratio": round(ms * len(ring) / times["bf16"], 4),
+            "gb_per_s": round(moved / ms / 1e6), "ratio": round(ms / times["bf16"], 4),
         }  # fmt: skip
 
 

@@ -97,13 +97,18 @@ def trace_fake(node: Node, mode: Any, *, grad: bool = True) -> None:
 def copied(graph: Graph) -> Graph:
     """A copy of Dynamo's graph with its output and metadata."""
     copy = Graph(owning_module=graph.owning_module)
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        mapping[node] = copy.node_copy(node, mapping.__getitem__)
-        if hasattr(node, "_dynamo_source"):  # AOTAutograd asks placeholders for it
-            mapping[node]._dynamo_source = node._dynamo_source
+    copy_nodes(graph, copy)
     copy._codegen = graph._codegen
     return copy
+
+
+def copy_nodes(graph: Graph, into: Graph) -> None:
+    """All nodes, the output too, with their metadata, behind those that `into` has."""
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = into.node_copy(node, mapping.__getitem__)
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd asks placeholders for it
+            mapping[node]._dynamo_source = node._dynamo_source
 
 
 def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, tuple[Node, ...]]]:

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from kp_compiler.config import Config
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.fp8.delayed import let_passes_overlap
-from kp_compiler.metadata import copied, stride_order
+from kp_compiler.metadata import copied, copy_nodes, stride_order
 from kp_compiler.target import has_package
 
 log = logging.getLogger("kp_compiler")
@@ -73,9 +73,7 @@ def _restore(graph: Graph, before: Graph) -> None:
         node.args, node.kwargs = (), {}
     for node in list(graph.nodes):
         graph.erase_node(node)
-    again: dict[Node, Node] = {}
-    for node in before.nodes:
-        again[node] = graph.node_copy(node, again.__getitem__)
+    copy_nodes(before, graph)
 
 
 class Barrier(Pass):
@@ -118,13 +116,20 @@ class GradLayout(Pass):
             _match_layout(graph, node, node.args[0], node.args[4])
 
 
-class StoreProducts(Pass):
+class Fp8Pass(Pass):
+    """For products in FP8: not where the pass that makes them is off."""
+
+    def asked(self) -> bool:
+        return self.fp8.mode != "off"
+
+
+class StoreProducts(Fp8Pass):
     """Products that the backward pass reads again, in FP8, where `save="fp8"` asks for it."""
 
     optional = True
 
     def asked(self) -> bool:
-        return self.fp8.mode != "off" and self.fp8.save == "fp8"
+        return super().asked() and self.fp8.save == "fp8"
 
     def apply(self, graph: Graph) -> None:
         from kp_compiler.lowering.fp8.keep import store_products
@@ -132,13 +137,10 @@ class StoreProducts(Pass):
         store_products(graph)
 
 
-class RecomputeCasts(Pass):
+class RecomputeCasts(Fp8Pass):
     """What casts of the backward pass read is computed there."""
 
     optional = True
-
-    def asked(self) -> bool:
-        return self.fp8.mode != "off"
 
     def apply(self, graph: Graph) -> None:
         from kp_compiler.lowering.fp8.keep import recompute_casts
@@ -146,24 +148,18 @@ class RecomputeCasts(Pass):
         recompute_casts(graph)
 
 
-class LetPassesOverlap(Pass):
+class LetPassesOverlap(Fp8Pass):
     """Several forward passes before the first backward pass, under delayed scaling."""
-
-    def asked(self) -> bool:
-        return self.fp8.mode != "off"
 
     def apply(self, graph: Graph) -> None:
         let_passes_overlap(graph)
 
 
-class FuseCasts(Pass):
+class FuseCasts(Fp8Pass):
     """FP8 casts into their producers, one kernel for each matrix; and no more of merged products kept than is
     read. Casts that are left alone run as they stand, a kernel for each operation."""
 
     optional = True
-
-    def asked(self) -> bool:
-        return self.fp8.mode != "off"
 
     def apply(self, graph: Graph) -> None:
         from kp_compiler.lowering.fp8.fuse import fuse_casts

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import torch
+from kp_compiler.lowering.fp8.quantize import DTYPES
 
 MOST_REDUCED = 8192
 
@@ -59,4 +59,4 @@ def _casts_rows(features: Any) -> bool:
 
 
 def _is_fp8(out: Any) -> bool:
-    return out.node.get_dtype() in (torch.float8_e4m3fn, torch.float8_e5m2)
+    return out.node.get_dtype() in DTYPES.values()

@@ -68,13 +68,11 @@ class Fp8Linear:
 
     def applies(self, ctx: Context) -> Rejection | None:
         target, config = ctx.target, ctx.config.fp8_linear
-        if target.reference:
-            return te.absent(target) if config.impl == "te" else None
-        if target.device == "cpu":
+        if target.device == "cpu" and not target.reference:
             return Rejection(
                 "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
             )
-        if target.sm < 89:
+        if target.sm < 89 and not target.reference:
             return Rejection("device", f"FP8 needs compute capability 8.9, this is {target.sm / 10}.")
         return te.absent(target) if config.impl == "te" else None
 

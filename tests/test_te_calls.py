@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from kp_compiler import config
 from kp_compiler.lowering import te
 from kp_compiler.lowering.fp8.quantize import E4M3, E5M2, quantized, scale_of, spread, sqnr
-from kp_compiler.lowering.fp8.recipes import Fp8Spec
 from tests.fp8 import Gated, K, N
-from tests.te import HOPPER, options, spec_of
+from tests.te import HOPPER, RECIPES, exact, options, run, spec_of
 
 
 class Quantizer:
@@ -95,23 +94,8 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
     kernels._destroy()
 
 
-def run(plan: Fp8Spec, x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
-    outs = te.fp8_linear_te()(leaves[0], leaves[1:], [None] * len(weights), plan.to_json())
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, grads)]
-
-
-def exact(plan: Fp8Spec, x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    leaves = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    outs = [leaves[0] @ (w if plan.transposed else w.t()) for w in leaves[1:]]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, [g.double() for g in grads])]
-
-
-RECIPES = [("tensorwise", "e5m2"), ("tensorwise", "e4m3"), ("blockwise", "e4m3"), ("blockwise", "e5m2")]
-
-
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("recipe", "grad_dtype"), RECIPES)
+@RECIPES
 @pytest.mark.parametrize("rows", [1, 17, 32])
 def test_calls(recipe: str, grad_dtype: str, rows: int, transposed: bool, package: Package) -> None:
     """Outputs and every gradient of two weights that read one activation, of sizes that fill no block."""

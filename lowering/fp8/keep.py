@@ -30,15 +30,16 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from kp_compiler.lowering.fp8.quantize import E4M3
+from kp_compiler.lowering.fp8.quantize import E4M3, is_cast
 from kp_compiler.lowering.fp8.recipes import ROW
+from kp_compiler.lowering.fp8.repeat import VIEWS
 from kp_compiler.lowering.fp8.write_out import Writer
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _VIEWS = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
-    aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.alias.default, aten.detach.default, operator.getitem,
+    *VIEWS, aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default, aten.detach.default,
+    operator.getitem,
 }  # fmt: skip
 # What a rounding error passes through without growing. Comparisons are only those with a number: a maximum
 # that is looked for again is not found among rounded values.
@@ -48,7 +49,7 @@ _SMOOTH = {
     aten.tanh.default, aten.erf.default, aten.relu.default, aten.pow.Tensor_Scalar, aten.le.Scalar,
     aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.where.self, prims.convert_element_type.default,
 }  # fmt: skip
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+_RESHAPES = {*VIEWS, aten.expand.default}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
@@ -185,7 +186,7 @@ class _Chains:
 
     def _needs(self, user: Node, node: Node) -> bool:
         if user in self.backward:
-            return not _is_cast(user)
+            return not is_cast(user)
         others = [n for n in user.all_input_nodes if n is not node and isinstance(_value(n), torch.Tensor)]
         simple = self._is_pointwise(user) and all(_is_vector(_value(n)) for n in others)
         return simple and self._is_kept(user)
@@ -195,16 +196,7 @@ def _stale(graph: Graph) -> set[Node]:
     """Inputs that the graph writes to, at its end, and all that is made of them: computed again in the
     backward pass they would be others."""
     writes = graph.find_nodes(op="call_function", target=aten.copy_.default)
-    found = {base(node.args[0]) for node in writes}  # type: ignore[arg-type]
-    for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _is_cast(node: Node) -> bool:
-    kp = torch.ops.kp
-    return node.target in (kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default)
+    return _made_of(graph, {base(node.args[0]) for node in writes})  # type: ignore[arg-type]
 
 
 def _is_vector(value: torch.Tensor) -> bool:
@@ -217,18 +209,22 @@ def _is_vector(value: torch.Tensor) -> bool:
 
 def _backward(graph: Graph) -> set[Node]:
     """Nodes that depend on a tangent."""
-    found: set[Node] = set()
+    inputs = graph.find_nodes(op="placeholder")
+    return _made_of(graph, {node for node in inputs if "tangents" in str(node.target)})
+
+
+def _made_of(graph: Graph, sources: set[Node]) -> set[Node]:
+    """Those nodes, and all that depend on one of them."""
+    found = set(sources)
     for node in graph.nodes:
-        if node.op == "placeholder" and "tangents" in str(node.target):
-            found.add(node)
-        elif node.op != "output" and any(source in found for source in node.all_input_nodes):
+        if node.op != "output" and any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
 
 def _reads_values(node: Node) -> bool:
     """Smooth operations, and casts: what they read need not be what the forward pass had to the bit."""
-    return node.target in _SMOOTH or _is_cast(node)
+    return node.target in _SMOOTH or is_cast(node)
 
 
 def _divides(node: Node, source: Node) -> bool:

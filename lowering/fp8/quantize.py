@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from kp_compiler.lowering.ops import fragment
 
@@ -52,6 +53,12 @@ def library() -> Any:
             ("fp8_amax", _AMAX, amax_of, _fake_amax),
         )
     ]
+
+
+def is_cast(node: Node) -> bool:
+    """One of these operators in a graph."""
+    kp = torch.ops.kp
+    return node.target in (kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default)
 
 
 def fp8_scale(

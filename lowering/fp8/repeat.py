@@ -8,6 +8,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from kp_compiler.lowering.fp8.quantize import is_cast
+
 aten, prims = torch.ops.aten, torch.ops.prims
 
 # Operations a kernel may repeat, as Triton expressions of float32 values.
@@ -34,13 +36,11 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 def absorbed_nodes(graph: Graph) -> set[Node]:
     """Pointwise nodes that a cast, a scale or another such node uses: and nothing else, or they are cheap."""
-    kp = torch.ops.kp
-    sinks = {kp.fp8_quantize.default, kp.fp8_scale.default, kp.fp8_amax.default}
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op != "call_function" or not node.users or not _repeatable(node):
             continue
-        uses = [user.target in sinks or user in found for user in node.users]
+        uses = [is_cast(user) or user in found for user in node.users]
         if all(uses) or (any(uses) and _is_cheap(node)):
             found.add(node)
     return found

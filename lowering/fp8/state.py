@@ -56,7 +56,7 @@ class Block:
 
     def export(self, row: int) -> dict[str, Tensor]:
         """One site's state, as tensors of its own."""
-        history = torch.roll(self.history[:, row], -self.step, 0).clone()
+        history = torch.roll(self.history[:, row], -self.step, 0)
         seen = torch.cat(self.seen[row])
         return {
             "amax_history": history,

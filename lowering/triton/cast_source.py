@@ -16,11 +16,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 
 from kp_compiler.lowering.fp8.program import Launch, Store
 
-LIMITS = {"tl.float8e4nv": 448.0, "tl.float8e5": 57344.0}  # the largest finite numbers
+NAMES = {
+    torch.float8_e4m3fn: "tl.float8e4nv",
+    torch.float8_e5m2: "tl.float8e5",
+    torch.float32: "tl.float32",
+}
+_LIMITS = {name: torch.finfo(dtype).max for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,10 @@ class Inside:
     rows: bool
     columns: bool
 
-    def mask(self, end: str = "M", row: str = "m", column: str = "k") -> str | None:
-        """The condition of lying above row `end`, and within the columns."""
+    def mask(self, end: str = "M", row: str = "m", column: str | None = "k") -> str | None:
+        """The condition of lying above row `end` and, where `column` is asked for, within the columns."""
         parts = [] if self.rows else [f"({row} < {end})"]
-        parts += [] if self.columns else [f"({column} < K)"]
+        parts += [] if self.columns or column is None else [f"({column} < K)"]
         return " & ".join(parts) or None
 
     def only(self, value: str, row: str) -> str:
@@ -80,7 +86,7 @@ def source(
 def _load(index: int, kind: str, inside: Inside, half: str) -> str:
     place, mask = {
         "full": (f" + m{half} * s{index} + k", inside.mask(row=f"m{half}")),
-        "row": (f" + m{half}", None if inside.rows else f"m{half} < M"),
+        "row": (f" + m{half}", inside.mask(row=f"m{half}", column=None)),
         "column": (" + k", None if inside.columns else "k < K"),
         "scalar": ("", None),
     }[kind]
@@ -140,12 +146,12 @@ class _Writer:
         if store.block[0] == 1:
             column = f"column_of_tiles + {store.column // 128}" if store.block[1] else "column_of_tiles"
             for half in self.halves:
-                mask = None if self.inside.rows else f"m{half} < r{self.number}"
+                mask = self.inside.mask(f"r{self.number}", f"m{half}", column=None)
                 place = f"(m{half} + {store.row})", column, mask
                 self.scale(store, half, f"tl.max(bits{half}, axis=1)[:, None]", *place)
         else:
             row, end = f"(row_of_tiles + {store.row // 128})", f"r{self.number}"
-            mask = self.inside.mask(end, "row_of_tiles * BLOCK_M", "k" if store.block[1] == 1 else "0")
+            mask = self.inside.mask(end, "row_of_tiles * BLOCK_M", "k" if store.block[1] == 1 else None)
             if store.block[1] == 1:
                 largest = f"tl.max({self.both('bits')}, axis=0)[None, :]"
                 self.scale(store, "", largest, row, f"k + {store.column}", mask)
@@ -156,7 +162,7 @@ class _Writer:
         self.number += 1
 
     def scale(self, store: Store, half: str, largest: str, row: str, column: str, mask: str | None) -> None:
-        limit, number = LIMITS[self.dtypes[self.number + 1]], self.number
+        limit, number = _LIMITS[self.dtypes[self.number + 1]], self.number
         self.lines += [
             f"top = ({largest}).to(tl.float32, bitcast=True)",
             f"scale{half} = {limit} / tl.where(top < {limit * 2.0**-126}, {limit}, top)",
@@ -170,7 +176,7 @@ class _Writer:
         """The conversion takes what is too large to the largest number (PTX has no other one to FP8), an
         infinity as well: a product with zero makes it NaN before. Triton's interpreter has to be told."""
         dtype = self.dtypes[self.number]
-        limit = LIMITS[dtype]
+        limit = _LIMITS[dtype]
         scale = "scale{}" if store.scales >= 0 else f"x{store.scale}{{}}"
         for half in self.halves:
             q = f"tl.fma(scaled{half}, 0.0, scaled{half})"
@@ -204,11 +210,11 @@ class _Writer:
         self.number += 1
 
     def maximum(self) -> None:
-        n = self.number
+        n, mask = self.number, self.inside.mask(row="row_of_tiles * BLOCK_M", column=None)
         self.lines += [
             f"top = tl.max({self.both('bits')}).to(tl.float32, bitcast=True)",
             f"place = row_of_tiles * t{n} + column_of_tiles",
-            f"tl.store(o{n} + place, top, mask={None if self.inside.rows else 'row_of_tiles * BLOCK_M < M'})",
+            f"tl.store(o{n} + place, top, mask={mask})",
         ]
         self.number += 1
 

@@ -26,13 +26,7 @@ from torch.utils._sympy.functions import CeilDiv
 
 from kp_compiler.lowering.fp8.fused import fp8_fused, parse
 from kp_compiler.lowering.fp8.program import Buffer, Launch, Program
-from kp_compiler.lowering.triton.cast_source import Inside, buffers_of, source
-
-_TRITON = {
-    torch.float8_e4m3fn: "tl.float8e4nv",
-    torch.float8_e5m2: "tl.float8e5",
-    torch.float32: "tl.float32",
-}
+from kp_compiler.lowering.triton.cast_source import NAMES, Inside, buffers_of, source
 
 
 @cache
@@ -158,7 +152,7 @@ def kernel_for(
     pointers = (*(f"p{i}" for i in range(len(launch.leaves))), *(f"o{i}" for i in range(len(buffers))))
     whole = all(_is_known(n) and n == rows for n in ends) and _is_known(rows) and rows % height == 0
     text = source(
-        launch, tuple(_TRITON[getattr(torch, program.buffers[b].dtype)] for b in buffers), pointers,
+        launch, tuple(NAMES[getattr(torch, program.buffers[b].dtype)] for b in buffers), pointers,
         known | {"BLOCK_M": height, "BLOCK_K": width, "TILES": _tiles(columns, width)},
         tuple(unknown), Inside(whole, columns % width == 0),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from kp_compiler.capture import merged
 from kp_compiler.lowering import te
 from kp_compiler.lowering.fp8.quantize import sqnr
 from kp_compiler.lowering.fp8.recipes import Fp8Spec
+from tests.te import RECIPES, exact, run, spec_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,16 +25,7 @@ pytestmark = [
 
 K, SIZES = 1040, (512, 208, 208)  # neither fills blocks of 128
 ROWS = (1, 17, 127, 4097)
-RECIPES = pytest.mark.parametrize(
-    ("recipe", "grad_dtype"),
-    [("tensorwise", "e5m2"), ("tensorwise", "e4m3"), ("blockwise", "e4m3"), ("blockwise", "e5m2")],
-)
 OUT, GRAD = 27.5, {"e4m3": 27.5, "e5m2": 24.0}  # dB, of operands that are normally distributed
-
-
-def spec_of(**changes: Any) -> Fp8Spec:
-    settings = {"recipe": "tensorwise", "grad_dtype": "e5m2", "power_of_two": False, "fast_accum": ("fprop",)}
-    return Fp8Spec(**{**settings, "transposed": False, "dtype": "bfloat16", **changes})
 
 
 def operands(plan: Fp8Spec, rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Any, Any]:
@@ -42,19 +34,6 @@ def operands(plan: Fp8Spec, rows: int, dtype: torch.dtype = torch.bfloat16) -> t
     shapes = [(K, n) if plan.transposed else (n, K) for n in SIZES]
     weights = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
     return x, weights, [torch.randn(rows, n, device="cuda", dtype=dtype) for n in SIZES]
-
-
-def run(plan: Fp8Spec, x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Outputs, then gradients of x and the weights."""
-    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
-    outs = te.fp8_linear_te()(leaves[0], leaves[1:], [None] * len(weights), plan.to_json())
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, grads)]
-
-
-def exact(plan: Fp8Spec, x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    leaves = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    outs = [leaves[0] @ (w if plan.transposed else w.t()) for w in leaves[1:]]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, [g.double() for g in grads])]
 
 
 def hold(plan: Fp8Spec, got: list[Tensor], want: list[Tensor], slack: float = 0.0) -> None:
