@@ -233,19 +233,21 @@ def test_products_kept_in_fp8(recipe: str) -> None:
     torch.manual_seed(0)
     dim = 2048 if recipe == "blockwise" else 512
     block, x = Block(dim, 2 * dim, bias=False).cuda().bfloat16(), _rand(2, 512, dim)
-    kept, grads = [], []
-    for save in ("input", "fp8"):
-        settings = {"mode": "require", "recipe": recipe, "save": save}
-        run = torch.compile(block, backend="kp", options={"strict": True, "fp8_linear": settings})
+    kept, grads = {}, {}
+    for save in ("bfloat16", "input", "fp8"):
+        settings: dict[str, Any] = {"mode": "require", "recipe": recipe, "save": save}
+        options = {"strict": True, **({} if save == "bfloat16" else {"fp8_linear": settings})}
+        run = torch.compile(block, backend="kp", options=options)
         for _ in range(2):
             block.zero_grad()
             before = torch.cuda.memory_allocated()
             out = run(x)
-            kept.append(torch.cuda.memory_allocated() - before)
+            kept[save] = torch.cuda.memory_allocated() - before
             out.square().mean().backward()
-        grads.append([p.grad for p in block.parameters()])
-    assert kept[3] < 0.9 * kept[1]
-    assert all(sqnr(got, want) > 18 for want, got in zip(*grads, strict=True))
+        grads[save] = [p.grad for p in block.parameters()]
+    assert kept["fp8"] < 0.8 * kept["bfloat16"]
+    assert kept["fp8"] < 0.9 * kept["input"]
+    assert all(sqnr(got, want) > 18 for want, got in zip(grads["input"], grads["fp8"], strict=True))
 
 
 def test_inference_reads_new_weights() -> None:
