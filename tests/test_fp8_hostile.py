@@ -14,7 +14,6 @@ import kp_compiler
 from kp_compiler.capture import merged
 from kp_compiler.lowering.fp8.quantize import sqnr
 from tests.fp8 import K, N, compiled, fp8
-from tests.helpers import REFERENCE
 
 INDUCTOR = {"cpu_rewrites": True, "strict": True}
 
@@ -113,19 +112,6 @@ def test_a_strided_view_keeps_its_layer_unmerged() -> None:
     with torch.no_grad():
         got, _ = compiled(function, (x,), **fp8())
         assert all(sqnr(a, b) > 27 for a, b in zip(got, function(x), strict=True))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_cached_weights_follow_the_optimizer(fused: bool) -> None:
-    """Fused optimizers count no versions."""
-    layer, x = nn.Linear(K, N, bias=False), torch.randn(16, K)
-    run = torch.compile(layer, backend="kp", options={**REFERENCE, **fp8()})
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=fused)
-    for _ in range(2):
-        with torch.no_grad():
-            assert sqnr(run(x), layer(x)) > 27
-        layer(x).sum().backward()
-        optimizer.step()
 
 
 def test_a_frozen_layer_keeps_no_activation() -> None:
@@ -266,15 +252,3 @@ def test_a_rounding_to_fp8_of_the_model_itself_stays() -> None:
     with torch.no_grad():
         out = torch.compile(module, backend="kp", options={**INDUCTOR, **fp8()})(x)
         assert sqnr(out, module(x)) > 27
-
-
-def test_cached_weights_of_another_shape() -> None:
-    """A parameter may get other data, in another shape, between two graphs that share its copy."""
-    torch.manual_seed(0)
-    layer, x = nn.Linear(K, N, bias=False), torch.randn(48, K)
-    modules = layer, nn.Sequential(layer), nn.Sequential(nn.Sequential(layer))
-    runs = [torch.compile(each, backend="kp", options={**REFERENCE, **fp8()}) for each in modules]
-    with torch.no_grad():
-        for run, rows in zip(runs, (N, N // 2, 2 * N), strict=True):
-            layer.weight.data = torch.randn(rows, K)
-            assert sqnr(run(x), layer(x)) > 27

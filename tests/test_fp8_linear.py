@@ -221,60 +221,6 @@ def test_dynamic_rows_compile_once() -> None:
     assert len(reports) == 1
 
 
-def saved_bytes(model: nn.Module, x: torch.Tensor, **settings: Any) -> float:
-    """Bytes a row that a forward pass keeps for its backward pass: storages other than parameters and `x`."""
-    torch._dynamo.reset()
-    options = {"cpu_rewrites": True, "attention": "off", "strict": True, **settings}
-    out = torch.compile(model, backend="kp", options=options)(x)
-    saved = out.grad_fn.saved_tensors  # there as long as `out` is
-    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    return sum(size for place, size in storages.items() if place not in own) / x.shape[0]
-
-
-class LlamaLayer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(K), nn.RMSNorm(K)
-        self.q, self.k, self.v, self.o = (nn.Linear(K, K, bias=False) for _ in range(4))
-        self.mlp = Gated()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm1(x)
-        q, k, v = (f(h).view(-1, 8, K // 8).transpose(0, 1)[None] for f in (self.q, self.k, self.v))
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(a[0].transpose(0, 1).reshape(x.shape))
-        return x + self.mlp(self.norm2(x))
-
-
-@pytest.mark.inductor
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "rowwise", "blockwise"])
-def test_bytes_kept_for_the_backward_pass(recipe: str) -> None:
-    """What norms and activations give is computed again where it is cast; where asked for, gate and up
-    projections are kept in FP8."""
-    torch.manual_seed(0)
-    model = LlamaLayer().bfloat16()
-    x = torch.randn(512, K, dtype=torch.bfloat16, requires_grad=True)
-    plain = saved_bytes(model, x)
-    kept = {save: saved_bytes(model, x, **fp8(recipe, save=save)) / plain for save in ("auto", "fp8")}
-    assert kept["auto"] <= 0.71
-    assert kept["fp8"] <= 0.63  # torch 2.13: 0.54, 2.11: 0.62
-
-
-@pytest.mark.parametrize("recipe", [*RECIPES, "delayed"])
-def test_gradients_from_inputs_kept_in_fp8(recipe: str) -> None:
-    torch.manual_seed(0)
-    model, x = Gated(), torch.randn(M, K)
-    grads = []
-    for save in ("input", "fp8"):
-        run = torch.compile(model, backend="kp", options={**REFERENCE, **fp8(recipe, save=save)})
-        for _ in range(2):  # delayed scaling knows nothing at first
-            found = train(run, x)
-        grads.append(found)
-    floor = 20 if recipe == "delayed" else 35  # whose scales move with every step
-    assert all(sqnr(a, b) > floor for a, b in zip(*grads, strict=True))
-
-
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 def test_tied_weights(recipe: str) -> None:
     """One weight at two sites, once transposed: both are rewritten, and their gradients add up."""
@@ -363,51 +309,6 @@ def test_activation_checkpointing() -> None:
     assert torch.equal(*grads)
 
 
-def test_inference_and_frozen_weights() -> None:
-    model, x = Gated(), torch.randn(M, K)
-    with torch.no_grad():
-        out, _ = compiled(model, (x,), **fp8())
-    assert not out.requires_grad
-    model.gate.weight.requires_grad_(False)
-    out, _ = compiled(model, (x.requires_grad_(),), **fp8())
-    out.sum().backward()
-    assert model.gate.weight.grad is None
-    assert model.up.weight.grad is not None and x.grad is not None
-
-
-@pytest.mark.parametrize("lowering", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_weights_of_inference_are_cast_once(
-    recipe: str, lowering: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And again when a parameter is written to, replaced by `.data =`, or belongs to another module."""
-    from kp_compiler.lowering.fp8 import cached
-
-    casts = []
-    original = cached.quantized
-    monkeypatch.setattr(cached, "quantized", lambda *args: casts.append(1) or original(*args))
-    torch.manual_seed(0)
-    model, x = Gated().bfloat16(), torch.randn(M, K, dtype=torch.bfloat16)
-    run = torch.compile(model, backend="kp", options={**REFERENCE, **fp8(recipe), "lowering": lowering})
-
-    def check() -> int:
-        casts.clear()
-        for _ in range(2):
-            assert sqnr(run(x), model(x)) > 20
-        return len(casts)
-
-    with torch.no_grad():
-        run(x)
-        assert check() == 0
-        model.up.weight.mul_(-3)
-        assert check() == 1  # gate and up are one product
-        model.down.weight.data = torch.randn(K, N, dtype=torch.bfloat16)
-        assert check() == 1
-    out = run(x.requires_grad_())  # training compiles anew and casts in the graph
-    out.sum().backward()
-    assert check() == 0
-
-
 def test_recipes_by_module() -> None:
     """A site that one scale a tensor is too coarse for has another one; different recipes don't merge."""
     model, x = Gated(), torch.randn(M, K)
@@ -420,32 +321,6 @@ def test_recipes_by_module() -> None:
         kp_compiler.options(**fp8("delayed", recipes={"up": "row"})).__enter__()
     with pytest.raises(kp_compiler.KPConfigError, match=r"recipes, a key: got 1"):
         kp_compiler.options(**fp8("delayed", recipes={1: "rowwise"})).__enter__()
-
-
-def test_graphs_share_the_weights_of_inference() -> None:
-    from kp_compiler.lowering.fp8 import cached
-
-    model, x = Gated(), torch.randn(M, K)
-    before = set(cached._shared)
-    run = torch.compile(model, backend="kp", dynamic=False, options={**REFERENCE, **fp8()})
-    with torch.no_grad():
-        for rows in (M, M // 2, M // 4):
-            run(x[:rows])
-    assert len(set(cached._shared) - before) == 2  # gate and up, down
-
-
-def test_a_graph_that_writes_to_a_weight_does_not_cache_it() -> None:
-    def function(x, w, b):
-        w.mul_(2)
-        return F.linear(x, w)
-
-    x, w, _ = operands()
-    module = Weight(function, w.clone())
-    with torch.no_grad():
-        run = torch.compile(module, backend="kp", options={**REFERENCE, **fp8()})
-        for _ in range(3):
-            w *= 2
-            assert sqnr(run(x), F.linear(x, w)) > 27
 
 
 def test_under_inductor() -> None:
