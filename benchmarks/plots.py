@@ -8,6 +8,7 @@ Apart from the benchmarks, since a machine with a GPU need not have matplotlib.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +83,14 @@ def fp8_casts(rows: Rows) -> Any:
 def fp8_sweep(rows: Rows) -> Any:
     """What each path gains and what the choice costs, by the size of the product."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-    for path in ("bf16", "fp8"):
-        chosen = [r for r in rows if r["chosen"] == path]
+    for path, (mode, marker) in itertools.product(("bf16", "fp8"), (("train", "o"), ("inference", "x"))):
+        chosen = [r for r in rows if (r["chosen"], r["mode"]) == (path, mode)]
         flops = [2 * r["M"] * r["K"] * r["N"] for r in chosen]
-        left.scatter(flops, [r["bf16_ms"] / r["fp8_ms"] for r in chosen], s=12, label=f"chosen: {path}")
-        right.scatter(flops, [r["regret"] for r in chosen], s=12)
-    left.set_ylabel("speed-up of FP8, forward and backward")
+        settings = {"s": 14, "marker": marker, "color": "tab:blue" if path == "bf16" else "tab:orange"}
+        label = f"{mode}, chosen: {path}"
+        left.scatter(flops, [r["bf16_ms"] / r["fp8_ms"] for r in chosen], label=label, **settings)
+        right.scatter(flops, [r["regret"] for r in chosen], **settings)
+    left.set_ylabel("speed-up of FP8")
     left.axhline(1.0, color="black", linewidth=0.8)
     left.legend(fontsize=8)
     right.set_ylabel("time of the chosen path / of the faster one")

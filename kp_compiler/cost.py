@@ -1,5 +1,5 @@
-"""A roofline in sympy: FLOPs, bytes and seconds of attention as formulas of the (possibly symbolic)
-shapes."""
+"""A roofline in sympy: FLOPs, bytes and seconds of attention and of products with a weight, as formulas of
+the (possibly symbolic) shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATES = {
     "masked": 310e12,
 }
 BANDWIDTH = 3.0e12  # bytes/s, device to device copy on the same machine
-KERNEL = 3e-6  # seconds that the smallest kernel takes
+KERNEL = 4e-6  # seconds that the smallest kernel takes, in a CUDA graph; 2026-11-27
 EAGER_PASSES = (
     5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
 )
@@ -120,9 +120,9 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
 # --------------------------------------------------------------------------------------------------------
 # products with a weight
 
-# Measured on one H100 80GB HBM3, torch 2.11, random data, 8192 rows, 2026-11-26; printed again by
-# benchmarks/fp8_gemm.py: FLOP/s of one product in bfloat16 and in FP8.
-PRODUCT = 740e12
+# FLOP/s of one product in bfloat16 and in FP8. Measured on one H100 80GB HBM3, torch 2.11, random data, 8192
+# rows, 2026-11-26; printed again by benchmarks/fp8_gemm.py.
+PRODUCT = 750e12
 FP8_PRODUCT = {
     "tensorwise": 1380e12,
     "delayed": 1380e12,
@@ -130,45 +130,66 @@ FP8_PRODUCT = {
     "rowwise_gw_hp": 1330e12,
     "blockwise": 1150e12,
 }
-# Bytes that casting moves for each element of (x, w, dy), forward and then backward: the amax pass, the cast,
-# and the transposed copy.
+# Bytes that casting moves for each element of (x, w, dy), forward alone and with the backward pass, at full
+# bandwidth: fitted to the times of whole layers, so small tensors' slower passes are in them. Same device,
+# 2026-11-27: tensorwise by benchmarks/fp8_sweep.py over sizes that are powers of two, the others in
+# proportion by benchmarks/fp8_linear.py.
 CAST_BYTES = {
-    "tensorwise": ((3, 3, 0), (3, 3, 6)),
-    "delayed": ((3, 3, 0), (3, 3, 4)),
-    "rowwise": ((3, 3, 0), (5, 5, 8)),
-    "rowwise_gw_hp": ((3, 3, 0), (0, 3, 3)),
-    "blockwise": ((3, 3, 0), (3, 3, 4)),
+    "tensorwise": ((6.0, 4.0, 0.0), (12.5, 7.5, 13.5)),
+    "delayed": ((4.0, 3.5, 0.0), (11.0, 6.5, 11.5)),
+    "rowwise": ((6.0, 4.0, 0.0), (16.0, 9.5, 17.0)),
+    "rowwise_gw_hp": ((6.0, 4.0, 0.0), (10.0, 6.0, 11.0)),
+    "blockwise": ((4.0, 3.5, 0.0), (8.5, 5.0, 9.0)),
 }
+CAST_KERNELS = (2, 5)  # that the smallest layer waits for, forward alone and with the backward pass
+
 SM, SI, SN = sympy.symbols("M K N", positive=True, integer=True)
+_X, _W, _Y = SM * SI, SN * SI, SM * SN
+_PRODUCTS = {"y": (_X, _W, _Y), "dx": (_Y, _W, _X), "dw": (_Y, _X, _W)}  # two operands and the result
 
 
-def product(passes: int) -> Cost:
-    """`passes` of the three products of a linear layer: 2MKN FLOPs each."""
-    return Cost(2 * passes * SM * SI * SN, 2 * passes * (SM * SI + SI * SN + SM * SN), passes)
+def product(name: str, width: int = 2) -> Cost:
+    """y = x wᵀ, dx = dy w, or dw = dyᵀ x: operands of `width` bytes, a result of two."""
+    first, second, result = _PRODUCTS[name]
+    return Cost(2 * SM * SI * SN, width * (first + second) + 2 * result)
 
 
-def casts(recipe: str, *, backward: bool) -> Cost:
-    """What quantising the operands moves."""
-    moved = [sum(pair) if backward else pair[0] for pair in zip(*CAST_BYTES[recipe], strict=True)]
-    elements = (SM * SI, SN * SI, SM * SN)
-    total = sum(count * size for count, size in zip(moved, elements, strict=True))
-    return Cost(sympy.Integer(0), sympy.sympify(total), 6 if backward else 3)
+def casts(recipe: str, *, backward: bool, cached: bool) -> Cost:
+    """What quantising the operands moves; weights that are cached are cast already."""
+    x, w, dy = CAST_BYTES[recipe][backward]
+    return Cost(
+        sympy.Integer(0), x * _X + (0 if cached else w) * _W + dy * _Y, CAST_KERNELS[backward] - cached
+    )
 
 
-def predict_linear(shape: LinearShape, recipe: str, target: Target) -> dict[str, Any] | None:
+def predict_linear(
+    shape: LinearShape, recipe: str, target: Target, *, cached: bool = False
+) -> dict[str, Any] | None:
     """Milliseconds of the site now and in FP8 with every cast, forward and backward as far as gradients are
     needed; None off a GPU. Symbolic row counts are taken as this compilation saw them."""
     if target.device != "cuda":
         return None
-    passes = 1 + shape.grad_x + shape.grad_w
+    names = ["y", *["dx"] * shape.grad_x, *["dw"] * shape.grad_w]
     sizes = dict(zip((SM, SI, SN), (hint(shape.rows), shape.inputs, shape.outputs), strict=True))
-    before = product(passes).seconds(PRODUCT, sizes)
-    after = product(passes).seconds(FP8_PRODUCT[recipe], sizes)
-    cast = casts(recipe, backward=passes > 1).seconds(1.0, sizes)
-    if before is None or after is None or cast is None:
+    plain = {"dw"} if recipe == "rowwise_gw_hp" else set()
+    before = [product(name).seconds(PRODUCT, sizes) for name in names]
+    after = [
+        product(name).seconds(PRODUCT, sizes)
+        if name in plain
+        else product(name, 1).seconds(FP8_PRODUCT[recipe], sizes)
+        for name in names
+    ]
+    after.append(casts(recipe, backward=len(names) > 1, cached=cached).seconds(1.0, sizes))
+    now, then = _sum(before), _sum(after)
+    if now is None or then is None:
         return None
     return {
-        "fp8_ms": round((after + cast) * 1e3, 4),
-        "before_ms": round(before * 1e3, 4),
-        "gain": round(before / (after + cast), 4),
+        "fp8_ms": round(then * 1e3, 4),
+        "before_ms": round(now * 1e3, 4),
+        "gain": round(now / then, 4),
     }
+
+
+def _sum(seconds: list[float | None]) -> float | None:
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None

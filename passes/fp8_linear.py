@@ -254,7 +254,10 @@ def _group(site: Node, ctx: Context) -> Group:
         config, transposed=_transposed(site), dtype=str(tensor.dtype).removeprefix("torch."),
         fingerprint=fingerprint(), training=total.grad_x or total.grad_w, save=_saved(site, ctx),
     )  # fmt: skip
-    return Group(tuple(members), spec, total, cost.predict_linear(total, spec.recipe, ctx.target))
+    group = Group(tuple(members), spec, total, None)
+    cached = config.impl != "te" and _cacheable(group, [m.args[1] for m in members], ctx)
+    predicted = cost.predict_linear(total, spec.recipe, ctx.target, cached=cached)
+    return dataclasses.replace(group, predicted=predicted)
 
 
 def _saved(site: Node, ctx: Context) -> str:
