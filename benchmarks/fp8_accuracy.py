@@ -5,7 +5,8 @@
 A decoder learns bytes of the installed packages' source code: in bfloat16 under Inductor, and from the same
 weights on the same batches in kp's FP8 (bfloat16 weights, float32 copies in the optimizer). Then each linear
 layer of the first one gets an input and a gradient that it has in that model, and runs compiled in every
-recipe: SQNR of y, dx and dw in dB against float64. Delayed scaling sees the layer's batch twice before.
+recipe: SQNR of y, dx and dw in dB against float64. Delayed scaling sees the layer's batch twice before. A
+second run in bfloat16, from weights that are a hundredth off, shows how far the end of training moves anyway.
 
 `--tiny` is a small model; without a GPU everything runs on kp's emulation.
 """
@@ -28,7 +29,12 @@ from torch import Tensor, nn
 from kp_compiler.errors import KPRequirementError
 from kp_compiler.lowering.fp8.quantize import sqnr
 
-RECIPES = ("tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise")
+ARMS: dict[str, dict[str, Any]] = {
+    **{name: {"recipe": name} for name in ("tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise")},
+    "tensorwise, e4m3 gradients": {"recipe": "tensorwise", "grad_dtype": "e4m3"},
+}
+TRAINED = ("bf16", "bf16, weights moved", "tensorwise", "delayed", "tensorwise, e4m3 gradients")
+MOVED = 0.01  # of each weight, at random: what training ends at differs without any FP8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMULATED: dict[str, Any] = {"cpu_rewrites": True, "lowering": "aot_eager"} if DEVICE == "cpu" else {}
 LAST = 50  # steps whose losses are averaged
@@ -84,9 +90,13 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
 
 
-def build(size: Size) -> Decoder:
+def build(size: Size, moved: float = 0.0) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(size).to(DEVICE, torch.bfloat16)
+    model = Decoder(size).to(DEVICE, torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + moved * torch.randn_like(p))
+    return model
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -134,18 +144,18 @@ def train(model: nn.Module, run: Any, text: Tensor, size: Size, steps: int) -> T
     return losses
 
 
-def kp_options(recipe: str, **settings: Any) -> dict[str, Any]:
-    return {**EMULATED, "strict": True, "fp8_linear": {"mode": "require", "recipe": recipe, **settings}}
+def kp_options(arm: str, **settings: Any) -> dict[str, Any]:
+    return {**EMULATED, "strict": True, "fp8_linear": {"mode": "require", **ARMS[arm], **settings}}
 
 
 def trained(text: Tensor, size: Size, steps: int) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The bfloat16 model after training, and what every arm ended at."""
     rows, models = [], {}
-    for arm in ("bf16", "tensorwise", "delayed"):
+    for arm in TRAINED:
         torch._dynamo.reset()
-        model = models[arm] = build(size)
+        model = models[arm] = build(size, MOVED if "moved" in arm else 0.0)
         settings: dict[str, Any] = {"backend": "inductor" if DEVICE == "cuda" else "eager"}
-        if arm != "bf16":
+        if arm in ARMS:
             settings = {"backend": "kp", "options": kp_options(arm, expect=len(linears(model)))}
         start = time.perf_counter()
         losses = train(model, torch.compile(model, fullgraph=True, **settings), text, size, steps)
@@ -175,16 +185,16 @@ def captured(model: nn.Module, batch: Tensor) -> dict[str, tuple[nn.Linear, Tens
     return {name: (layer, inputs[name], grads[name]) for name, layer in linears(model).items()}
 
 
-def measure(found: dict[str, tuple[nn.Linear, Tensor, Tensor]], recipe: str) -> Iterator[dict[str, Any]]:
+def measure(found: dict[str, tuple[nn.Linear, Tensor, Tensor]], arm: str) -> Iterator[dict[str, Any]]:
     """One row a layer. Layers of one shape share compiled code, and no state: that belongs to weights."""
     torch._dynamo.reset()
-    options = kp_options(recipe)
+    options = kp_options(arm)
     run = torch.compile(lambda layer, x: layer(x), backend="kp", dynamic=False, options=options)
     for name, (layer, x, grad) in found.items():
-        row = {"layer": name, "M": len(x), "K": x.shape[1], "N": grad.shape[1], "recipe": recipe}
+        row = {"layer": name, "M": len(x), "K": x.shape[1], "N": grad.shape[1], "recipe": arm}
         x = x.clone().requires_grad_()
         try:
-            for _ in range(3 if recipe == "delayed" else 1):
+            for _ in range(3 if arm == "delayed" else 1):
                 x.grad = layer.weight.grad = None
                 y = run(layer, x)
                 y.backward(grad)
@@ -203,14 +213,14 @@ def measure(found: dict[str, tuple[nn.Linear, Tensor, Tensor]], recipe: str) -> 
 
 def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     bars = []
-    for recipe in RECIPES:
+    for recipe in ARMS:
         mine = [row for row in rows if row.get("recipe") == recipe and "y_db" in row]
         least = min((row["y_db"] for row in mine), default=None)
         bars.append(bar(f"{recipe}: y of {len(mine)} layers, least SQNR in dB", least, 27.5))
         least = min((row[what] for row in mine for what in ("dx_db", "dw_db")), default=None)
         bars.append(bar(f"{recipe}: gradients of {len(mine)} layers, least SQNR in dB", least, 24.0))
     final = {row["arm"]: row["final_loss"] for row in rows if "arm" in row}
-    for arm in ("tensorwise", "delayed"):
+    for arm in TRAINED[1:]:
         off = abs(final[arm] / final["bf16"] - 1)
         bars.append(bar(f"{arm}: final loss off that of bf16, relatively", off, 0.01, at_least=False))
     return bars
@@ -228,8 +238,8 @@ def main() -> None:
     text = source_code()
     model, rows = trained(text, size, options.steps)
     found = captured(model, next(batches(text, size))[: max(2, size.batch // 4)])
-    for recipe in RECIPES:
-        for row in measure(found, recipe):
+    for arm in ARMS:
+        for row in measure(found, arm):
             rows.append(row)
             print(row, flush=True)
     write("fp8_accuracy", rows, bars_of(rows), {}, options.out)

@@ -24,7 +24,9 @@ RATES = {
     "efficient": 170e12,
     "masked": 310e12,
 }
-BANDWIDTH = 3.0e12  # bytes/s, device to device copy on the same machine
+# Bytes/s: a copy on the H100; what fits benchmarks/fp8_sweep.py best on both, 2026-11-27. Other devices are
+# taken for an H100, whose arithmetic and memory are in much the same proportion.
+BANDWIDTH = {"H100": 3.0e12, "H200": 3.9e12}
 KERNEL = 4e-6  # seconds that the smallest kernel takes, in a CUDA graph; 2026-11-27
 EAGER_PASSES = (
     5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
@@ -33,21 +35,28 @@ EAGER_PASSES = (
 SB, SH, SK, SQ, ST, SD, SE = sympy.symbols("B H K S T D E", positive=True, integer=True)
 
 
+def bandwidth(target: Target) -> float:
+    """Bytes/s."""
+    return next((rate for name, rate in BANDWIDTH.items() if name in target.name), BANDWIDTH["H100"])
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Formulas over B, H, K, S, T, D, E."""
+    """Formulas over B, H, K, S, T, D, E, or over M, K, N."""
 
     flops: sympy.Expr
     bytes: sympy.Expr
     kernels: int = 1
+    steps: sympy.Expr = sympy.S.Zero  # elements of an FP8 product's sum, which no kernel of cuBLASLt splits
 
-    def seconds(self, rate: float, sizes: dict[Any, Any]) -> float | None:
-        """Whichever takes longer, arithmetic at `rate` or bytes at the device's bandwidth, and a floor for
-        every kernel; None if sizes are symbolic."""
-        flops, moved = (expr.subs(sizes) for expr in (self.flops, self.bytes))
-        if flops.free_symbols or moved.free_symbols:
+    def seconds(self, rate: float, sizes: dict[Any, Any], target: Target) -> float | None:
+        """Whichever takes longest, arithmetic at `rate`, bytes at the device's bandwidth or steps one after
+        the other, and a floor for every kernel; None if sizes are symbolic."""
+        flops, moved, steps = (expr.subs(sizes) for expr in (self.flops, self.bytes, self.steps))
+        if flops.free_symbols or moved.free_symbols or steps.free_symbols:
             return None
-        return max(float(flops) / rate, float(moved) / BANDWIDTH) + self.kernels * KERNEL
+        longest = max(float(flops) / rate, float(moved) / bandwidth(target), float(steps) * FP8_STEP)
+        return longest + self.kernels * KERNEL
 
 
 def attention(spec: AttentionSpec, width: int = 2) -> Cost:
@@ -106,8 +115,8 @@ def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Targe
     )
     sizes = {name: size if isinstance(size, int) else name for name, size in sizes.items()}
     width = shape.dtype.itemsize
-    after = attention(spec, width).seconds(RATES[impl], sizes)
-    before = _dense(spec.form, width).seconds(RATES[_kernel_before(spec)], sizes)
+    after = attention(spec, width).seconds(RATES[impl], sizes, target)
+    before = _dense(spec.form, width).seconds(RATES[_kernel_before(spec)], sizes, target)
     if after is None or before is None:
         return None
     return {
@@ -130,36 +139,42 @@ FP8_PRODUCT = {
     "rowwise_gw_hp": 1330e12,
     "blockwise": 1150e12,
 }
-# Bytes that casting moves for each element of (x, w, dy), forward alone and with the backward pass, at full
-# bandwidth: fitted to the times of whole layers, so small tensors' slower passes are in them. Same device,
-# 2026-11-27: tensorwise by benchmarks/fp8_sweep.py over sizes that are powers of two, the others in
-# proportion by benchmarks/fp8_linear.py.
+# Seconds that an FP8 product takes for each element of its sum where there are few rows: 16 to 64 rows, 4096
+# and 14336 inputs, H200, 2026-11-27. (In bfloat16 cuBLAS gives parts of a sum to several multiprocessors.)
+FP8_STEP = 2.1e-9
+# Bytes that casting moves for each element of (x, w, dy) in a training step, at full bandwidth. Fitted to the
+# times of whole layers, so small tensors' slower passes are in them; same devices and date: tensorwise by
+# benchmarks/fp8_sweep.py, the others in proportion by benchmarks/fp8_linear.py.
 CAST_BYTES = {
-    "tensorwise": ((6.0, 4.0, 0.0), (12.5, 7.5, 13.5)),
-    "delayed": ((4.0, 3.5, 0.0), (11.0, 6.5, 11.5)),
-    "rowwise": ((6.0, 4.0, 0.0), (16.0, 9.5, 17.0)),
-    "rowwise_gw_hp": ((6.0, 4.0, 0.0), (10.0, 6.0, 11.0)),
-    "blockwise": ((4.0, 3.5, 0.0), (8.5, 5.0, 9.0)),
+    "tensorwise": (12.5, 7.5, 13.5),
+    "delayed": (11.0, 6.5, 11.5),
+    "rowwise": (16.0, 9.5, 17.0),
+    "rowwise_gw_hp": (10.0, 6.0, 11.0),
+    "blockwise": (8.5, 5.0, 9.0),
 }
-CAST_KERNELS = (2, 5)  # that the smallest layer waits for, forward alone and with the backward pass
+FORWARD_CAST_BYTES = (3.5, 3.5, 0.0)  # without a backward pass
+CAST_KERNELS = 5  # that the smallest layer waits for in a training step
 
 SM, SI, SN = sympy.symbols("M K N", positive=True, integer=True)
 _X, _W, _Y = SM * SI, SN * SI, SM * SN
 _PRODUCTS = {"y": (_X, _W, _Y), "dx": (_Y, _W, _X), "dw": (_Y, _X, _W)}  # two operands and the result
 
 
-def product(name: str, width: int = 2) -> Cost:
-    """y = x wᵀ, dx = dy w, or dw = dyᵀ x: operands of `width` bytes, a result of two."""
+def product(name: str, *, fp8: bool = False) -> Cost:
+    """y = x wᵀ, dx = dy w, or dw = dyᵀ x; results have two bytes."""
     first, second, result = _PRODUCTS[name]
-    return Cost(2 * SM * SI * SN, width * (first + second) + 2 * result)
+    return Cost(
+        2 * SM * SI * SN,
+        (1 if fp8 else 2) * (first + second) + 2 * result,
+        steps=SM * SI * SN / result if fp8 else sympy.S.Zero,
+    )
 
 
 def casts(recipe: str, *, backward: bool, cached: bool) -> Cost:
     """What quantising the operands moves; weights that are cached are cast already."""
-    x, w, dy = CAST_BYTES[recipe][backward]
-    return Cost(
-        sympy.Integer(0), x * _X + (0 if cached else w) * _W + dy * _Y, CAST_KERNELS[backward] - cached
-    )
+    x, w, dy = CAST_BYTES[recipe] if backward else FORWARD_CAST_BYTES
+    kernels = CAST_KERNELS if backward else 2 - cached
+    return Cost(sympy.S.Zero, x * _X + (0 if cached else w) * _W + dy * _Y, kernels)
 
 
 def predict_linear(
@@ -172,14 +187,14 @@ def predict_linear(
     names = ["y", *["dx"] * shape.grad_x, *["dw"] * shape.grad_w]
     sizes = dict(zip((SM, SI, SN), (hint(shape.rows), shape.inputs, shape.outputs), strict=True))
     plain = {"dw"} if recipe == "rowwise_gw_hp" else set()
-    before = [product(name).seconds(PRODUCT, sizes) for name in names]
+    before = [product(name).seconds(PRODUCT, sizes, target) for name in names]
     after = [
-        product(name).seconds(PRODUCT, sizes)
+        product(name).seconds(PRODUCT, sizes, target)
         if name in plain
-        else product(name, 1).seconds(FP8_PRODUCT[recipe], sizes)
+        else product(name, fp8=True).seconds(FP8_PRODUCT[recipe], sizes, target)
         for name in names
     ]
-    after.append(casts(recipe, backward=len(names) > 1, cached=cached).seconds(1.0, sizes))
+    after.append(casts(recipe, backward=len(names) > 1, cached=cached).seconds(1.0, sizes, target))
     now, then = _sum(before), _sum(after)
     if now is None or then is None:
         return None

@@ -150,6 +150,23 @@ def test_auto_asks_the_cost_model() -> None:
             assert site.predicted["gain"] > 1.2
 
 
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "gains"),
+    [(16, 4096, 14336, True), (16, 14336, 1024, False), (16, 1024, 1024, False), (4096, 4096, 4096, True)],
+)
+def test_auto_in_inference(rows: int, inputs: int, outputs: int, gains: bool) -> None:
+    """Weights that are cast once halve what a small batch reads, where its few outputs' long sums do not take
+    longer than that."""
+    model = nn.Linear(inputs, outputs, device="meta")
+    x = torch.empty(rows, inputs, device="meta")
+    with torch.no_grad():
+        plan = kp_compiler.plan(
+            model, x, target="cuda:sm90", dtype=torch.bfloat16, options={"fp8_linear": "auto"}
+        )
+    (site,) = plan.sites
+    assert site.status == ("rewritten" if gains else "refused"), plan.why("")
+
+
 # ------------------------------------------------------------------------------------------------- merging
 
 
