@@ -7,6 +7,8 @@ weights on the same batches in kp's FP8 (bfloat16 weights, float32 copies in the
 layer of the first one gets an input and a gradient that it has in that model, and runs compiled in every
 recipe: SQNR of y, dx and dw in dB against float64. Delayed scaling sees the layer's batch twice before. A
 second run in bfloat16, from weights that are a hundredth off, shows how far the end of training moves anyway.
+Beside each SQNR stands the one that the format's mantissa allows: operands rounded to as many bits, of any
+range, and multiplied in float64. Where a sum over tokens cancels it is lower, whoever casts.
 
 `--tiny` is a small model; without a GPU everything runs on kp's emulation.
 """
@@ -37,6 +39,7 @@ TRAINED = ("bf16", "bf16, weights moved", "tensorwise", "delayed", "tensorwise, 
 MOVED = 0.01  # of each weight, at random: what training ends at differs without any FP8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMULATED: dict[str, Any] = {"cpu_rewrites": True, "lowering": "aot_eager"} if DEVICE == "cpu" else {}
+OUTS = ("y", "dx", "dw")
 LAST = 50  # steps whose losses are averaged
 BYTES = 2**26  # of source code
 
@@ -166,6 +169,12 @@ def trained(text: Tensor, size: Size, steps: int) -> tuple[nn.Module, list[dict[
     return models["bf16"], rows
 
 
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """Float64 numbers to the nearest of `bits` significant bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**bits).round(), exponent - bits)
+
+
 def captured(model: nn.Module, batch: Tensor) -> dict[str, tuple[nn.Linear, Tensor, Tensor]]:
     """Each linear layer with its input [M, K] and its output's gradient [M, N] on one batch."""
     inputs: dict[str, Tensor] = {}
@@ -198,17 +207,26 @@ def measure(found: dict[str, tuple[nn.Linear, Tensor, Tensor]], arm: str) -> Ite
                 x.grad = layer.weight.grad = None
                 y = run(layer, x)
                 y.backward(grad)
+            got = {"y": y, "dx": x.grad, "dw": layer.weight.grad}
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, KPRequirementError):
                 raise
             yield row | {"note": str(error.inner_exception).splitlines()[1].strip()}
             continue
-        wide_x, wide_w, wide_grad = x.detach().double(), layer.weight.detach().double(), grad.double()
-        yield row | {
-            "y_db": round(sqnr(y, wide_x @ wide_w.t()), 2),
-            "dx_db": round(sqnr(x.grad, wide_grad @ wide_w), 2),
-            "dw_db": round(sqnr(layer.weight.grad, wide_grad.t() @ wide_x), 2),
-        }
+        yield row | quality(arm, x.detach().double(), layer.weight.detach().double(), grad.double(), got)
+
+
+def quality(arm: str, x: Tensor, w: Tensor, grad: Tensor, got: dict[str, Tensor]) -> dict[str, float]:
+    """SQNR of each product in dB, and the one that its operands' mantissas allow."""
+    coarse = ARMS[arm].get("grad_dtype") != "e4m3" and ARMS[arm]["recipe"] in ("tensorwise", "delayed")
+    in_8_bits = rounded(x, 4), rounded(w, 4), rounded(grad, 3 if coarse else 4)
+    exact, allowed = ({"y": x @ w.t(), "dx": g @ w, "dw": g.t() @ x} for x, w, g in ((x, w, grad), in_8_bits))
+    if ARMS[arm]["recipe"] == "rowwise_gw_hp":
+        del allowed["dw"]
+    found = {f"{name}_db": round(sqnr(got[name], value), 2) for name, value in exact.items()}
+    return found | {
+        f"{name}_format_db": round(sqnr(value, exact[name]), 2) for name, value in allowed.items()
+    }
 
 
 def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,6 +237,11 @@ def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         bars.append(bar(f"{recipe}: y of {len(mine)} layers, least SQNR in dB", least, 27.5))
         least = min((row[what] for row in mine for what in ("dx_db", "dw_db")), default=None)
         bars.append(bar(f"{recipe}: gradients of {len(mine)} layers, least SQNR in dB", least, 24.0))
+        lost = [
+            row[f"{k}_format_db"] - row[f"{k}_db"] for row in mine for k in OUTS if f"{k}_format_db" in row
+        ]
+        name = f"{recipe}: most that SQNR is below what the format allows, in dB"
+        bars.append(bar(name, max(lost, default=None), 0.5, at_least=False))
     final = {row["arm"]: row["final_loss"] for row in rows if "arm" in row}
     for arm in TRAINED[1:]:
         off = abs(final[arm] / final["bf16"] - 1)
