@@ -24,7 +24,7 @@ from kp_compiler.errors import KPConfigError
 
 Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
-Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "reference"]
+Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "triton", "reference"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 Fp8Impl = Literal["auto", "scaled_mm", "te"]
 Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]

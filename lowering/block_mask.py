@@ -1,4 +1,4 @@
-"""Block lists for FlexAttention from a mask's formula, as graph nodes: interval arithmetic over blocks.
+"""Block lists from a mask's formula, as graph nodes: interval arithmetic over blocks.
 
 For every pair of a query block and a key block the formula is evaluated on intervals of indices. A block
 where it can nowhere hold is skipped, one where it surely holds everywhere needs no mask, the rest is masked
@@ -35,6 +35,20 @@ class BlockLists:
     q_indices: Node
     full_q_num: Node
     full_q_indices: Node
+
+
+def block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
+    """The block lists of a site's mask, once per distinct mask and graph."""
+    memo = emit.graph.__dict__.setdefault("kp_block_lists", {})
+    operands: Any = node.args[3]
+    q, k = tensor_of(node.args[0]), tensor_of(node.args[1])
+    assert q is not None and k is not None
+    tensors = tuple(operands[index] for index in spec.mask.tensors) if spec.mask.kind != "tensor" else ()
+    # type: ignore[arg-type]
+    key = (spec.mask.expr, tensors, tuple(node.args[4]), str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))
+    if key not in memo:
+        memo[key] = emit_block_lists(emit, node, spec, tensors)
+    return memo[key]
 
 
 def emit_block_lists(emit: Any, node: Node, spec: AttentionSpec, tensors: tuple[Node, ...]) -> BlockLists:

@@ -9,7 +9,19 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
+
+
+def unkept(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
+    """Why a kernel that gives zeros and a log-sum-exp of −∞ can't have these rows settled after it."""
+    if spec.softcap is not None and spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
+        return Rejection(
+            "dead-rows", "Gradients of fully masked rows go through the soft-cap, which is not kept."
+        )
+    if spec.dead_rows == "nan" and shape.training and spec.mask.kind != "full":
+        return Rejection("dead-rows", "Fully masked rows are NaN with NaN gradients, which are not kept.")
+    return None
 
 
 def mean_rows(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:

@@ -17,8 +17,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.lowering import mask_render
-from kp_compiler.lowering.block_mask import BLOCK, BlockLists, emit_block_lists
-from kp_compiler.lowering.dead_rows import mean_rows
+from kp_compiler.lowering.block_mask import BLOCK, BlockLists, block_lists
+from kp_compiler.lowering.dead_rows import mean_rows, unkept
 from kp_compiler.lowering.dense_mask import GraphIndices
 from kp_compiler.metadata import tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
@@ -48,17 +48,9 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection("bias-grad", "Gradients of a bias are not taken through FlexAttention.")
     if spec.mask.kind == "tensor" and spec.form == "sdpa":
         return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
-    if spec.softcap is not None and spec.dead_rows == "mean" and spec.fill == "add" and shape.training:
-        return Rejection(
-            "dead-rows", "Gradients of fully masked rows go through the soft-cap, which is not kept."
-        )
-    if spec.dead_rows == "nan" and shape.training and spec.mask.kind != "full":
-        return Rejection(
-            "dead-rows", "Fully masked rows are NaN with NaN gradients, which FlexAttention does not keep."
-        )
     if spec.mask.kind != "tensor" and not mask_render.renderable(mask_render.parse(spec.mask.expr)):
         return Rejection("mask-render", f"The mask's formula has no rendering: {spec.mask.expr}")
-    return None
+    return unkept(spec, shape)
 
 
 def _known_equal(a: Any, b: Any) -> bool:
@@ -70,7 +62,7 @@ def _known_equal(a: Any, b: Any) -> bool:
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """q, k, v [B,H,S,D] to out [B,H,S,E]; sinks and dead rows are settled with the returned log-sum-exp."""
     q, k, v = (node.args[index] for index in range(3))
-    blocks = _block_lists(emit, node, spec)
+    blocks = block_lists(emit, node, spec)
     mask_graph, mask_buffers = _mask_function(emit, node, spec)
     score_graph, score_buffers = _score_function(emit, node, spec)
     needs_lse = spec.sink is not None or spec.dead_rows in ("mean", "nan")
@@ -219,20 +211,6 @@ def _broadcast_lookup(sub: _SubEmitter, tensor: Node) -> Node:
 
 # -------------------------------------------------------------------------------------------------------
 # block mask
-
-
-def _block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
-    """The block lists of a mask, once per distinct mask and graph."""
-    memo = emit.graph.__dict__.setdefault("kp_block_lists", {})
-    operands: Any = node.args[3]
-    q, k = tensor_of(node.args[0]), tensor_of(node.args[1])
-    assert q is not None and k is not None
-    tensors = tuple(operands[index] for index in spec.mask.tensors) if spec.mask.kind != "tensor" else ()
-    # type: ignore[arg-type]
-    key = (spec.mask.expr, tensors, tuple(node.args[4]), str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))
-    if key not in memo:
-        memo[key] = emit_block_lists(emit, node, spec, tensors)
-    return memo[key]
 
 
 def _block_mask_tuple(emit: Any, q: Any, k: Any, blocks: BlockLists, mask_graph: Node) -> tuple[Any, ...]:

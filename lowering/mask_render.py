@@ -19,6 +19,11 @@ INDEX_NAMES = ("b", "h", "q", "k")
 _SYMBOLS = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in INDEX_NAMES}
 
 
+def symbol(name: str) -> Any:
+    """The sympy symbol of an index."""
+    return _SYMBOLS[name]
+
+
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Any:
     """The sympy expression of a MaskSpec's `expr`."""
@@ -32,7 +37,7 @@ def is_causal(mask: MaskSpec) -> bool:
     """The mask is `k <= q` and nothing else."""
     if mask.kind != "causal" or mask.tensors or mask.scalars:
         return False
-    return _at_most_zero(parse(mask.expr)) == {_SYMBOLS["k"] - _SYMBOLS["q"]}
+    return at_most_zero(parse(mask.expr)) == {_SYMBOLS["k"] - _SYMBOLS["q"]}
 
 
 def is_band(mask: MaskSpec) -> bool:
@@ -40,15 +45,16 @@ def is_band(mask: MaskSpec) -> bool:
     if mask.kind != "window" or mask.window is None or mask.window < 1 or mask.tensors or mask.scalars:
         return False
     q, k = _SYMBOLS["q"], _SYMBOLS["k"]
-    return _at_most_zero(parse(mask.expr)) == {k - q, q - k + 1 - mask.window}
+    return at_most_zero(parse(mask.expr)) == {k - q, q - k + 1 - mask.window}
 
 
-def _at_most_zero(expr: Any) -> set[Any]:
-    """The expressions that a conjunction bounds by zero; empty for anything else."""
+def at_most_zero(expr: Any) -> set[Any]:
+    """The expressions, whole numbers, that a conjunction bounds by zero; empty for anything else."""
     parts = expr.args if isinstance(expr, sympy.And) else (expr,)
-    if not all(isinstance(part, sympy.Le | sympy.Ge) for part in parts):
+    if not all(isinstance(part, sympy.Le | sympy.Ge | sympy.Lt | sympy.Gt) for part in parts):
         return set()
-    return {sympy.expand(part.lts - part.gts) for part in parts}
+    strict = (sympy.Lt, sympy.Gt)
+    return {sympy.expand(part.lts - part.gts + int(isinstance(part, strict))) for part in parts}
 
 
 class Algebra(Protocol):

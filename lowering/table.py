@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from kp_compiler.config import AttentionConfig
-from kp_compiler.lowering import aten, fa4, flex, mask_render
+from kp_compiler.lowering import aten, attend, fa4, flex, mask_render
 from kp_compiler.metadata import tensor_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -51,9 +51,10 @@ CUDNN = Implementation("cudnn", aten.check_cudnn, aten.emit_cudnn)
 FLASH = Implementation("flash", aten.check_flash, aten.emit_flash)
 FLEX = Implementation("flex", flex.check, flex.emit)
 EFFICIENT = Implementation("efficient", aten.check_efficient, aten.emit_efficient)
+TRITON = Implementation("triton", attend.check, attend.emit)
 REFERENCE = Implementation("reference", _check_reference, _emit_reference)
 
-ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4)
+ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4, TRITON)
 ATEN_OPERATORS = aten.OPERATORS  # of the implementations that are one
 BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
 
@@ -69,10 +70,10 @@ def order(target: Target, spec: AttentionSpec, *, training: bool = False) -> tup
     if target.reference:
         return (REFERENCE,)
     if target.sm >= 90 and mask_render.is_band(spec.mask):
-        return (FA4, FLEX, FLASH, EFFICIENT) if training else (FA4, FLASH, FLEX, EFFICIENT)
+        return (FA4, FLEX, FLASH, EFFICIENT, TRITON) if training else (FA4, FLASH, FLEX, EFFICIENT, TRITON)
     if target.sm >= 90:
-        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT)
-    return (FLASH, CUDNN, FLEX, EFFICIENT)
+        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT, TRITON)
+    return (FLASH, CUDNN, FLEX, EFFICIENT, TRITON)
 
 
 def choose(

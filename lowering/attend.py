@@ -1,0 +1,259 @@
+"""kp's own attention kernels as two operators with autograd: any proved mask, any score change, and the
+log-sum-exp.
+
+    kp.attention(q, k, v, operands, scalars, spec) ─▶ kp.attend(q, k, v, operands, scalars, blocks, …)[0]
+
+Contracts only: `triton.attention` holds the kernels and is imported when an operator first runs. A forward
+pass may go on from what an earlier one over other keys gave, (start_out, start_lse), and merges both without
+another kernel. Gradients reach q, k, v, biases, sinks and what the pass started from, through out and lse.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.dead_rows import mean_rows, unkept
+from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.metadata import value_of
+from kp_compiler.report import Rejection
+from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.target import Target
+
+_LARGEST_HEAD = 256
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, Tensor[] blocks"
+_FORWARD = (
+    f"({_INPUTS}, Tensor? start_out, Tensor? start_lse, Tensor? seed, str plan) -> (Tensor out, Tensor lse)"
+)
+_BACKWARD = (
+    f"(Tensor grad, Tensor? grad_lse, {_INPUTS}, Tensor? seed, Tensor out, Tensor lse, bool[] wanted,"
+    " str plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known when a graph is compiled: the spec, and the numbers of queries and keys that a block of
+    `blocks` has."""
+
+    spec: AttentionSpec
+    block: tuple[int, int] | None = None
+
+    def to_json(self) -> str:
+        data = {"spec": self.spec.to_json(), "block": self.block, "fingerprint": fingerprint()}
+        return json.dumps(data, sort_keys=True)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Plan:
+        data = json.loads(text)
+        return Plan(AttentionSpec.from_json(data["spec"]), tuple(data["block"]) if data["block"] else None)
+
+
+# ------------------------------------------------------------------------------------------------------ table
+
+
+def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
+    if target.device != "cuda":
+        return Rejection("device", "kp's kernels need a CUDA device.")
+    if target.sm < 80 or not target.has_triton:
+        return Rejection("device", "kp's kernels need compute capability 8.0 or newer, and Triton.")
+    if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return Rejection("dtype", f"kp's kernels take half and float32, this site is {shape.dtype}.")
+    sizes = (shape.head_dim, shape.value_dim)
+    if not all(isinstance(size, int) and size <= _LARGEST_HEAD for size in sizes):
+        return Rejection(
+            "head-dim", f"kp's kernels go up to head size {_LARGEST_HEAD}, known at compile time."
+        )
+    if spec.mask.kind == "tensor" and spec.form == "sdpa":
+        return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
+    if spec.mask.kind != "tensor" and not mask_render.renderable(mask_render.parse(spec.mask.expr)):
+        return Rejection("mask-render", f"The mask's formula has no rendering: {spec.mask.expr}")
+    return unkept(spec, shape)
+
+
+def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
+    """q, k, v [B,H,S,D] to out [B,H,S,E]."""
+    from kp_compiler.lowering.block_mask import BLOCK, block_lists
+    from kp_compiler.lowering.triton.attention_loops import inequalities
+
+    bounded = inequalities(spec.mask) is not None
+    blocks = [] if bounded else list(vars(block_lists(emit, node, spec)).values())
+    seed = None
+    if spec.dropout_p:
+        device = value_of(node.args[0]).device
+        seed = emit.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
+    plan = Plan(spec, None if bounded else (BLOCK, BLOCK)).to_json()
+    both = emit.call(attend(), *node.args[:5], blocks, None, None, seed, plan)
+    out = emit.call(operator.getitem, both, 0)
+    if spec.dead_rows not in ("mean", "nan"):
+        return out
+    lse = emit.call(operator.getitem, both, 1)
+    dead = emit.call(torch.eq, emit.call(torch.unsqueeze, lse, -1), float("-inf"))
+    if spec.dead_rows == "nan":
+        return emit.call(torch.masked_fill, out, dead, float("nan"))
+    return emit.call(torch.where, dead, mean_rows(emit, node, spec, shape), out)
+
+
+# -------------------------------------------------------------------------------------------------- operators
+
+
+def attend() -> Any:
+    """`kp::attend`: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] of any strides, operands and scalars as the plan's
+    spec numbers them, `seed` [1] int64 where it has dropout. Returns out [B,H,S,E] in q's dtype, laid out as
+    [B,S,H,E], and lse [B,H,S] in float32, the natural logarithm of the sum of exponentials, sink included, −∞
+    with zeros in out for rows without a key.
+
+    `blocks` is empty where the mask bounds loops by itself (`mask_bounds.inequalities`), else the lists of
+    `block_mask.BlockLists`: only their blocks are visited, the mask is applied in the partial ones.
+    `start_out` [B,H,S,E], `start_lse` [B,H,S]: what attention over other keys gave, taken into the result.
+    """
+    _operators()
+    return torch.ops.kp.attend.default
+
+
+def attend_backward() -> Any:
+    """`kp::attend_backward`: the gradients of q, k and v, laid out as [B,S,H,D], and of those operands that
+    are `wanted`; empty tensors for the others. Bitwise the same in every run."""
+    _operators()
+    return torch.ops.kp.attend_backward.default
+
+
+@cache
+def _operators() -> tuple[Any, Any]:
+    """Define both operators, once."""
+    make = torch.library.custom_op
+    run = make("kp::attend", _forward, mutates_args=(), schema=_FORWARD)
+    run.register_fake(_forward_fake)
+    run.register_autograd(_gradients, setup_context=_save)
+    back = make("kp::attend_backward", _backward, mutates_args=(), schema=_BACKWARD)
+    back.register_fake(_backward_fake)
+    return run, back
+
+
+def _by_row(x: Tensor, width: Any) -> Tensor:
+    """An empty [B,H,S,width] that lies in memory as [B,S,H,width]."""
+    batch, heads, rows, _ = x.shape
+    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], blocks: list[Tensor],
+    start_out: Tensor | None, start_lse: Tensor | None, seed: Tensor | None, plan: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernels, site = _site(q, k, v, operands, scalars, seed, plan)
+    out = _by_row(q, v.shape[-1])
+    lists = kernels.Lists(*blocks[:4]) if blocks else None
+    start = None
+    if start_out is not None and start_lse is not None:
+        start = (kernels.readable(start_out), start_lse.contiguous())
+    return out, kernels.forward(site, lists, out, start)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _by_row(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor],
+    scalars: list[Any], blocks: list[Tensor], seed: Tensor | None, out: Tensor, lse: Tensor,
+    wanted: list[bool], plan: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    kernels, site = _site(q, k, v, operands, scalars, seed, plan)
+    grad = kernels.readable(grad)
+    delta = kernels.delta_of(grad, out, grad_lse)
+    lists = (kernels.Lists(*blocks[:4]), kernels.Lists(*blocks[4:])) if blocks else None
+    dq, dk, dv = (_by_row(x, x.shape[-1]) for x in (q, k, v))
+    kernels.backward(site, lists, grad, lse, delta, dq, dk, dv)
+    return dq, dk, dv, _operand_gradients(kernels, site, grad, lse, delta, wanted)
+
+
+def _backward_fake(
+    grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    wanted = rest[-2]
+    given = [o.new_empty(o.shape if want else (0,)) for o, want in zip(operands, wanted, strict=True)]
+    return *(_by_row(x, x.shape[-1]) for x in (q, k, v)), given  # type: ignore[return-value]
+
+
+def _operand_gradients(
+    kernels: Any, site: Any, grad: Tensor, lse: Tensor, delta: Tensor, wanted: list[bool]
+) -> list[Tensor]:
+    """Of each operand: of all biases that it is, and as a sink, whose probability takes −delta."""
+    found = [
+        torch.zeros_like(o, memory_format=torch.contiguous_format) if want else o.new_empty((0,))
+        for o, want in zip(site.operands, wanted, strict=True)
+    ]
+    for index, bias in enumerate(site.spec.biases):
+        if wanted[bias.operand]:
+            found[bias.operand] += kernels.bias_gradient(site, index, grad, lse, delta)
+    sink = site.spec.sink
+    if sink is not None and wanted[sink]:
+        value = site.operands[sink].float().reshape(1, -1, 1)
+        by_head = -(torch.exp(value - lse) * delta).sum((0, 2))
+        found[sink] += by_head.sum_to_size(site.operands[sink].numel()).view_as(found[sink])
+    return found
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, operands, scalars, blocks, start_out, start_lse, seed, plan = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, start_out, start_lse, seed, out, lse, *operands, *blocks)
+    ctx.counts, ctx.scalars, ctx.plan = (len(operands), len(blocks)), scalars, plan
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, start_out, start_lse, seed, out, lse, *rest = ctx.saved_tensors
+    operands, blocks = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
+    none = [None] * len(operands), [None] * len(ctx.scalars), [None] * len(blocks)
+    if grad is None and grad_lse is None:
+        return None, None, None, *none, None, None, None, None
+    if grad is None:
+        grad = torch.zeros_like(out)
+    wanted = [bool(need) for need in ctx.needs_input_grad[3]] if operands else []
+    dq, dk, dv, given = attend_backward()(
+        grad, grad_lse, q, k, v, operands, ctx.scalars, blocks, seed, out, lse, wanted, ctx.plan
+    )
+    given = [g if want else None for g, want in zip(given, wanted, strict=True)]
+    starts = (
+        (None, None)
+        if start_out is None
+        else _start_gradients(grad, grad_lse, out, lse, start_out, start_lse)
+    )
+    return dq, dk, dv, given, *none[1:], *starts, None, None
+
+
+def _start_gradients(
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, start_out: Tensor, start_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out = share · start_out + …, with share = exp(start_lse - lse)."""
+    share = torch.exp(start_lse - torch.where(lse == float("-inf"), 0.0, lse))
+    moved = (grad.float() * (start_out.float() - out.float())).sum(-1)
+    d_lse = share * (moved if grad_lse is None else moved + grad_lse)
+    return (grad * share.unsqueeze(-1)).to(start_out.dtype), d_lse
+
+
+def _site(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    scalars: list[Any],
+    seed: Tensor | None,
+    plan: str,
+) -> tuple[Any, Any]:
+    """The module of the kernels, and what they all read."""
+    from kp_compiler.lowering.triton import attention as kernels
+
+    parsed = Plan.parse(plan)
+    q, k, v = (kernels.readable(x) for x in (q, k, v))
+    return kernels, kernels.Site(parsed.spec, q, k, v, operands, scalars, seed, parsed.block)

@@ -1,0 +1,244 @@
+"""Launches of the attention kernels: q, k, v [B,H,S,D] of any strides, kernels written for a spec.
+
+Reads q once and, for every tile of queries, the keys and values that its mask leaves; writes out and lse. The
+backward pass reads them twice, once for each of its two kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kp_compiler.lowering.triton.attention_source import Layout, parameters, source
+from kp_compiler.specs import AttentionSpec
+
+_LARGEST_STRIDE = 2**23  # of a row, so that places in a tile of 128 rows are int32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a kernel's tiles and its launch settings."""
+
+    outer: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def tile_for(kernel: str, head_dim: int, itemsize: int) -> Tile:
+    """What a kernel runs with."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 1)
+    if kernel == "forward":
+        return Tile(128, 64 if head_dim > 64 else 128, 8 if head_dim > 64 else 4, 3 if head_dim <= 128 else 2)
+    if head_dim > 128:
+        return Tile(64, 32, 8, 1)
+    return Tile(128, 64, 8, 2) if kernel == "dq" else Tile(64, 64, 4, 2)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Blocks of a mask: counts [b,h,lines] and indices [b,h,lines,blocks], int32, of the partly and the
+    wholly kept blocks of each line, b and h 1 or those of q; lines are blocks of queries (of keys for dk and
+    dv)."""
+
+    partial_count: Tensor
+    partial: Tensor
+    full_count: Tensor
+    full: Tensor
+
+    def arguments(self) -> dict[str, Any]:
+        tensors = {name: value.contiguous() for name, value in vars(self).items()}
+        batches, heads, lines, length = self.partial.shape
+        return tensors | {
+            "list_b": heads * lines if batches > 1 else 0,
+            "list_h": lines if heads > 1 else 0,
+            "list_length": length,
+        }
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything that all kernels of a site read."""
+
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    operands: Sequence[Tensor]
+    scalars: Sequence[int]
+    seed: Tensor | None = None
+    block: tuple[int, int] | None = None  # queries and keys of a block of lists
+
+    def arguments(self) -> dict[str, Any]:
+        """By parameter name."""
+        q, spec = self.q, self.spec
+        sizes = {
+            "H": q.shape[1],
+            "GROUP": q.shape[1] // self.k.shape[1],
+            "S": q.shape[2],
+            "T": self.k.shape[2],
+        }
+        found: dict[str, Any] = {**sizes, **{f"n{i}": n for i, n in enumerate(self.scalars)}}
+        for name in ("q", "k", "v"):
+            found |= strided(name, getattr(self, name))
+        for index, tensor in enumerate(self.mask_tensors()):
+            found[f"t{index}"] = tensor
+            found |= {f"t{index}_{dim}": stride for dim, stride in enumerate(tensor.stride())}
+        for index, bias in enumerate(spec.biases):
+            tensor = self._broadcast(self.operands[bias.operand])
+            found[f"bias{index}"] = tensor
+            found |= {f"bias{index}_{dim}": stride for dim, stride in enumerate(tensor.stride())}
+        if spec.sink is not None:
+            found["sink"] = self.operands[spec.sink].reshape(-1).expand(q.shape[1]).contiguous()
+        if self.seed is not None:
+            found["seed"] = self.seed
+        return found
+
+    def mask_tensors(self) -> list[Tensor]:
+        tensors = [self.operands[index] for index in self.spec.mask.tensors]
+        return [self._broadcast(t) for t in tensors] if self.spec.mask.kind == "tensor" else tensors
+
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor.expand(self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2])
+
+    def layout(self, kernel: str, tile: Tile, **more: Any) -> Layout:
+        outer, inner = ("k", "q") if kernel == "dkdv" else ("q", "k")
+        sizes = {"q": self.q.shape[2], "k": self.k.shape[2]}
+        spans = {outer: tile.outer, inner: tile.inner}
+        tensors = self.mask_tensors()
+        return Layout(
+            self.q.shape[3], self.v.shape[3], (tile.outer, tile.inner), tile.stages,
+            tuple(t.dtype == torch.bool for t in tensors), tuple(t.dim() for t in tensors),
+            frozenset(name for name, size in sizes.items() if size % spans[name] == 0), self.block, **more,
+        )  # fmt: skip
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` with rows that are dense and not too far apart for the kernels, itself if it is."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous()
+
+
+def strided(name: str, x: Tensor) -> dict[str, Any]:
+    return {name: x, **{f"{name}_{dim}": x.stride(i) for i, dim in enumerate("bhs")}}
+
+
+def forward(
+    site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Write `out` [B,H,S,E]; returns the log-sum-exp [B,H,S] in float32, −∞ for rows without a key."""
+    batch, heads, queries, _ = site.q.shape
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=site.q.device)
+    found = {"lse": lse, **strided("out", out)}
+    if start is not None:
+        found |= {**strided("start_out", start[0]), "start_lse": start[1]}
+    _launch("forward", site, lists, found, start=start is not None)
+    return lse
+
+
+def backward(
+    site: Site, lists: tuple[Lists, Lists] | None, grad: Tensor, lse: Tensor, delta: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Write dq, dk and dv. `lists` are those of blocks of queries and of blocks of keys."""
+    found = {"lse": lse, "delta": delta, **strided("dout", grad)}
+    by_query, by_key = lists if lists is not None else (None, None)
+    _launch("dq", site, by_query, found | strided("dq", dq))
+    _launch("dkdv", site, by_key, found | strided("dk", dk) | strided("dv", dv))
+
+
+def bias_gradient(site: Site, index: int, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of bias `index`, in float32 and its shape."""
+    bias = site.operands[site.spec.biases[index].operand]
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    sizes = (*site.q.shape[:3], site.k.shape[2])
+    tile = tile_for("dbias", site.q.shape[3], site.q.element_size())
+    summed = frozenset(name for name, dim in (("q", 2), ("k", 3)) if shape[dim] == 1 < sizes[dim])
+    tiles = -(-sizes[2] // tile.outer), -(-sizes[3] // tile.inner)
+    rows, columns = (tiles[i] if name in summed else sizes[2 + i] for i, name in enumerate("qk"))
+    out = torch.empty(shape[0], shape[1], rows, columns, dtype=torch.float32, device=grad.device)
+    found = {"lse": lse, "delta": delta, "dbias": out, **strided("dout", grad)}
+    found |= {f"dbias_{dim}": stride for dim, stride in zip("bhqk", out.stride(), strict=True)}
+    found |= {"batches": sizes[0] // shape[0], "heads": sizes[1] // shape[1]}
+    grid = (tiles[0] * tiles[1], shape[0], shape[1])
+    _launch("dbias", site, None, found, grid=grid, tile=tile, bias=index, summed=summed)
+    for dim, name in ((2, "q"), (3, "k")):
+        out = out.sum(dim, keepdim=True) if name in summed else out
+    return out.reshape(bias.shape)
+
+
+def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """rowsum(grad ∘ out) - grad_lse, [B,H,S] in float32."""
+    batch, heads, rows, width = out.shape
+    delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
+    given = {} if grad_lse is None else {"lse_ptr": grad_lse.contiguous()}
+    _delta[(triton.cdiv(rows, 64), batch * heads)](
+        **strided("grad", grad), **strided("out", out), lse_ptr=given.get("lse_ptr", delta), delta=delta,
+        H=heads, S=rows, E=width, WIDTH=triton.next_power_of_2(width), GIVEN=grad_lse is not None,
+    )  # fmt: skip
+    return delta
+
+
+@triton.jit
+def _delta(
+    grad, out, lse_ptr, delta, grad_b, grad_h, grad_s, out_b, out_h, out_s, H, S, E,
+    WIDTH: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    rows = (tl.program_id(0) * 64 + tl.arange(0, 64)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)[None, :]
+    mask = (rows[:, None] < S) & (columns < E)
+    grad += batch.to(tl.int64) * grad_b + head.to(tl.int64) * grad_h
+    out += batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
+    mine = tl.load(grad + rows[:, None] * grad_s + columns, mask=mask, other=0.0).to(tl.float32)
+    theirs = tl.load(out + rows[:, None] * out_s + columns, mask=mask, other=0.0).to(tl.float32)
+    total = tl.sum(mine * theirs, 1)
+    at = (batch * H + head).to(tl.int64) * S + rows
+    if GIVEN:
+        total -= tl.load(lse_ptr + at, mask=rows < S, other=0.0)
+    tl.store(delta + at, total, mask=rows < S)
+
+
+def _launch(
+    kernel: str,
+    site: Site,
+    lists: Lists | None,
+    more: dict[str, Any],
+    *,
+    grid: tuple[int, ...] | None = None,
+    tile: Tile | None = None,
+    **settings: Any,
+) -> None:
+    tile = tile or tile_for(kernel, max(site.q.shape[3], site.v.shape[3]), site.q.element_size())
+    layout = site.layout(kernel, tile, **settings)
+    found = site.arguments() | more | (lists.arguments() if lists is not None else {})
+    if grid is None:
+        lines, heads = (
+            (site.k.shape[2], site.k.shape[1]) if kernel == "dkdv" else (site.q.shape[2], site.q.shape[1])
+        )
+        grid = (-(-lines // tile.outer) * site.q.shape[0] * heads,)
+    if 0 in grid:
+        return
+    names = parameters(kernel, site.spec, layout)
+    with torch.cuda.device_of(site.q):
+        _compiled(kernel, site.spec, layout)[grid](**{n: found[n] for n in names}, num_warps=tile.warps)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(kernel: str, spec: AttentionSpec, layout: Layout) -> Any:
+    """The kernel of a source, which is known to `inspect` without lying in a file."""
+    text = source(kernel, spec, layout)
+    name = f"<kp_attention_{kernel} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    namespace: dict[str, Any] = {"__name__": __name__}
+    exec(compile(text, name, "exec"), namespace)
+    return namespace[f"kp_attention_{kernel}"]

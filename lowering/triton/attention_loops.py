@@ -1,0 +1,192 @@
+"""What the text of an attention kernel says of its mask: a tile's formula, and which tiles a loop visits.
+
+    q_at [OUTER,1], k_at [1,INNER]   the indices of a tile (or the other way round, where keys are outside)
+    keep = k_at <= q_at              `render` in an algebra whose values are lines of Triton
+
+A conjunction of linear inequalities bounds the loop: from `low` to `high` where a tile can hold a pair, and
+from `full_low` to `full_high` within it where it holds nothing else, so that no mask is computed there. Every
+other mask comes as lists of blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from kp_compiler.lowering import mask_render
+from kp_compiler.specs import MaskSpec
+
+SIZES = {"q": "S", "k": "T"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """An expression of the kernel's text, and which indices it varies with."""
+
+    text: str
+    on: frozenset[str] = frozenset()
+
+
+@dataclass
+class Formula:
+    """The algebra of a kernel's text. Lines that vary with the index of the loop go `inside` it, the rest
+    before it. `booleans` says which look-ups read booleans, `whole` which sizes are multiples of the tile's:
+    look-ups along others are masked."""
+
+    loop: str
+    booleans: tuple[bool, ...] = ()
+    whole: frozenset[str] = frozenset()
+    outside: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
+
+    def integer(self, value: int) -> Value:
+        return Value(f"({value})")
+
+    def truth(self, value: bool) -> Value:
+        return Value(f"({int(value)} != 0)")
+
+    def symbol(self, name: str) -> Value:
+        if name in SIZES:
+            return Value(f"{name}_at", frozenset({name}))
+        return Value({"b": "batch", "h": "head"}.get(name, name))
+
+    def lookup(self, index: int, args: list[Value]) -> Value:
+        on = frozenset[str]().union(*(arg.on for arg in args))
+        places = "".join(
+            f" + ({arg.text}).to(tl.int64) * t{index}_{dim}" for dim, arg in enumerate(args) if arg.on
+        )
+        places += "".join(f" + {arg.text} * t{index}_{dim}" for dim, arg in enumerate(args) if not arg.on)
+        load = f"tl.load(t{index}{places}{inside(on - self.whole)})"
+        return self._line(load + (".to(tl.int32)" if self.booleans[index] else ""), on)
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self._pair("{} + {}", a, b)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        return self._pair("{} * {}", a, b)
+
+    def floor_div(self, a: Value, divisor: int) -> Value:
+        """Triton's division of integers goes towards zero."""
+        down = f"({a.text} - ({divisor - 1}) * ({a.text} < 0)) // {divisor}"
+        return self._line(down, a.on)
+
+    def mod(self, a: Value, divisor: int) -> Value:
+        rest = self._line(f"{a.text} % {divisor}", a.on)
+        return self._line(f"{rest.text} + {divisor} * ({rest.text} < 0)", a.on)
+
+    def minimum(self, a: Value, b: Value) -> Value:
+        return self._pair("tl.minimum({}, {})", a, b)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        return self._pair("tl.maximum({}, {})", a, b)
+
+    def le_zero(self, a: Value) -> Value:
+        return self._line(f"{a.text} <= 0", a.on)
+
+    def eq_zero(self, a: Value) -> Value:
+        return self._line(f"{a.text} == 0", a.on)
+
+    def both(self, a: Value, b: Value) -> Value:
+        return self._pair("{} & {}", a, b)
+
+    def either(self, a: Value, b: Value) -> Value:
+        return self._pair("{} | {}", a, b)
+
+    def negate(self, a: Value) -> Value:
+        return self._line(f"({a.text}) == 0", a.on)
+
+    def _pair(self, form: str, a: Value, b: Value) -> Value:
+        return self._line(form.format(a.text, b.text), a.on | b.on)
+
+    def _line(self, text: str, on: frozenset[str]) -> Value:
+        name = f"f{len(self.outside) + len(self.inside)}"
+        (self.inside if self.loop in on else self.outside).append(f"{name} = {text}")
+        return Value(name, on)
+
+
+def inside(names: frozenset[str]) -> str:
+    """The mask of a load that varies with these indices, as its last arguments."""
+    return f", mask={within(names)}, other=0" if names else ""
+
+
+def within(names: frozenset[str]) -> str:
+    return " & ".join(f"({name}_at < {SIZES[name]})" for name in sorted(names))
+
+
+# ---------------------------------------------------------------------------------------------------- bounds
+
+
+def inequalities(mask: MaskSpec) -> tuple[Any, ...] | None:
+    """Forms in q, k and the scalars n0, … that a mask bounds by zero from above, with q and k taken once,
+    added or subtracted; empty where it keeps everything, None for any other mask."""
+    if mask.kind == "tensor":
+        return None
+    expr = mask_render.parse(mask.expr)
+    if expr == sympy.true:
+        return ()
+    forms = mask_render.at_most_zero(expr)
+    if not forms or any(form.atoms(sympy.core.function.AppliedUndef) for form in forms):
+        return None
+    symbols = {name: mask_render.symbol(name) for name in mask_render.INDEX_NAMES}
+    for form in forms:
+        if form.has(symbols["b"]) or form.has(symbols["h"]) or not form.is_polynomial():
+            return None
+        if any(form.coeff(symbols[name]) not in (-1, 0, 1) for name in SIZES):
+            return None
+        if any(sympy.diff(form, symbols[name]).free_symbols for name in SIZES):
+            return None
+    return tuple(sorted(forms, key=str))
+
+
+def bounds(forms: tuple[Any, ...], loop: str, *, whole: bool) -> list[str]:
+    """Lines that set low, full_low, full_high and high, in tiles of INNER, for the fixed indices from `first`
+    to `last`. `whole`: the last tile lies within the size."""
+    outer = "k" if loop == "q" else "q"
+    inner_symbol, outer_symbol = mask_render.symbol(loop), mask_render.symbol(outer)
+    least, most, surely_least, surely_most, sure = (
+        ["0"],
+        [f"{SIZES[loop]} - 1"],
+        ["0"],
+        [f"{SIZES[loop]} - 1"],
+        [],
+    )
+    for form in forms:
+        slope = form.coeff(inner_symbol)
+        rest = form - slope * inner_symbol
+        limit = -rest if slope == 1 else rest
+        ends = [str(limit.subs(outer_symbol, sympy.Symbol(name))) for name in ("first", "last")]
+        smaller, larger = f"tl.minimum({', '.join(ends)})", f"tl.maximum({', '.join(ends)})"
+        if not form.has(outer_symbol):
+            smaller = larger = f"({ends[0]})"
+        if slope == 1:
+            most.append(larger)
+            surely_most.append(smaller)
+        elif slope == -1:
+            least.append(smaller)
+            surely_least.append(larger)
+        else:
+            sure.append(f"({larger} <= 0)")
+    lines = [
+        f"low = {_extreme('maximum', least)} // INNER",
+        f"high = tl.maximum({_extreme('minimum', most)} + INNER, 0) // INNER",
+        f"full_low = ({_extreme('maximum', surely_least)} + INNER - 1) // INNER",
+        f"full_high = tl.maximum({_extreme('minimum', surely_most)} + 1, 0) // INNER",
+    ]
+    if whole and not forms:
+        lines[3] = "full_high = high"
+    lines += [
+        "full_low = tl.minimum(tl.maximum(full_low, low), tl.maximum(high, low))",
+        "full_high = tl.minimum(tl.maximum(full_high, full_low), tl.maximum(high, low))",
+    ]
+    if sure:
+        lines.append(f"full_high = tl.where({' & '.join(sure)}, full_high, full_low)")
+    return lines
+
+
+def _extreme(name: str, parts: list[str]) -> str:
+    out = parts[0]
+    for part in parts[1:]:
+        out = f"tl.{name}({out}, {part})"
+    return out
