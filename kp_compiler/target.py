@@ -33,7 +33,7 @@ class Target:
     name: str = ""
     cudnn: int = 0  # cuDNN's version number, 91900 for 9.19
     has_flash: bool = False  # ATen was built with FlashAttention-2
-    has_triton: bool = False
+    has_triton: bool = False  # on a CPU: Triton is there and in its interpreter (TRITON_INTERPRET=1)
     has_fa4: bool = False
     has_te: bool = False
     assumed: bool = False
@@ -50,7 +50,7 @@ def detect(device: torch.device | str, *, reference: bool = False) -> Target:
     """The target that tensors on `device` run on."""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Target(device="cpu", name="cpu", reference=reference)
+        return Target(device="cpu", name="cpu", reference=reference, has_triton=interprets_triton())
     return _detect_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 
@@ -103,6 +103,11 @@ def has_package(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
+
+
+def interprets_triton() -> bool:
+    """Triton's kernels run on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and has_package("triton")
 
 
 def has_fa4() -> bool:

@@ -62,9 +62,9 @@ class Plan:
 
 
 def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejection | None:
-    if target.device != "cuda":
-        return Rejection("device", "kp's kernels need a CUDA device.")
-    if target.sm < 80 or not target.has_triton:
+    if target.device == "cpu" and not (target.reference and target.has_triton):
+        return Rejection("device", "kp's kernels need a CUDA device, or Triton's interpreter.")
+    if target.device == "cuda" and (target.sm < 80 or not target.has_triton):
         return Rejection("device", "kp's kernels need compute capability 8.0 or newer, and Triton.")
     if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return Rejection("dtype", f"kp's kernels take half and float32, this site is {shape.dtype}.")
@@ -214,7 +214,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, start_out, start_lse, seed, out, lse, *rest = ctx.saved_tensors
     operands, blocks = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
-    none = [None] * len(operands), [None] * len(ctx.scalars), [None] * len(blocks)
+    none = [None] * len(operands), None if ctx.scalars else [], [None] * len(blocks)
     if grad is None and grad_lse is None:
         return None, None, None, *none, None, None, None, None
     if grad is None:

@@ -99,7 +99,13 @@ def test_failing_kernel_emission_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("kernel", "code"),
-    [("cudnn", "device"), ("flash", "device"), ("efficient", "device"), ("fa4", "library")],
+    [
+        ("cudnn", "device"),
+        ("flash", "device"),
+        ("efficient", "device"),
+        ("fa4", "library"),
+        ("triton", "dtype"),
+    ],
 )
 def test_kernel_by_name_is_not_replaced(kernel: str, code: str) -> None:
     outcome = run_both(attend, qkv(), options={"attention": {"impl": kernel}})

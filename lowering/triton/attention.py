@@ -35,14 +35,15 @@ class Tile:
 
 
 def tile_for(kernel: str, head_dim: int, itemsize: int) -> Tile:
-    """What a kernel runs with."""
+    """What a kernel runs with. Chosen by registers and shared memory that the compiler says they take (sm90,
+    triton 3.6), not by time yet."""
     if itemsize == 4:
         return Tile(32, 32, 4, 1)
-    if kernel == "forward":
-        return Tile(128, 64 if head_dim > 64 else 128, 8 if head_dim > 64 else 4, 3 if head_dim <= 128 else 2)
-    if head_dim > 128:
+    if kernel == "dbias" or (kernel != "forward" and head_dim > 128):
         return Tile(64, 32, 8, 1)
-    return Tile(128, 64, 8, 2) if kernel == "dq" else Tile(64, 64, 4, 2)
+    if kernel == "forward":
+        return Tile(128, 64, 8, 2) if head_dim > 128 else Tile(128, 128, 8, 3 if head_dim <= 64 else 2)
+    return Tile(128, 32, 8, 3) if kernel == "dkdv" and head_dim > 64 else Tile(128, 64, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class Site:
         outer, inner = ("k", "q") if kernel == "dkdv" else ("q", "k")
         sizes = {"q": self.q.shape[2], "k": self.k.shape[2]}
         spans = {outer: tile.outer, inner: tile.inner}
+        if self.block is not None and kernel != "dbias":  # all of a block is visited
+            spans[inner] = self.block["qk".index(inner)]
         tensors = self.mask_tensors()
         return Layout(
             self.q.shape[3], self.v.shape[3], (tile.outer, tile.inner), tile.stages,

@@ -140,6 +140,13 @@ def inequalities(mask: MaskSpec) -> tuple[Any, ...] | None:
     return tuple(sorted(forms, key=str))
 
 
+def sides(forms: tuple[Any, ...], loop: str) -> tuple[bool, bool]:
+    """Whether tiles at the low and at the high end of the loop can be partly kept. One that the outer index
+    alone decides on makes all of them so: they are taken to be at the high end."""
+    slopes = {form.coeff(mask_render.symbol(loop)) for form in forms}
+    return -1 in slopes, bool(slopes & {0, 1})
+
+
 def bounds(forms: tuple[Any, ...], loop: str, *, whole: bool) -> list[str]:
     """Lines that set low, full_low, full_high and high, in tiles of INNER, for the fixed indices from `first`
     to `last`. `whole`: the last tile lies within the size."""

@@ -27,7 +27,15 @@ from typing import Protocol
 import sympy
 
 from kp_compiler.lowering import mask_render
-from kp_compiler.lowering.triton.attention_loops import SIZES, Formula, bounds, inequalities, inside, within
+from kp_compiler.lowering.triton.attention_loops import (
+    SIZES,
+    Formula,
+    bounds,
+    inequalities,
+    inside,
+    sides,
+    within,
+)
 from kp_compiler.specs import AttentionSpec
 
 LOG2E = math.log2(math.e)
@@ -221,10 +229,11 @@ class _Writer:
             return lines + self._listed(body)
         assert self.forms is not None
         lines += bounds(self.forms, self.loop, whole=self.loop in self.layout.whole)
+        below, above = sides(self.forms, self.loop)
         spans = [("full_low", "full_high", False)]
-        if self.forms:
+        if below:
             spans.insert(0, ("low", "full_low", True))
-        if self.forms or self.loop not in self.layout.whole:
+        if above or self.loop not in self.layout.whole:
             spans.append(("full_high", "high", True))
         for start, end, masked in spans:
             lines.append(f"for step in tl.range({start}, {end}, num_stages={self.layout.stages}):")

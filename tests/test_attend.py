@@ -1,0 +1,325 @@
+"""kp's own attention kernels in Triton's interpreter: every mask with every score change, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kp_compiler
+from kp_compiler.lowering import reference
+from kp_compiler.lowering.attend import Plan, attend
+from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
+from tests.helpers import REFERENCE, relative_error, run_both
+from tests.test_flex import MASKS, SCORES, inputs
+
+pytest.importorskip("triton", reason="kp's kernels need Triton, here its interpreter")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the device in tests/gpu")
+
+BLOCK = (128, 128)
+SHAPES = [(70, 70), (33, 150), (1, 50), (64, 128), (160, 40)]
+HEADS = [(1, 1), (4, 2), (3, 1)]
+DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (40, 24), (16, 16), (32, 32)]
+
+
+@dataclass
+class Case:
+    """A spec with its operands and scalars, and lists of its blocks where its loops are not bounded."""
+
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    operands: list[Tensor]
+    scalars: list[int]
+
+    def keep(self) -> Tensor:
+        """The mask as [B,H,S,T]."""
+        full = torch.ones(*self.q.shape[:3], self.k.shape[2], dtype=torch.bool)
+        found = reference.mask(self.spec.mask, self.operands, self.scalars, full)
+        return full if found is None else full & found
+
+    def inputs(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, *(o for o in self.operands if o.is_floating_point())]
+
+
+def lists(keep: Tensor, block: tuple[int, int]) -> list[Tensor]:
+    """Counts and indices of partial and of full blocks, by blocks of queries and of keys, from a mask."""
+    rows, columns = (-(-size // unit) for size, unit in zip(keep.shape[2:], block, strict=True))
+    more = (0, columns * block[1] - keep.shape[3], 0, rows * block[0] - keep.shape[2])
+
+    def blocks(x: Tensor) -> Tensor:
+        return F.pad(x, more).unflatten(3, (columns, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))
+
+    held, there = blocks(keep.int()), blocks(torch.ones_like(keep, dtype=torch.int32))
+    found = []
+    for flip in (False, True):
+        for flags in ((held > 0) & (held < there), held == there):
+            flags = flags.transpose(-1, -2) if flip else flags
+            order = torch.argsort((~flags).int(), dim=-1, stable=True).int()
+            found += [flags.sum(-1).int().contiguous(), order.contiguous()]
+    return found
+
+
+BOUNDED = {
+    "full": MaskSpec(),
+    "causal": MaskSpec("causal", "k <= q"),
+    "offset": MaskSpec("causal", "k <= q + n0", scalars=1),
+    "window": MaskSpec("window", "(k <= q) & (q - k <= 19)", window=20),
+    "both sides": MaskSpec("window", "(k <= q + 11) & (q - k <= 30)"),
+    "first keys": MaskSpec("pointwise", "k <= n0", scalars=1),
+    "late rows": MaskSpec("pointwise", "(k <= q) & (q >= 40)"),
+}
+LISTED = {
+    "prefix": MaskSpec("prefix", "(k <= q) | (k < 37)"),
+    "document": MaskSpec("document", "(k <= q) & Eq(t0(b, k), t1(b, q))", tensors=(0, 1)),
+    "padding": MaskSpec("padding", "Ne(t0(b, k), 0)", tensors=(0,)),
+    "chunked": MaskSpec("chunked", "Eq(floor(q/50), floor(k/50)) & (k <= q)"),
+    "strided": MaskSpec("pointwise", "Eq(Mod(q - k, 7), 0)"),
+    "tensor": MaskSpec("tensor", "", tensors=(0, 1)),
+}
+MASK_SPECS = {**BOUNDED, **LISTED}
+
+
+def mask_operands(name: str, batch: int, heads: int, queries: int, keys: int) -> list[Tensor]:
+    if name == "document":
+        return [torch.arange(keys).div(23, rounding_mode="floor").repeat(batch, 1),
+                torch.arange(queries).div(29, rounding_mode="floor").repeat(batch, 1)]  # fmt: skip
+    if name == "padding":
+        return [torch.arange(keys).repeat(batch, 1) >= torch.tensor([[3], [17]])[:batch]]
+    if name == "tensor":
+        return [torch.rand(batch, 1, queries, keys) > 0.3, torch.rand(heads, 1, keys) > 0.2]
+    return []
+
+
+SCORE_CHANGES: dict[str, Any] = {
+    "plain": {},
+    "negative scale": {"scale": -0.3},
+    "soft-cap": {"softcap": 1.5},
+    "bias": {"biases": lambda b, h, s, t: [(torch.randn(1, h, s, t), 1.0)]},
+    "two biases": {
+        "biases": lambda b, h, s, t: [(torch.randn(h, 1, t), -0.5), (torch.randn(b, 1, s, 1), 2.0)]
+    },
+    "capped bias": {"softcap": 2.0, "biases": lambda b, h, s, t: [(torch.randn(b, h, s, t), 1.0)]},
+    "sink": {"sink": True},
+    "sink and cap": {"sink": True, "softcap": 3.0},
+}  # fmt: skip
+
+
+def case(mask: str, change: str, heads: tuple[int, int], shape: tuple[int, int], dims: tuple[int, int],
+         dtype: torch.dtype) -> Case:  # fmt: skip
+    batch, (queries, keys) = 2, shape
+    q, k, v = (
+        torch.randn(batch, length, number, width, dtype=dtype).transpose(1, 2)
+        for length, number, width in zip((queries, keys, keys), (heads[0], heads[1], heads[1]),
+                                         (dims[0], *dims), strict=True)
+    )  # fmt: skip
+    settings = dict(SCORE_CHANGES[change])
+    operands = mask_operands(mask, batch, heads[0], queries, keys)
+    biases = []
+    for value, coeff in settings.pop("biases", lambda *_: [])(batch, heads[0], queries, keys):
+        biases.append(BiasSpec(len(operands), coeff))
+        operands.append(value.to(dtype))
+    sink = None
+    if settings.pop("sink", False):
+        sink = len(operands)
+        operands.append(torch.randn(heads[0], dtype=dtype))
+    spec = AttentionSpec(settings.pop("scale", dims[0] ** -0.5), MASK_SPECS[mask], tuple(biases), sink=sink,
+                         dead_rows="zero", **settings)  # fmt: skip
+    return Case(spec, q, k, v, operands, [27] * spec.mask.scalars)
+
+
+def covering() -> Iterator[tuple[Any, ...]]:
+    """Every mask with every score change. Heads, lengths, head sizes and dtypes go round beside them, each
+    in a cycle of another length, so that their pairs meet as well."""
+    dtypes = [torch.float32] * 5 + [torch.float16] * 2
+    turn = zip(*(itertools.cycle(each) for each in (HEADS, SHAPES, DIMS, dtypes)), strict=False)
+    for pair, rest in zip(itertools.product(MASK_SPECS, SCORE_CHANGES), turn, strict=False):
+        yield *pair, *rest
+
+
+def run(one: Case, weights: Tensor, lse_weights: Tensor, block: tuple[int, int] = BLOCK) -> list[Tensor]:
+    """out, lse and gradients of q, k, v and floating operands, memory filled with NaN before."""
+    leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
+    rest = iter(leaves[3:])
+    operands = [next(rest) if o.is_floating_point() else o for o in one.operands]
+    listed = lists(one.keep(), block) if one.spec.mask in LISTED.values() else []
+    plan = Plan(one.spec, block if listed else None).to_json()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        out, lse = attend()(*leaves[:3], operands, one.scalars, listed, None, None, None, plan)
+        alive = torch.where(lse == float("-inf"), 0.0, lse)
+        ((out.float() * weights).sum() + (alive * lse_weights).sum()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [out.detach(), alive.detach(), *(x.grad for x in leaves)]
+
+
+def exact(one: Case, weights: Tensor, lse_weights: Tensor) -> list[Tensor]:
+    """The same in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in one.inputs()]
+    rest = iter(leaves[3:])
+    operands = [next(rest) if o.is_floating_point() else o for o in one.operands]
+    out = reference._attention(*leaves[:3], operands, one.scalars, one.spec)
+    lse = log_sum_exp(dataclasses.replace(one, q=leaves[0], k=leaves[1], operands=operands))
+    ((out * weights).sum() + (lse * lse_weights).sum()).backward()
+    return [out.detach(), lse.detach(), *(x.grad for x in leaves)]
+
+
+def log_sum_exp(one: Case) -> Tensor:
+    """By its definition; zero for rows without a key."""
+    k = one.k.repeat_interleave(one.q.shape[1] // one.k.shape[1], dim=1)
+    scores = one.q @ k.transpose(-1, -2) * one.spec.scale
+    if one.spec.softcap is not None:
+        scores = one.spec.softcap * torch.tanh(scores / one.spec.softcap)
+    for bias in one.spec.biases:
+        scores = scores + bias.coeff * one.operands[bias.operand]
+    keep = one.keep()
+    scores = scores.masked_fill(~keep, float("-inf"))
+    if one.spec.sink is not None:
+        sink = one.operands[one.spec.sink].reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.logsumexp(torch.cat([scores, sink], dim=-1), dim=-1)
+    dead = ~keep.any(-1)
+    return torch.logsumexp(scores.masked_fill(dead.unsqueeze(-1), 0.0), dim=-1).masked_fill(dead, 0.0)
+
+
+@pytest.mark.parametrize(("mask", "change", "heads", "shape", "dims", "dtype"), covering())
+def test_against_float64(
+    mask: str, change: str, heads: tuple[int, int], shape: tuple[int, int], dims: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    one = case(mask, change, heads, shape, dims, dtype)
+    weights = torch.randn(*one.q.shape[:3], dims[1])
+    lse_weights = torch.randn(one.q.shape[:3])
+    bound = 4e-6 if dtype == torch.float32 else 4e-3
+    got, want = run(one, weights, lse_weights), exact(one, weights, lse_weights)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.isfinite().all()
+        assert relative_error(mine, theirs) < bound or (mine - theirs).abs().max() < bound * 1e-2
+
+
+@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64)])
+def test_lists_of_each_head(block: tuple[int, int]) -> None:
+    """Blocks chosen at random, another set for each batch and head; causal inside them."""
+    one = case("causal", "plain", (4, 2), (300, 300), (64, 64), torch.float32)
+    rows, columns = (-(-300 // unit) for unit in block)
+    chosen = torch.rand(2, 4, rows, columns) > 0.5
+    spread = chosen.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[..., :300, :300]
+    weights, lse_weights = torch.randn(2, 4, 300, 64), torch.zeros(2, 4, 300)
+    whole = dataclasses.replace(one, spec=dataclasses.replace(one.spec, mask=LISTED["tensor"]),
+                                operands=[spread, one.keep()])  # fmt: skip
+    want = exact(whole, weights, lse_weights)
+    leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
+    listed = lists(spread, block)
+    none = [torch.zeros_like(x) for x in listed]
+    listed = [*none[:1], listed[1], *listed[2:4], *none[4:5], *listed[5:]]
+    # all chosen blocks as partial ones: the causal mask is applied in each
+    partial = [listed[2], listed[3], none[0], listed[1], listed[6], listed[7], none[4], listed[5]]
+    plan = Plan(one.spec, block).to_json()
+    out, _ = attend()(*leaves, [], [], partial, None, None, None, plan)
+    (out * weights).sum().backward()
+    for mine, theirs in zip([out.detach(), *(x.grad for x in leaves)], [want[0], *want[2:]], strict=True):
+        assert relative_error(mine, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_going_on_from_other_keys(sink: bool) -> None:
+    """Attention over the first keys, then over the rest from there: as over all at once, gradients too. A row
+    that sees no key in one part is what the other says."""
+    one = case("full", "sink" if sink else "plain", (4, 2), (70, 130), (64, 32), torch.float32)
+    late = torch.arange(130) >= 60
+    weights, lse_weights = torch.randn(2, 4, 70, 32), torch.randn(2, 4, 70)
+    leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
+    q, k, v = leaves[:3]
+    plan, bare = Plan(one.spec), Plan(dataclasses.replace(one.spec, sink=None))
+    start = attend()(q, k[:, :, ~late], v[:, :, ~late], [], [], [], None, None, None, bare.to_json())
+    out, lse = attend()(
+        q, k[:, :, late], v[:, :, late], leaves[3:], [], [], start[0], start[1], None, plan.to_json()
+    )
+    ((out * weights).sum() + (lse * lse_weights).sum()).backward()
+    got = [out.detach(), lse.detach(), *(x.grad for x in leaves)]
+    for mine, theirs in zip(got, exact(one, weights, lse_weights), strict=True):
+        assert relative_error(mine, theirs) < 2e-6
+
+
+def test_starting_from_nothing() -> None:
+    """Rows that have seen nothing, before or now."""
+    one = case("late rows", "plain", (2, 2), (70, 70), (64, 64), torch.float32)
+    plan = Plan(one.spec).to_json()
+    nothing = torch.zeros(2, 2, 70, 64), torch.full((2, 2, 70), float("-inf"))
+    alone = attend()(one.q, one.k, one.v, [], [], [], None, None, None, plan)
+    after = attend()(one.q, one.k, one.v, [], [], [], *nothing, None, plan)
+    assert torch.equal(alone[0], after[0])
+    assert torch.allclose(alone[1], after[1], atol=1e-6)
+    assert (alone[1][:, :, :40] == float("-inf")).all()
+    assert (alone[0][:, :, :40] == 0).all()
+
+
+def test_dropout() -> None:
+    """The same seed drops the same pairs, forward and backward; as many as asked for; gradients are those of
+    attention with these pairs dropped."""
+    one = case("causal", "plain", (4, 2), (70, 70), (64, 70), torch.float32)
+    spec = dataclasses.replace(one.spec, dropout_p=0.3)
+    plan, seed = Plan(spec).to_json(), torch.tensor([2**61 + 12345])
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor = seed) -> Tensor:
+        return attend()(q, k, v, [], [], [], None, None, seed, plan)[0]
+
+    identity = torch.eye(70).expand(2, 2, 70, 70)
+    probs = attention(one.q, one.k, identity)
+    assert torch.equal(probs, attention(one.q, one.k, identity))
+    assert not torch.equal(probs, attention(one.q, one.k, identity, seed + 1))
+    kept = (probs != 0)[one.keep()].float()
+    assert abs(kept.mean() - 0.7) < 0.01
+    leaves = [x.detach().clone().requires_grad_() for x in (one.q, one.k, one.v)]
+    weights = torch.randn(2, 4, 70, 70)
+    (attention(*leaves) * weights).sum().backward()
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    k, v = (x.repeat_interleave(2, dim=1) for x in wide[1:])
+    scores = (wide[0] @ k.transpose(-1, -2) * spec.scale).masked_fill(~one.keep(), float("-inf"))
+    ((scores.softmax(-1) * (probs != 0) / 0.7 @ v) * weights).sum().backward()
+    for mine, theirs in zip(leaves, wide, strict=True):
+        assert relative_error(mine.grad, theirs.grad) < 2e-6
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("change", ["plain", "bias", "sink"])
+def test_opcheck(change: str, start: bool) -> None:
+    one = case("causal", change, (4, 2), (40, 40), (32, 16), torch.float32)
+    leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
+    started = [torch.randn(2, 4, 40, 16), torch.randn(2, 4, 40)] if start else [None, None]
+    plan = Plan(one.spec).to_json()
+    torch.library.opcheck(attend(), (*leaves[:3], leaves[3:], [], [], *started, None, plan))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("function", [*MASKS, *SCORES], ids=lambda f: f.__name__)
+def test_compiled(function: Any, train: bool) -> None:
+    """Recognised, proved and lowered onto the kernels, in one graph."""
+    options = {"attention": {"impl": "triton"}}
+    outcome = run_both(function, inputs(129), train=train, options=options)
+    assert [(s.status, s.impl) for s in outcome.report.sites] == [("rewritten", "triton")], (
+        outcome.report.why("")
+    )
+    assert outcome.error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["causal", "document"])
+def test_dynamic_length_is_compiled_once(name: str) -> None:
+    function = next(f for f in MASKS if f.__name__ == name)
+    options = {**REFERENCE, "attention": {"impl": "triton", "mode": "require"}}
+    compiled = torch.compile(function, backend="kp", fullgraph=True, options=options)
+    with kp_compiler.capture_reports() as reports:
+        for length in (150, 140, 270):  # one block would be a size of one, which is compiled anew
+            arguments = inputs(length)
+            for argument in arguments:
+                torch._dynamo.mark_dynamic(argument, 1 if argument.dim() == 2 else 2)
+            assert relative_error(compiled(*arguments), function(*arguments)) < 1e-5
+    assert len(reports) == 1
