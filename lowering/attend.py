@@ -170,9 +170,10 @@ def _backward(
     kernels, site = _site(q, k, v, operands, scalars, seed, plan)
     grad = kernels.readable(grad)
     delta = kernels.delta_of(grad, out, grad_lse)
-    lists = (kernels.Lists(*blocks[:4]), kernels.Lists(*blocks[4:])) if blocks else None
+    by_query, by_key = (kernels.Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
     dq, dk, dv = (_by_row(x, x.shape[-1]) for x in (q, k, v))
-    kernels.backward(site, lists, grad, lse, delta, dq, dk, dv)
+    kernels.query_gradient(site, by_query, grad, lse, delta, dq)
+    kernels.key_gradients(site, by_key, grad, lse, delta, dk, dv)
     return dq, dk, dv, _operand_gradients(kernels, site, grad, lse, delta, wanted)
 
 
@@ -214,7 +215,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, start_out, start_lse, seed, out, lse, *rest = ctx.saved_tensors
     operands, blocks = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
-    none = [None] * len(operands), None if ctx.scalars else [], [None] * len(blocks)
+    none: Any = [None] * len(operands), None if ctx.scalars else [], [None] * len(blocks)
     if grad is None and grad_lse is None:
         return None, None, None, *none, None, None, None, None
     if grad is None:

@@ -24,8 +24,8 @@ pytest.importorskip("triton", reason="kp's kernels need Triton, here its interpr
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the device in tests/gpu")
 
 BLOCK = (128, 128)
-SHAPES = [(70, 70), (33, 150), (1, 50), (64, 128), (160, 40)]
-HEADS = [(1, 1), (4, 2), (3, 1)]
+SHAPES = [(70, 70), (33, 150), (1, 50), (64, 128), (140, 40)]
+HEADS = [(1, 1), (4, 2), (2, 1)]
 DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (40, 24), (16, 16), (32, 32)]
 
 
@@ -115,7 +115,7 @@ SCORE_CHANGES: dict[str, Any] = {
 
 def case(mask: str, change: str, heads: tuple[int, int], shape: tuple[int, int], dims: tuple[int, int],
          dtype: torch.dtype) -> Case:  # fmt: skip
-    batch, (queries, keys) = 2, shape
+    batch, (queries, keys) = 1 if heads == (4, 2) else 2, shape
     q, k, v = (
         torch.randn(batch, length, number, width, dtype=dtype).transpose(1, 2)
         for length, number, width in zip((queries, keys, keys), (heads[0], heads[1], heads[1]),
@@ -207,12 +207,12 @@ def test_against_float64(
 
 @pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64)])
 def test_lists_of_each_head(block: tuple[int, int]) -> None:
-    """Blocks chosen at random, another set for each batch and head; causal inside them."""
+    """Blocks chosen at random, another set for each head; causal inside them."""
     one = case("causal", "plain", (4, 2), (300, 300), (64, 64), torch.float32)
     rows, columns = (-(-300 // unit) for unit in block)
-    chosen = torch.rand(2, 4, rows, columns) > 0.5
+    chosen = torch.rand(1, 4, rows, columns) > 0.5
     spread = chosen.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[..., :300, :300]
-    weights, lse_weights = torch.randn(2, 4, 300, 64), torch.zeros(2, 4, 300)
+    weights, lse_weights = torch.randn(1, 4, 300, 64), torch.zeros(1, 4, 300)
     whole = dataclasses.replace(one, spec=dataclasses.replace(one.spec, mask=LISTED["tensor"]),
                                 operands=[spread, one.keep()])  # fmt: skip
     want = exact(whole, weights, lse_weights)
@@ -235,7 +235,7 @@ def test_going_on_from_other_keys(sink: bool) -> None:
     that sees no key in one part is what the other says."""
     one = case("full", "sink" if sink else "plain", (4, 2), (70, 130), (64, 32), torch.float32)
     late = torch.arange(130) >= 60
-    weights, lse_weights = torch.randn(2, 4, 70, 32), torch.randn(2, 4, 70)
+    weights, lse_weights = torch.randn(1, 4, 70, 32), torch.randn(1, 4, 70)
     leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
     q, k, v = leaves[:3]
     plan, bare = Plan(one.spec), Plan(dataclasses.replace(one.spec, sink=None))
@@ -272,14 +272,14 @@ def test_dropout() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor = seed) -> Tensor:
         return attend()(q, k, v, [], [], [], None, None, seed, plan)[0]
 
-    identity = torch.eye(70).expand(2, 2, 70, 70)
+    identity = torch.eye(70).expand(1, 2, 70, 70)
     probs = attention(one.q, one.k, identity)
     assert torch.equal(probs, attention(one.q, one.k, identity))
     assert not torch.equal(probs, attention(one.q, one.k, identity, seed + 1))
     kept = (probs != 0)[one.keep()].float()
-    assert abs(kept.mean() - 0.7) < 0.01
+    assert abs(kept.mean() - 0.7) < 0.015
     leaves = [x.detach().clone().requires_grad_() for x in (one.q, one.k, one.v)]
-    weights = torch.randn(2, 4, 70, 70)
+    weights = torch.randn(1, 4, 70, 70)
     (attention(*leaves) * weights).sum().backward()
     wide = [x.detach().double().requires_grad_() for x in leaves]
     k, v = (x.repeat_interleave(2, dim=1) for x in wide[1:])
@@ -294,7 +294,7 @@ def test_dropout() -> None:
 def test_opcheck(change: str, start: bool) -> None:
     one = case("causal", change, (4, 2), (40, 40), (32, 16), torch.float32)
     leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
-    started = [torch.randn(2, 4, 40, 16), torch.randn(2, 4, 40)] if start else [None, None]
+    started = [torch.randn(1, 4, 40, 16), torch.randn(1, 4, 40)] if start else [None, None]
     plan = Plan(one.spec).to_json()
     torch.library.opcheck(attend(), (*leaves[:3], leaves[3:], [], [], *started, None, plan))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +38,7 @@ def tile_for(kernel: str, head_dim: int, itemsize: int) -> Tile:
     """What a kernel runs with. Chosen by registers and shared memory that the compiler says they take (sm90,
     triton 3.6), not by time yet."""
     if itemsize == 4:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 32, 8, 1) if head_dim > 128 else Tile(64, 64, 8, 1)
     if kernel == "dbias" or (kernel != "forward" and head_dim > 128):
         return Tile(64, 32, 8, 1)
     if kernel == "forward":
@@ -79,6 +79,11 @@ class Site:
     scalars: Sequence[int]
     seed: Tensor | None = None
     block: tuple[int, int] | None = None  # queries and keys of a block of lists
+    tiles: dict[str, Tile] = field(default_factory=dict)  # by kernel, in place of `tile_for`'s
+
+    def tile(self, kernel: str) -> Tile:
+        head_dim = max(self.q.shape[3], self.v.shape[3])
+        return self.tiles.get(kernel) or tile_for(kernel, head_dim, self.q.element_size())
 
     def arguments(self) -> dict[str, Any]:
         """By parameter name."""
@@ -148,15 +153,19 @@ def forward(
     return lse
 
 
-def backward(
-    site: Site, lists: tuple[Lists, Lists] | None, grad: Tensor, lse: Tensor, delta: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
-    """Write dq, dk and dv. `lists` are those of blocks of queries and of blocks of keys."""
-    found = {"lse": lse, "delta": delta, **strided("dout", grad)}
-    by_query, by_key = lists if lists is not None else (None, None)
-    _launch("dq", site, by_query, found | strided("dq", dq))
-    _launch("dkdv", site, by_key, found | strided("dk", dk) | strided("dv", dv))
+def query_gradient(
+    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor
+) -> None:
+    """Write dq [B,H,S,D]; `lists` are those of blocks of queries."""
+    _launch("dq", site, lists, {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dq", dq)})
+
+
+def key_gradients(
+    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Write dk [B,K,T,D] and dv [B,K,T,E]; `lists` are those of blocks of keys."""
+    found = {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dk", dk), **strided("dv", dv)}
+    _launch("dkdv", site, lists, found)
 
 
 def bias_gradient(site: Site, index: int, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -164,7 +173,7 @@ def bias_gradient(site: Site, index: int, grad: Tensor, lse: Tensor, delta: Tens
     bias = site.operands[site.spec.biases[index].operand]
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     sizes = (*site.q.shape[:3], site.k.shape[2])
-    tile = tile_for("dbias", site.q.shape[3], site.q.element_size())
+    tile = site.tile("dbias")
     summed = frozenset(name for name, dim in (("q", 2), ("k", 3)) if shape[dim] == 1 < sizes[dim])
     tiles = -(-sizes[2] // tile.outer), -(-sizes[3] // tile.inner)
     rows, columns = (tiles[i] if name in summed else sizes[2 + i] for i, name in enumerate("qk"))
@@ -173,7 +182,7 @@ def bias_gradient(site: Site, index: int, grad: Tensor, lse: Tensor, delta: Tens
     found |= {f"dbias_{dim}": stride for dim, stride in zip("bhqk", out.stride(), strict=True)}
     found |= {"batches": sizes[0] // shape[0], "heads": sizes[1] // shape[1]}
     grid = (tiles[0] * tiles[1], shape[0], shape[1])
-    _launch("dbias", site, None, found, grid=grid, tile=tile, bias=index, summed=summed)
+    _launch("dbias", site, None, found, grid=grid, bias=index, summed=summed)
     for dim, name in ((2, "q"), (3, "k")):
         out = out.sum(dim, keepdim=True) if name in summed else out
     return out.reshape(bias.shape)
@@ -218,10 +227,9 @@ def _launch(
     more: dict[str, Any],
     *,
     grid: tuple[int, ...] | None = None,
-    tile: Tile | None = None,
     **settings: Any,
 ) -> None:
-    tile = tile or tile_for(kernel, max(site.q.shape[3], site.v.shape[3]), site.q.element_size())
+    tile = site.tile(kernel)
     layout = site.layout(kernel, tile, **settings)
     found = site.arguments() | more | (lists.arguments() if lists is not None else {})
     if grid is None:

@@ -83,7 +83,7 @@ def pieces(size: int) -> list[tuple[int, int]]:
 def source(kernel: str, spec: AttentionSpec, layout: Layout) -> str:
     """A module with `kp_attention_KERNEL`; its parameters are `parameters(kernel, spec, layout)`."""
     body = {"forward": _forward, "dq": _dq, "dkdv": _dkdv, "dbias": _dbias}[kernel](
-        _Writer(kernel, spec, layout)
+        Writer(kernel, spec, layout)
     )
     return "\n".join(
         [
@@ -127,7 +127,7 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
     return (*tensors, *numbers, "H", "GROUP", "S", "T", *(f"n{i}" for i in range(spec.mask.scalars)))
 
 
-class _Writer:
+class Writer:
     """Pieces of text that several kernels have in common."""
 
     def __init__(self, kernel: str, spec: AttentionSpec, layout: Layout) -> None:
@@ -194,28 +194,27 @@ class _Writer:
 
     # -------------------------------------------------------------------------------------------- beginnings
 
-    def begin(self, *, reverse: bool) -> list[str]:
+    def position(self, *, reverse: bool) -> list[str]:
         """Which tile, batch and head a program has; the last tiles first, where causal masks leave most to
         do."""
-        index, size = self.outer, SIZES[self.outer]
-        heads = "(H // GROUP)" if self.kernel == "dkdv" else "H"
-        lines = [
+        size, keys = SIZES[self.outer], self.kernel == "dkdv"
+        heads, head = ("(H // GROUP)", "kv_head") if keys else ("H", "head")
+        return [
             f"tiles = ({size} + OUTER - 1) // OUTER",
             "tile = tl.program_id(0) % tiles",
             f"batch = tl.program_id(0) // tiles // {heads}",
-            f"{'kv_head' if self.kernel == 'dkdv' else 'head'} = tl.program_id(0) // tiles % {heads}",
-        ]
-        if reverse:
-            lines.append("tile = tiles - 1 - tile")
-        lines += [
+            f"{head} = tl.program_id(0) // tiles % {heads}",
+            *(["tile = tiles - 1 - tile"] if reverse else []),
             "first = tile * OUTER",
             f"last = tl.minimum(first + OUTER, {size}) - 1",
-            f"{index}_row = (first + tl.arange(0, OUTER))[:, None]",
-            f"{index}_at = {index}_row",
+            *([] if keys else ["kv_head = head // GROUP"]),
         ]
-        if self.kernel != "dkdv":
-            lines.append("kv_head = head // GROUP")
-        return lines
+
+    def begin(self, *, reverse: bool) -> list[str]:
+        """A program's place and the indices that it owns."""
+        index = self.outer
+        rows = [f"{index}_row = (first + tl.arange(0, OUTER))[:, None]", f"{index}_at = {index}_row"]
+        return self.position(reverse=reverse) + rows
 
     def advance(self, names: Iterable[str], head: str) -> list[str]:
         return [f"{n} += batch.to(tl.int64) * {n}_b + ({head}).to(tl.int64) * {n}_h" for n in names]
@@ -267,11 +266,12 @@ class _Writer:
     def scores(self, left: str, right: str, *, masked: bool) -> list[str]:
         """s [OUTER,INNER] from the pieces of both matrices, the inner one's transposed; `masked` is −∞ where
         pairs are left out."""
+        return _product("s", left, right, self.head) + self.changes(masked=masked)
+
+    def changes(self, *, masked: bool) -> list[str]:
+        """From products of q and k to scores that `exponent` makes exponents of two."""
         spec = self.spec
-        lines = [f"s = tl.dot({left}0, tl.trans({right}0){PRECISE})"]
-        lines += [
-            f"s = tl.dot({left}{i}, tl.trans({right}{i}), s{PRECISE})" for i in range(1, len(self.head))
-        ]
+        lines = []
         if not self.plain:
             lines.append(f"s *= {spec.scale!r}")
         if spec.softcap is not None:
@@ -324,8 +324,36 @@ class _Writer:
             *self.kept(),
         ]
 
+    def finish(self, at: str, masked: str) -> list[str]:
+        """From the running maximum `top` and sum `total`: lse2, of base two, and what the sum of values is
+        multiplied by, `share`; `rest` is the share of what the pass started from. `at` is the place in
+        [B,H,S], with the end of a load's arguments, `masked`."""
+        lines, kept = [], "1.0"
+        if self.spec.sink is not None:
+            kept = "shrink"
+            lines += [
+                f"extra = tl.load(sink + head).to(tl.float32) * {LOG2E}",
+                "base = tl.maximum(top, extra)",
+                "shrink = tl.exp2(top - base)",
+                "total = total * shrink + tl.exp2(extra - base)",
+                "top = base",
+            ]
+        lines += ["lse2 = top + tl.log2(total)", f"share = tl.where(total > 0.0, {kept} / total, 0.0)"]
+        if not self.layout.start:
+            return lines
+        return [
+            *lines,
+            f"earlier = tl.load(start_lse + {at}{masked + ', other=0.0' if masked else ''}) * {LOG2E}",
+            "both = tl.maximum(lse2, earlier)",
+            "base = tl.where(both == float('-inf'), 0.0, both)",
+            "now, then = tl.exp2(lse2 - base), tl.exp2(earlier - base)",
+            "share *= tl.where(now + then > 0.0, now / (now + then), 0.0)",
+            "rest = tl.where(now + then > 0.0, then / (now + then), 0.0)",
+            "lse2 = base + tl.log2(now + then)",
+        ]
+
     def score_gradients(self) -> list[str]:
-        """ds from p and dp; `ds_scores` is what goes on to q and k, without the scale."""
+        """ds from p and dp; for q and k, what it is before the soft-cap, without the scale."""
         delta = "delta_row[None, :]" if self.loop == "q" else "delta_row[:, None]"
         lines = [f"ds = p * ({self.dropped('dp')} - {delta})"]
         if self.spec.softcap is not None and self.kernel != "dbias":
@@ -333,12 +361,10 @@ class _Writer:
         return lines
 
 
-def _forward(w: _Writer) -> list[str]:
-    layout, spec = w.layout, w.spec
-    lines = w.begin(reverse=True)
-    lines += w.advance(["q", "out", *(["start_out"] if layout.start else [])], "head") + w.advance(
-        "kv", "kv_head"
-    )
+def _forward(w: Writer) -> list[str]:
+    layout = w.layout
+    mine = ["q", "out", *(["start_out"] if layout.start else [])]
+    lines = w.begin(reverse=True) + w.advance(mine, "head") + w.advance("kv", "kv_head")
     lines += w.rows("q", "q", w.head, layout.head_dim, "first", "OUTER")
     lines += [
         "top = tl.full([OUTER], float('-inf'), tl.float32)",
@@ -347,7 +373,7 @@ def _forward(w: _Writer) -> list[str]:
     ]
 
     def body(*, masked: bool) -> list[str]:
-        empty = masked or bool(spec.biases)  # rows that have seen no key yet stay at zero
+        empty = masked or bool(w.spec.biases)  # rows that have seen no key yet stay at zero
         lines = w.indices() + w.rows("k", "k", w.head, layout.head_dim, "start", "INNER", to="key")
         lines += w.rows("v", "k", w.value, layout.value_dim, "start", "INNER", to="value")
         lines += w.scores("q", "key", masked=masked)
@@ -367,39 +393,19 @@ def _forward(w: _Writer) -> list[str]:
         return [*lines, "top = new_top"]
 
     lines += w.loops(body)
-    if spec.sink is not None:
-        lines += [
-            f"extra = tl.load(sink + head).to(tl.float32) * {LOG2E}",
-            "base = tl.maximum(top, extra)",
-            "shrink = tl.exp2(top - base)",
-            "total = total * shrink + tl.exp2(extra - base)",
-            *(f"acc{i} *= shrink[:, None]" for i in range(len(w.value))),
-            "top = base",
-        ]
-    lines += ["lse2 = top + tl.log2(total)", "share = tl.where(total > 0.0, 1.0 / total, 0.0)"]
+    at = "(batch * H + head).to(tl.int64) * S + first + tl.arange(0, OUTER)"
+    masked = "" if "q" in layout.whole else ", mask=first + tl.arange(0, OUTER) < S"
+    lines += w.finish(at, masked)
     if layout.start:
-        lines += [
-            f"earlier = {w.vector('start_lse', 'q', 'first', 'OUTER', '0.0')} * {LOG2E}",
-            "both = tl.maximum(lse2, earlier)",
-            "base = tl.where(both == float('-inf'), 0.0, both)",
-            "mine, theirs = tl.exp2(lse2 - base), tl.exp2(earlier - base)",
-            "sum = mine + theirs",
-            "share *= tl.where(sum > 0.0, mine / sum, 0.0)",
-            "rest = tl.where(sum > 0.0, theirs / sum, 0.0)",
-            "lse2 = base + tl.log2(sum)",
-            *w.rows("start_out", "q", w.value, layout.value_dim, "first", "OUTER", to="before"),
-        ]
+        lines += w.rows("start_out", "q", w.value, layout.value_dim, "first", "OUTER", to="before")
     value = "acc{0} * share[:, None]" + (
         " + before{0}.to(tl.float32) * rest[:, None]" if layout.start else ""
     )
     lines += w.store("out", value, "q", w.value, layout.value_dim)
-    at = "first + tl.arange(0, OUTER)"
-    masked = "" if "q" in layout.whole else f", mask={at} < S"
-    lines.append(f"tl.store(lse + (batch * H + head).to(tl.int64) * S + {at}, lse2 * {LN2}{masked})")
-    return lines
+    return [*lines, f"tl.store(lse + {at}, lse2 * {LN2}{masked})"]
 
 
-def _dq(w: _Writer) -> list[str]:
+def _dq(w: Writer) -> list[str]:
     layout = w.layout
     lines = w.begin(reverse=True) + w.advance(["q", "dout", "dq"], "head") + w.advance("kv", "kv_head")
     lines += _query_tiles(w, "first", "OUTER")
@@ -415,7 +421,7 @@ def _dq(w: _Writer) -> list[str]:
     return lines + w.store("dq", f"acc{{0}} * {w.spec.scale!r}", "q", w.head, layout.head_dim)
 
 
-def _dkdv(w: _Writer) -> list[str]:
+def _dkdv(w: Writer) -> list[str]:
     layout = w.layout
     lines = w.begin(reverse=False) + w.advance(["k", "v", "dk", "dv"], "kv_head")
     lines += _key_tiles(w, "first", "OUTER")
@@ -448,7 +454,7 @@ def _dkdv(w: _Writer) -> list[str]:
     return lines + w.store("dv", "dv_acc{0}", "k", w.value, layout.value_dim)
 
 
-def _dbias(w: _Writer) -> list[str]:
+def _dbias(w: Writer) -> list[str]:
     """A program has a tile of pairs and goes through the batches and heads that share it."""
     lines = [
         "tiles, others = (S + OUTER - 1) // OUTER, (T + INNER - 1) // INNER",
@@ -482,7 +488,7 @@ def _dbias(w: _Writer) -> list[str]:
     return lines
 
 
-def _query_tiles(w: _Writer, start: str, count: str) -> list[str]:
+def _query_tiles(w: Writer, start: str, count: str) -> list[str]:
     """Queries and gradients of the output with their log-sum-exp and delta."""
     return [
         *w.rows("q", "q", w.head, w.layout.head_dim, start, count, to="query"),
@@ -493,7 +499,7 @@ def _query_tiles(w: _Writer, start: str, count: str) -> list[str]:
     ]
 
 
-def _key_tiles(w: _Writer, start: str, count: str) -> list[str]:
+def _key_tiles(w: Writer, start: str, count: str) -> list[str]:
     return [
         *w.rows("k", "k", w.head, w.layout.head_dim, start, count, to="key"),
         *w.rows("v", "k", w.value, w.layout.value_dim, start, count, to="value"),
