@@ -6,8 +6,6 @@ backward pass reads them twice, once for each of its two kernels.
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kp_compiler.lowering.triton.attention_source import Layout, parameters, source
+from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.specs import AttentionSpec
 
 _LARGEST_STRIDE = 2**23  # of a row, so that places in a tile of 128 rows are int32
@@ -241,15 +240,10 @@ def _launch(
         return
     names = parameters(kernel, site.spec, layout)
     with torch.cuda.device_of(site.q):
-        _compiled(kernel, site.spec, layout)[grid](**{n: found[n] for n in names}, num_warps=tile.warps)
+        text = _text(kernel, site.spec, layout)
+        compiled(f"kp_attention_{kernel}", text)[grid](**{n: found[n] for n in names}, num_warps=tile.warps)
 
 
 @lru_cache(maxsize=1024)
-def _compiled(kernel: str, spec: AttentionSpec, layout: Layout) -> Any:
-    """The kernel of a source, which is known to `inspect` without lying in a file."""
-    text = source(kernel, spec, layout)
-    name = f"<kp_attention_{kernel} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    namespace: dict[str, Any] = {"__name__": __name__}
-    exec(compile(text, name, "exec"), namespace)
-    return namespace[f"kp_attention_{kernel}"]
+def _text(kernel: str, spec: AttentionSpec, layout: Layout) -> str:
+    return source(kernel, spec, layout)

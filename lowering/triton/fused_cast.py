@@ -12,8 +12,6 @@ launches it as it launches its own.
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -27,6 +25,7 @@ from torch.utils._sympy.functions import CeilDiv
 from kp_compiler.lowering.fp8.fused import fp8_fused, parse
 from kp_compiler.lowering.fp8.program import Buffer, Launch, Program
 from kp_compiler.lowering.triton.cast_source import NAMES, Inside, buffers_of, source
+from kp_compiler.lowering.triton.text import compiled
 
 
 @cache
@@ -82,20 +81,13 @@ def _readable(x: Any, kind: str) -> Any:
     return x if isinstance(x, TensorBox) else TensorBox(x)
 
 
+_NAME = "kp_fused_cast"
+
+
 @lru_cache(maxsize=1024)
 def _tuned(text: str, warps: int) -> Any:
     """A kernel with its launch settings, as Inductor takes them."""
-    return triton.autotune(configs=[triton.Config({}, num_warps=warps)], key=[])(_compiled(text))
-
-
-@lru_cache(maxsize=1024)
-def _compiled(text: str) -> Any:
-    """The kernel of a source, which is known to `inspect` without lying in a file."""
-    name = f"<kp_fused_cast {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    namespace: dict[str, Any] = {"__name__": __name__}
-    exec(compile(text, name, "exec"), namespace)
-    return namespace["kp_fused_cast"]
+    return triton.autotune(configs=[triton.Config({}, num_warps=warps)], key=[])(compiled(_NAME, text))
 
 
 def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
@@ -110,7 +102,7 @@ def run(tensors: list[Tensor], program: Program) -> list[Tensor]:
         strides = [x.stride(0) for x, (_, kind) in zip(leaves, launch.leaves, strict=True) if kind == "full"]
         one = kernel_for(launch, program, strides, sizes, tensors[launch.matrix].shape[0])
         pointers = dict(zip(one.pointers, [*leaves, *(outs[b] for b in one.buffers)], strict=True))
-        _compiled(one.source)[one.grid](**pointers, **one.numbers, num_warps=one.warps)
+        compiled(_NAME, one.source)[one.grid](**pointers, **one.numbers, num_warps=one.warps)
     return outs
 
 

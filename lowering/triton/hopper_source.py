@@ -13,6 +13,7 @@ which. Lines of masks and score changes are the portable kernel's (`Writer.chang
 
 from __future__ import annotations
 
+from functools import lru_cache
 from textwrap import indent
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
@@ -31,6 +32,7 @@ def hopper_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
     return tuple(name for name in parameters("forward", spec, layout) if name not in strides)
 
 
+@lru_cache(maxsize=1024)
 def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
     """A module with `kp_attention_hopper`; its parameters are `hopper_parameters(spec, layout)`."""
     writer = Writer("forward", spec, layout)
