@@ -1,127 +1,344 @@
-"""One attention site at a time: every kernel of the lowering table that takes it, forward and forward +
-backward.
+"""Attention kernels alone: TFLOP/s of every provider over masks, head sizes and lengths, both ways.
 
-    python benchmarks/attention_kernels.py [--length 32768] [--out DIR]
+    python benchmarks/attention_kernels.py [--masks causal full …] [--dims 64 128 256] [--lengths 4096 …]
+        [--providers cudnn …] [--sparse 32768 …] [--repeats 5] [--out DIR]
 
-These figures order `kp_compiler.lowering.table`. Masks are written as user code and proved by kp; kernels are
-asked for by name. TFLOP/s count unmasked pairs only (4·D per pair forward, 2.5 times that backward).
+bfloat16, 16384 tokens in all where one sequence is shorter, a hidden size of 2048 (D64 has 32 heads, D128 16,
+D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 times that backward. `packed` holds
+documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
+FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
+FlexAttention and kp's kernels read the same block lists, which are made before anything is timed. A product of
+8192³ is timed before and after: what the device gives that day.
+
+`--sparse`: 32 query and 8 key heads, D128, blocks of 128 x 128 drawn at random for each head under a causal
+mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAttention with the same lists.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from attention_models import packed_positions
-from harness import RESULTS, time_interleaved, warm, write
+from harness import RESULTS, bar, installed, time_interleaved, warm, write
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-import kp_compiler
+from kp_compiler.lowering import attend
+from kp_compiler.specs import AttentionSpec, MaskSpec
 
-KERNELS = ("cudnn", "flash", "flex", "efficient", "fa4")
-
-
-def attend(kind: str, length: int, segments: torch.Tensor, keep: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Attention with a mask of one kind, as a user writes it."""
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(length, device=q.device)[:, None]
-        columns = torch.arange(length, device=q.device)[None, :]
-        mask = columns <= rows
-        if kind == "window":
-            mask = mask & (columns > rows - 1024)
-        elif kind == "document":
-            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
-        elif kind == "padding":
-            mask = mask & keep[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    return run
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+TOKENS, HIDDEN, WINDOW, BLOCK = 16384, 2048, 1024, 128
+PROVIDERS = ("cudnn", "flash", "masked", "flex", "kp", "fa4")
+SPECS = {
+    "full": MaskSpec(),
+    "causal": MaskSpec("causal", "k <= q"),
+    "window": MaskSpec("window", f"(k <= q) & (q - k <= {WINDOW - 1})", window=WINDOW),
+    "packed": MaskSpec("document", "(k <= q) & Eq(t0(b, k), t0(b, q))", tensors=(0,)),
+}
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def pairs(kind: str, length: int, segments: torch.Tensor, keep: torch.Tensor) -> float:
-    """Unmasked pairs of one head and sequence."""
-    if kind == "window":
-        return 1024 * length - 1024 * 1023 / 2
-    if kind == "document":
+@dataclass(frozen=True)
+class Setting:
+    """One line of the tables."""
+
+    mask: str
+    length: int
+    width: int
+    heads: int
+    kv_heads: int
+    batch: int
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}:{self.kv_heads}"
+        return f"{self.mask}, {self.batch} x {self.length}, {heads} heads, D{self.width}"
+
+
+def documents(setting: Setting) -> Tensor:
+    """Which document each token belongs to, [B,N]."""
+    return (packed_positions(setting.length) == 0).cumsum(-1).expand(setting.batch, -1).contiguous()
+
+
+def mask_function(setting: Setting, segments: Tensor) -> Callable[..., Tensor]:
+    """FlexAttention's form of a mask."""
+
+    def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if setting.mask == "packed":
+            return (k <= q) & (segments[b, q] == segments[b, k])
+        return (k <= q) & (q - k < WINDOW) if setting.mask == "window" else k <= q
+
+    return keep
+
+
+def pairs(setting: Setting, segments: Tensor) -> float:
+    """Pairs that one head keeps in one sequence."""
+    n = setting.length
+    if setting.mask == "packed":
         sizes = torch.bincount(segments[0]).double()
         return float((sizes * (sizes + 1) / 2).sum())
-    if kind == "padding":
-        return float(torch.cumsum(keep[0].double(), 0).sum())
-    return length * (length + 1) / 2
+    if setting.mask == "window":
+        w = min(WINDOW, n)
+        return w * n - w * (w - 1) / 2
+    return n * n if setting.mask == "full" else n * (n + 1) / 2
 
 
-def steps_of(function: Any, q: Any, k: Any, v: Any) -> dict[str, Callable[[], Any]]:
-    def forward() -> None:
-        with torch.no_grad():
-            function(q, k, v)
-
-    def both() -> None:
-        function(q, k, v).backward(torch.ones_like(q))
-        q.grad = k.grad = v.grad = None
-
-    return {"forward": forward, "forward+backward": both}
+def lists_of(blocks: BlockMask) -> list[Tensor]:
+    """As kp's kernels take them."""
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+             "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
+    return [getattr(blocks, name) for name in names]
 
 
-def measure(
-    kind: str, length: int, heads: int, kv_heads: int, width: int, repeats: int
-) -> list[dict[str, Any]]:
-    q = torch.randn(1, heads, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    k, v = (
-        torch.randn(1, kv_heads, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(2)
-    )
-    segments = (packed_positions(length) == 0).cumsum(-1)
-    keep = torch.ones(1, length, dtype=torch.bool, device="cuda")
-    keep[:, : length // 8] = False
-    work = 4.0 * width * heads * pairs(kind, length, segments, keep)
-    steps: dict[tuple[str, str], Any] = {}
-    for kernel in KERNELS:
-        torch._dynamo.reset()
-        with kp_compiler.capture_reports() as reports:
-            options = {"attention": {"impl": kernel}}
-            compiled = torch.compile(attend(kind, length, segments, keep), backend="kp", options=options)
-            found = steps_of(compiled, q, k, v)
-            with torch.no_grad():
-                try:
-                    compiled(q, k, v)
-                except torch.OutOfMemoryError:
-                    continue
-        if not any(r.rewritten() for r in reports):
-            continue
-        for mode, step in found.items():
-            if warm(kernel, step, 3):
-                steps[mode, kernel] = step
-    times = time_interleaved({f"{m}/{n}": s for (m, n), s in steps.items()}, repeats)
-    rows = []
-    for mode, kernel in steps:
-        ms = times[f"{mode}/{kernel}"]
-        tflops = work * (1.0 if mode == "forward" else 3.5) / ms / 1e9
-        name = f"{kind} {length} {heads}:{kv_heads} D{width}"
-        rows.append(
-            {"setting": name, "mode": mode, "kernel": kernel, "ms": round(ms, 4), "tflops": round(tflops, 1)}
+def kp_call(spec: MaskSpec, width: int, operands: list[Tensor], blocks: BlockMask | None) -> Call:
+    block = None if blocks is None else (BLOCK, BLOCK)
+    plan = attend.Plan(AttentionSpec(width**-0.5, spec), block).to_json()
+    lists = [] if blocks is None else lists_of(blocks)
+    return lambda q, k, v: attend.attend()(q, k, v, operands, [], lists, None, None, None, plan)[0]
+
+
+def sdpa_call(backend: SDPBackend, *, causal: bool, mask: Tensor | None = None) -> Call:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+    return call
+
+
+def flex_call(blocks: BlockMask | None) -> Call:
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def fa4_call(setting: Setting) -> Call:
+    from flash_attn.cute import flash_attn_func
+
+    causal, window = setting.mask != "full", (WINDOW - 1, 0) if setting.mask == "window" else (None, None)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = flash_attn_func(q, k, v, causal=causal, window_size=window)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call
+
+
+def calls(setting: Setting, segments: Tensor, wanted: list[str]) -> Iterator[tuple[str, Call]]:
+    """Providers that take this mask."""
+    plain = setting.mask in ("full", "causal")
+    blocks = None
+    if setting.mask != "full":
+        sizes = (setting.batch if setting.mask == "packed" else None, None, setting.length, setting.length)
+        blocks = create_block_mask(
+            mask_function(setting, segments), *sizes, device="cuda", BLOCK_SIZE=BLOCK, _compile=True
         )
-        print(f"{name:32s} {mode:18s} {kernel:10s} {ms:8.3f} ms {tflops:7.1f} TFLOP/s", flush=True)
+    if plain and setting.width <= 128:
+        yield "cudnn", sdpa_call(SDPBackend.CUDNN_ATTENTION, causal=setting.mask == "causal")
+    if plain:
+        yield "flash", sdpa_call(SDPBackend.FLASH_ATTENTION, causal=setting.mask == "causal")
+    if not plain and "masked" in wanted:
+        rows = torch.arange(setting.length, device="cuda")
+        keep = mask_function(setting, segments)(torch.zeros_like(rows[:1]), None, rows[:, None], rows)
+        yield "masked", sdpa_call(SDPBackend.EFFICIENT_ATTENTION, causal=False, mask=keep)
+    yield "flex", flex_call(blocks)
+    listed = blocks if setting.mask == "packed" else None
+    yield "kp", kp_call(SPECS[setting.mask], setting.width, [segments] if listed is not None else [], listed)
+    if setting.mask != "packed" and setting.width <= 128:
+        try:
+            yield "fa4", fa4_call(setting)
+        except ImportError:
+            pass
+
+
+def tensors(setting: Setting) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output, as projections give them: [B,N,H,D] in memory."""
+
+    def one(heads: int) -> Tensor:
+        x = torch.randn(
+            setting.batch, setting.length, heads, setting.width, device="cuda", dtype=torch.bfloat16
+        )
+        return x.transpose(1, 2)
+
+    return one(setting.heads), one(setting.kv_heads), one(setting.kv_heads), one(setting.heads)
+
+
+def steps_of(
+    found: dict[str, Call], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
+) -> dict[tuple[str, str], Any]:
+    """By provider and mode; the backward pass alone, over a graph that is kept."""
+    steps: dict[tuple[str, str], Any] = {}
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    for name, call in found.items():
+
+        def forward(call: Call = call) -> None:
+            with torch.no_grad():
+                call(q, k, v)
+
+        if not warm(name, forward):
+            continue
+        steps[name, "forward"] = forward
+        out = call(*leaves)
+
+        def backward(out: Tensor = out) -> None:
+            torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+        if warm(name, backward):
+            steps[name, "backward"] = backward
+    return steps
+
+
+def measure(setting: Setting, providers: list[str], repeats: int) -> list[dict[str, Any]]:
+    segments = documents(setting)
+    q, k, v, grad = tensors(setting)
+    found = {name: call for name, call in calls(setting, segments, providers) if name in providers}
+    return timed(steps_of(found, q, k, v, grad), setting, pairs(setting, segments), repeats)
+
+
+def timed(
+    steps: dict[tuple[str, str], Any], setting: Setting, kept: float, repeats: int
+) -> list[dict[str, Any]]:
+    times = time_interleaved({"/".join(key): step for key, step in steps.items()}, repeats, 0.02)
+    work = 4.0 * setting.width * setting.heads * setting.batch * kept
+    rows = []
+    for name, mode in steps:
+        ms = times[f"{name}/{mode}"]
+        tflops = work * (1.0 if mode == "forward" else 2.5) / ms / 1e9
+        rows.append({"setting": str(setting), **vars(setting), "mode": mode, "provider": name,
+                     "ms": round(ms, 4), "tflops": round(tflops, 1)})  # fmt: skip
+    text = {f"{n} {m[0]}": round(r["tflops"]) for (n, m), r in zip(steps, rows, strict=True)}
+    print(f"{setting}: {text}", flush=True)
     return rows
+
+
+# ------------------------------------------------------------------------------------------------ block-sparse
+
+
+def random_blocks(heads: int, length: int, share: float) -> BlockMask:
+    """For each head and row of blocks, a share of those under the diagonal, and the one on it."""
+    count = length // BLOCK
+    rows = torch.arange(count, device="cuda")
+    below = rows < rows[:, None]
+    take = (rows[:, None] * share).round()
+    rank = torch.rand(1, heads, count, count, device="cuda").masked_fill(~below, 2.0).argsort(-1).argsort(-1)
+    full = below & (rank < take[:, None])
+    diagonal = torch.eye(count, dtype=torch.bool, device="cuda").expand(1, heads, -1, -1)
+
+    def listed(flags: Tensor) -> tuple[Tensor, Tensor]:
+        return flags.sum(-1, dtype=torch.int32), torch.argsort((~flags).int(), dim=-1, stable=True).int()
+
+    return BlockMask.from_kv_blocks(
+        *listed(diagonal), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=lambda b, h, q, k: k <= q
+    )
+
+
+def sparse(length: int, share: float, repeats: int, providers: list[str]) -> list[dict[str, Any]]:
+    setting = Setting(f"blocks {share:.0%}", length, 128, 32, 8, 1)
+    blocks = random_blocks(setting.heads, length, share)
+    found = {
+        "cudnn": sdpa_call(SDPBackend.CUDNN_ATTENTION, causal=True),
+        "flex": flex_call(blocks),
+        "kp": kp_call(SPECS["causal"], setting.width, [], blocks),
+    }
+    steps = steps_of({n: c for n, c in found.items() if n in providers}, *tensors(setting))
+    return timed(steps, setting, length * (length + 1) / 2, repeats)  # cuDNN's pairs: times are what compares
+
+
+def product() -> float:
+    """TFLOP/s of a bfloat16 product of 8192³."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / time_interleaved({"product": lambda: a @ b}, 3)["product"] / 1e9
+
+
+def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = {(r["mask"], r["length"], r["width"], r["mode"], r["provider"]): r for r in rows}
+
+    def least(mask: str, width: int, mode: str, peer: str, lengths: tuple[int, ...]) -> float | None:
+        ratios = []
+        for length in lengths:
+            mine, theirs = (found.get((mask, length, width, mode, p)) for p in ("kp", peer))
+            if mine and theirs:
+                ratios.append(theirs["ms"] / mine["ms"])
+        return min(ratios, default=None)
+
+    long = (4096, 8192, 16384, 32768)
+    bars = [
+        bar(
+            "causal D128 forward against cuDNN, 4k to 32k",
+            least("causal", 128, "forward", "cudnn", long),
+            1.0,
+        ),
+        bar(
+            "causal D64 forward against cuDNN, 4k to 32k", least("causal", 64, "forward", "cudnn", long), 1.0
+        ),
+        bar(
+            "causal D128 backward against cuDNN, 4k to 32k",
+            least("causal", 128, "backward", "cudnn", long),
+            0.95,
+        ),
+        bar(
+            "causal D128 backward against FlexAttention", least("causal", 128, "backward", "flex", long), 1.2
+        ),
+    ]
+    for mask, tflops in (("packed", 400), ("window", 350)):
+        row = found.get((mask, 32768, 128, "forward", "kp"))
+        bars.append(bar(f"{mask} 32k D128 forward, useful TFLOP/s", row["tflops"] if row else None, tflops))
+        bars.append(
+            bar(f"{mask} 32k against a mask tensor", least(mask, 128, "forward", "masked", (32768,)), 15.0)
+        )
+        bars.append(
+            bar(f"{mask} 32k against FlexAttention", least(mask, 128, "forward", "flex", (32768,)), 1.3)
+        )
+    for length, against in ((32768, 7.2), (131072, 8.3)):
+        if ("blocks 10%", length, 128, "forward", "kp") in found:
+            for peer, target in (("cudnn", against), ("flex", 1.2)):
+                value = least("blocks 10%", 128, "forward", peer, (length,))
+                bars.append(bar(f"a tenth of the blocks, {length}, forward against {peer}", value, target))
+    return bars
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--kinds", nargs="*", default=["causal", "window", "document", "padding"])
+    parser.add_argument("--masks", nargs="*", default=list(SPECS))
+    parser.add_argument("--dims", nargs="*", type=int, default=[64, 128, 256])
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
+    parser.add_argument("--providers", nargs="*", default=PROVIDERS)
+    parser.add_argument("--sparse", nargs="*", type=int, default=[32768, 131072], metavar="LENGTH")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 256
-    rows = []
-    for kind in options.kinds:
-        rows += measure(kind, options.length, 16, 4, 128, options.repeats)
-    write("attention_kernels", rows, [], {"kp": kp_compiler.__version__}, options.out)
+    torch._dynamo.config.recompile_limit = 1024
+    rows: list[dict[str, Any]] = [
+        {"setting": "product 8192³, before", "provider": "cuBLAS", "tflops": round(product(), 1)}
+    ]
+    for mask in options.masks:
+        for width in options.dims:
+            for length in options.lengths:
+                if mask in ("packed", "window") and length < 2048:
+                    continue
+                heads = HIDDEN // width
+                setting = Setting(mask, length, width, heads, heads, max(1, TOKENS // length))
+                rows += measure(setting, options.providers, options.repeats)
+    for length in options.sparse:
+        for share in (0.1, 1.0) if length <= 32768 else (0.1,):
+            rows += sparse(length, share, options.repeats, options.providers)
+    rows.append({"setting": "product 8192³, after", "provider": "cuBLAS", "tflops": round(product(), 1)})
+    write(
+        "attention_kernels",
+        rows,
+        bars_of([r for r in rows if "mask" in r]),
+        installed("flash-attn-4"),
+        options.out,
+    )
 
 
 if __name__ == "__main__":

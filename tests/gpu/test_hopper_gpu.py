@@ -1,4 +1,4 @@
-"""The Hopper kernels on the device: every mask with every score change, against float64, the same every time."""
+"""The Hopper kernels on the device: every mask with every score change, against float64, always the same."""
 
 from __future__ import annotations
 
