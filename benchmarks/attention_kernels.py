@@ -7,8 +7,8 @@ bfloat16, 16384 tokens in all where one sequence is shorter, a hidden size of 20
 D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 times that backward. `packed` holds
 documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
 FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
-FlexAttention and kp's kernels read the same block lists, which are made before anything is timed. A product of
-8192³ is timed before and after: what the device gives that day.
+FlexAttention and kp's kernels read the same block lists, which are made before anything is timed. A product
+of 8192³ is timed before and after: what the device gives that day.
 
 `--sparse`: 32 query and 8 key heads, D128, blocks of 128 x 128 drawn at random for each head under a causal
 mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAttention with the same lists.
@@ -218,7 +218,7 @@ def timed(
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ block-sparse
+# ----------------------------------------------------------------------------------------------- block-sparse
 
 
 def random_blocks(heads: int, length: int, share: float) -> BlockMask:
