@@ -36,6 +36,7 @@ class Target:
     has_triton: bool = False  # on a CPU: Triton is there and in its interpreter (TRITON_INTERPRET=1)
     has_fa4: bool = False
     has_te: bool = False
+    shared_memory: int = 227 * 1024  # bytes that a kernel's block may have: Hopper's
     assumed: bool = False
     reference: bool = False  # lower everything onto the reference kernels (cpu_rewrites)
 
@@ -66,6 +67,7 @@ def _detect_cuda(index: int) -> Target:
         has_triton=has_package("triton"),
         has_fa4=has_fa4(),
         has_te=has_te(),
+        shared_memory=torch.cuda.get_device_properties(index).shared_memory_per_block_optin,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.dead_rows import mean_rows, unkept
@@ -35,7 +36,7 @@ _FORWARD = (
 )
 _BACKWARD = (
     f"(Tensor grad, Tensor? grad_lse, {_INPUTS}, Tensor? seed, Tensor out, Tensor lse, bool[] wanted,"
-    " str plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)"
+    " str plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)"  # wanted: of q, of k or v, operands
 )
 
 
@@ -73,6 +74,8 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection(
             "head-dim", f"kp's kernels go up to head size {_LARGEST_HEAD}, known at compile time."
         )
+    if statically_known_true(shape.queries == 1):
+        return Rejection("decode", "A single query leaves most of the device idle in kp's kernels.")
     if spec.mask.kind == "tensor" and spec.form == "sdpa":
         return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
     if spec.mask.kind != "tensor" and not mask_render.renderable(mask_render.parse(spec.mask.expr)):
@@ -112,7 +115,7 @@ def attend() -> Any:
     [B,S,H,E], and lse [B,H,S] in float32, the natural logarithm of the sum of exponentials, sink included, −∞
     with zeros in out for rows without a key.
 
-    `blocks` is empty where the mask bounds loops by itself (`mask_bounds.inequalities`), else the lists of
+    `blocks` is empty where the mask bounds loops itself (`attention_loops.inequalities`), else the lists of
     `block_mask.BlockLists`: only their blocks are visited, the mask is applied in the partial ones.
     `start_out` [B,H,S,E], `start_lse` [B,H,S]: what attention over other keys gave, taken into the result.
     """
@@ -151,6 +154,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kernels, site = _site(q, k, v, operands, scalars, seed, plan)
     out = _by_row(q, v.shape[-1])
+    if (len(blocks) == 8) != (site.block is not None) or len(blocks) not in (0, 8):
+        raise ValueError(
+            f"kp::attend: {len(blocks)} block lists for blocks of {site.block}; 8 or none are needed"
+        )
+    if (start_out is None) != (start_lse is None):
+        raise ValueError("kp::attend: start_out and start_lse come together")
     lists = kernels.Lists(*blocks[:4]) if blocks else None
     start = None
     if start_out is not None and start_lse is not None:
@@ -171,36 +180,44 @@ def _backward(
     grad = kernels.readable(grad)
     delta = kernels.delta_of(grad, out, grad_lse)
     by_query, by_key = (kernels.Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
-    dq, dk, dv = (_by_row(x, x.shape[-1]) for x in (q, k, v))
-    kernels.query_gradient(site, by_query, grad, lse, delta, dq)
-    kernels.key_gradients(site, by_key, grad, lse, delta, dk, dv)
-    return dq, dk, dv, _operand_gradients(kernels, site, grad, lse, delta, wanted)
+    dq, dk, dv = _backward_fake(
+        grad, grad_lse, q, k, v, [], scalars, blocks, seed, out, lse, wanted[:2], plan
+    )[:3]
+    if wanted[0]:
+        kernels.query_gradient(site, by_query, grad, lse, delta, dq)
+    if wanted[1]:
+        kernels.key_gradients(site, by_key, grad, lse, delta, dk, dv)
+    return dq, dk, dv, _operand_gradients(kernels, site, by_query, grad, lse, delta, wanted[2:])
 
 
 def _backward_fake(
     grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     wanted = rest[-2]
-    given = [o.new_empty(o.shape if want else (0,)) for o, want in zip(operands, wanted, strict=True)]
-    return *(_by_row(x, x.shape[-1]) for x in (q, k, v)), given  # type: ignore[return-value]
+    matrices = zip((q, k, v), (wanted[0], wanted[1], wanted[1]), strict=True)
+    dq, dk, dv = (_by_row(x, x.shape[-1]) if want else x.new_empty((0,)) for x, want in matrices)
+    given = [o.new_empty(o.shape if want else (0,)) for o, want in zip(operands, wanted[2:], strict=True)]
+    return dq, dk, dv, given
 
 
 def _operand_gradients(
-    kernels: Any, site: Any, grad: Tensor, lse: Tensor, delta: Tensor, wanted: list[bool]
+    kernels: Any, site: Any, lists: Any, grad: Tensor, lse: Tensor, delta: Tensor, wanted: list[bool]
 ) -> list[Tensor]:
     """Of each operand: of all biases that it is, and as a sink, whose probability takes −delta."""
     found = [
         torch.zeros_like(o, memory_format=torch.contiguous_format) if want else o.new_empty((0,))
         for o, want in zip(site.operands, wanted, strict=True)
     ]
-    for index, bias in enumerate(site.spec.biases):
-        if wanted[bias.operand]:
-            found[bias.operand] += kernels.bias_gradient(site, index, grad, lse, delta)
+    places = [bias.operand for bias in site.spec.biases]
+    for place in {place for place in places if wanted[place]}:
+        coeff = sum(bias.coeff for bias in site.spec.biases if bias.operand == place)
+        change = kernels.bias_gradient(site, lists, places.index(place), grad, lse, delta)
+        found[place] += change if coeff == 1.0 else change * coeff
     sink = site.spec.sink
     if sink is not None and wanted[sink]:
         value = site.operands[sink].float().reshape(1, -1, 1)
-        by_head = -(torch.exp(value - lse) * delta).sum((0, 2))
-        found[sink] += by_head.sum_to_size(site.operands[sink].numel()).view_as(found[sink])
+        share = torch.where(torch.isinf(lse), 0.0, torch.exp(value - lse))
+        found[sink] += -(share * delta).sum((0, 2)).sum_to_size(value.numel()).view_as(found[sink])
     return found
 
 
@@ -220,17 +237,18 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[
         return None, None, None, *none, None, None, None, None
     if grad is None:
         grad = torch.zeros_like(out)
-    wanted = [bool(need) for need in ctx.needs_input_grad[3]] if operands else []
+    needs = ctx.needs_input_grad
+    of_operands = [bool(need) for need in needs[3]] if operands else []
+    wanted = [needs[0], needs[1] or needs[2], *of_operands]
     dq, dk, dv, given = attend_backward()(
         grad, grad_lse, q, k, v, operands, ctx.scalars, blocks, seed, out, lse, wanted, ctx.plan
     )
-    given = [g if want else None for g, want in zip(given, wanted, strict=True)]
-    starts = (
-        (None, None)
-        if start_out is None
-        else _start_gradients(grad, grad_lse, out, lse, start_out, start_lse)
-    )
-    return dq, dk, dv, given, *none[1:], *starts, None, None
+    matrices = [x if need else None for x, need in zip((dq, dk, dv), needs[:3], strict=True)]
+    given = [x if want else None for x, want in zip(given, of_operands, strict=True)]
+    starts: tuple[Any, Any] = (None, None)
+    if start_out is not None:
+        starts = _start_gradients(grad, grad_lse, out, lse, start_out, start_lse)
+    return *matrices, given, *none[1:], *starts, None, None
 
 
 def _start_gradients(
@@ -253,8 +271,29 @@ def _site(
     plan: str,
 ) -> tuple[Any, Any]:
     """The module of the kernels, and what they all read."""
+    parsed = Plan.parse(plan)
+    _check_inputs(parsed, q, k, v, operands, seed)
     from kp_compiler.lowering.triton import attention as kernels
 
-    parsed = Plan.parse(plan)
     q, k, v = (kernels.readable(x) for x in (q, k, v))
     return kernels, kernels.Site(parsed.spec, q, k, v, operands, scalars, seed, parsed.block)
+
+
+def _check_inputs(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], seed: Tensor | None
+) -> None:
+    """ValueError for what the kernels would read wrongly."""
+    shapes = [list(x.shape) for x in (q, k, v)]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"kp::attend: q, k and v need one dtype, half or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    fits = k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if not fits or q.shape[1] % k.shape[1]:
+        raise ValueError(f"kp::attend: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] do not fit: {shapes}")
+    if max(plan.spec.operands(), default=-1) >= len(operands):
+        raise ValueError(
+            f"kp::attend: the spec reads operands {plan.spec.operands()}, {len(operands)} were given"
+        )
+    if plan.spec.dropout_p and seed is None:
+        raise ValueError("kp::attend: a spec with dropout needs a seed")

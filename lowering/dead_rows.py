@@ -19,6 +19,10 @@ def unkept(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
         return Rejection(
             "dead-rows", "Gradients of fully masked rows go through the soft-cap, which is not kept."
         )
+    if spec.dead_rows == "mean" and spec.fill == "add" and shape.bias_grad:
+        return Rejection("dead-rows", "A bias would lose its gradient from fully masked rows.")
+    if spec.dead_rows == "mean" and spec.dropout_p:
+        return Rejection("dead-rows", "Dropout of fully masked rows is not kept.")
     if spec.dead_rows == "nan" and shape.training and spec.mask.kind != "full":
         return Rejection("dead-rows", "Fully masked rows are NaN with NaN gradients, which are not kept.")
     return None

@@ -84,26 +84,18 @@ def render(expr: Any, algebra: Algebra) -> Any:
 
 def renderable(expr: Any) -> bool:
     """Whether `render` knows every part of a formula."""
-    return all(_known(part) for part in sympy.preorder_traversal(expr))
+    try:
+        render(expr, _Nothing())
+    except ValueError:
+        return False
+    return True
 
 
-_KINDS = (
-    sympy.Integer, sympy.Symbol, sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Not, sympy.Xor,
-    sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne, sympy.Min, sympy.Max,
-    sympy.logic.boolalg.BooleanAtom,
-)  # fmt: skip
+class _Nothing:
+    """An algebra without values."""
 
-
-def _known(part: Any) -> bool:
-    if isinstance(part, sympy.floor):
-        return part.args[0].as_numer_denom()[1].is_Integer
-    if isinstance(part, sympy.Mod):
-        return bool(part.args[1].is_Integer and part.args[1] > 0)
-    if isinstance(part, sympy.Rational) and not part.is_Integer:
-        return True  # only inside a floor, which is checked above
-    if isinstance(part, sympy.Function):
-        return part.func.__name__.startswith("t") or isinstance(part, sympy.Min | sympy.Max | sympy.Abs)
-    return isinstance(part, _KINDS)
+    def __getattr__(self, operation: str) -> Callable[..., None]:
+        return lambda *args: None
 
 
 class _Renderer:
@@ -140,13 +132,15 @@ class _Renderer:
             return self._relation(expr)
         if isinstance(expr, sympy.floor):
             numerator, denominator = expr.args[0].as_numer_denom()
+            if not denominator.is_Integer:
+                raise ValueError(f"kp can't render {expr}")
             return a.floor_div(self.visit(sympy.expand(numerator)), int(denominator))
-        if isinstance(expr, sympy.Mod):
+        if isinstance(expr, sympy.Mod) and expr.args[1].is_Integer and expr.args[1] > 0:
             return a.mod(self.visit(expr.args[0]), int(expr.args[1]))
         if isinstance(expr, sympy.Abs):
             inner = self.visit(expr.args[0])
             return a.maximum(inner, a.mul(a.integer(-1), inner))
-        if isinstance(expr, sympy.Function):
+        if isinstance(expr, sympy.Function) and expr.func.__name__.startswith("t"):
             return a.lookup(int(expr.func.__name__[1:]), [self.visit(arg) for arg in expr.args])
         raise ValueError(f"kp can't render {expr} ({type(expr).__name__})")
 

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kp_compiler.lowering.triton.attention_source import Layout, parameters, source
+from kp_compiler.lowering.triton.attention_source import WHOLE, Layout, parameters, pieces, source
 from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.specs import AttentionSpec
+from kp_compiler.target import detect
 
 _LARGEST_STRIDE = 2**23  # of a row, so that places in a tile of 128 rows are int32
 
@@ -31,6 +32,29 @@ class Tile:
     inner: int
     warps: int
     stages: int
+
+    def fitted(
+        self, kernel: str, widths: int, itemsize: int, limit: int, block: tuple[int, int] | None
+    ) -> Tile:
+        """The same or smaller: its tiles, of rows that q and k, and v and out, `widths` in all, have, within
+        `limit` bytes of shared memory, and not larger than the blocks of lists."""
+        outer, inner, stages = self.outer, self.inner, self.stages
+        if block is not None:
+            rows = reversed(block) if kernel == "dkdv" else block
+            outer, inner = (min(pair) for pair in zip((outer, inner), rows, strict=True))
+        owned = widths // 2 if kernel == "forward" else widths  # by the outer index; forward, that is q alone
+
+        def bytes_of(outer: int, inner: int, stages: int) -> int:
+            return itemsize * (outer * owned + stages * inner * widths) + 2048
+
+        while bytes_of(outer, inner, stages) > limit and (stages, inner, outer) != (1, 16, 16):
+            if stages > 1:
+                stages -= 1
+            elif inner >= outer and inner > 16:
+                inner //= 2
+            else:
+                outer //= 2
+        return Tile(outer, inner, min(self.warps, max(1, outer // 16)), stages)
 
 
 def tile_for(kernel: str, head_dim: int, itemsize: int) -> Tile:
@@ -55,6 +79,18 @@ class Lists:
     partial: Tensor
     full_count: Tensor
     full: Tensor
+
+    def visited(self) -> Tensor:
+        """What is made of each block, [b,h,lines,blocks]: nothing, with its mask, or whole."""
+        kinds = torch.zeros_like(self.partial, dtype=torch.int8)
+        places = torch.arange(self.partial.shape[3], device=kinds.device)
+        for kind, count, order in (
+            (1, self.partial_count, self.partial),
+            (WHOLE, self.full_count, self.full),
+        ):
+            held = (places < count.unsqueeze(-1)).to(torch.int8) * kind
+            kinds += torch.zeros_like(kinds).scatter_(3, order.long(), held)
+        return kinds
 
     def arguments(self) -> dict[str, Any]:
         tensors = {name: value.contiguous() for name, value in vars(self).items()}
@@ -81,8 +117,10 @@ class Site:
     tiles: dict[str, Tile] = field(default_factory=dict)  # by kernel, in place of `tile_for`'s
 
     def tile(self, kernel: str) -> Tile:
-        head_dim = max(self.q.shape[3], self.v.shape[3])
-        return self.tiles.get(kernel) or tile_for(kernel, head_dim, self.q.element_size())
+        widths = [sum(width for _, width in pieces(x.shape[3])) for x in (self.q, self.v)]
+        size = self.q.element_size()
+        tile = self.tiles.get(kernel) or tile_for(kernel, max(widths), size)
+        return tile.fitted(kernel, sum(widths), size, detect(self.q.device).shared_memory, self.block)
 
     def arguments(self) -> dict[str, Any]:
         """By parameter name."""
@@ -126,7 +164,8 @@ class Site:
         return Layout(
             self.q.shape[3], self.v.shape[3], (tile.outer, tile.inner), tile.stages,
             tuple(t.dtype == torch.bool for t in tensors), tuple(t.dim() for t in tensors),
-            frozenset(name for name, size in sizes.items() if size % spans[name] == 0), self.block, **more,
+            frozenset(name for name, size in sizes.items() if size % spans[name] == 0), self.block,
+            exact=self.q.dtype == torch.float32, **more,
         )  # fmt: skip
 
 
@@ -167,11 +206,15 @@ def key_gradients(
     _launch("dkdv", site, lists, found)
 
 
-def bias_gradient(site: Site, index: int, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of bias `index`, in float32 and its shape."""
+def bias_gradient(
+    site: Site, lists: Lists | None, index: int, grad: Tensor, lse: Tensor, delta: Tensor
+) -> Tensor:
+    """The gradient of bias `index` without its coefficient, in float32 and its shape."""
     bias = site.operands[site.spec.biases[index].operand]
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     sizes = (*site.q.shape[:3], site.k.shape[2])
+    if 0 in sizes:
+        return torch.zeros(bias.shape, dtype=torch.float32, device=grad.device)
     tile = site.tile("dbias")
     summed = frozenset(name for name, dim in (("q", 2), ("k", 3)) if shape[dim] == 1 < sizes[dim])
     tiles = -(-sizes[2] // tile.outer), -(-sizes[3] // tile.inner)
@@ -179,9 +222,10 @@ def bias_gradient(site: Site, index: int, grad: Tensor, lse: Tensor, delta: Tens
     out = torch.empty(shape[0], shape[1], rows, columns, dtype=torch.float32, device=grad.device)
     found = {"lse": lse, "delta": delta, "dbias": out, **strided("dout", grad)}
     found |= {f"dbias_{dim}": stride for dim, stride in zip("bhqk", out.stride(), strict=True)}
-    found |= {"batches": sizes[0] // shape[0], "heads": sizes[1] // shape[1]}
-    grid = (tiles[0] * tiles[1], shape[0], shape[1])
-    _launch("dbias", site, None, found, grid=grid, bias=index, summed=summed)
+    found |= {"batches": sizes[0] // shape[0], "heads": sizes[1] // shape[1], "own_heads": shape[1]}
+    found |= {} if lists is None else {"visited": lists.visited()}
+    grid = (tiles[0] * tiles[1] * shape[0] * shape[1],)
+    _launch("dbias", site, lists, found, grid=grid, bias=index, summed=summed)
     for dim, name in ((2, "q"), (3, "k")):
         out = out.sum(dim, keepdim=True) if name in summed else out
     return out.reshape(bias.shape)
@@ -191,9 +235,11 @@ def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """rowsum(grad ∘ out) - grad_lse, [B,H,S] in float32."""
     batch, heads, rows, width = out.shape
     delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    given = {} if grad_lse is None else {"lse_ptr": grad_lse.contiguous()}
-    _delta[(triton.cdiv(rows, 64), batch * heads)](
-        **strided("grad", grad), **strided("out", out), lse_ptr=given.get("lse_ptr", delta), delta=delta,
+    if delta.numel() == 0:
+        return delta
+    given = delta if grad_lse is None else grad_lse.contiguous()
+    _delta[(triton.cdiv(rows, 64) * batch * heads,)](
+        **strided("grad", grad), **strided("out", out), lse_ptr=given, delta=delta,
         H=heads, S=rows, E=width, WIDTH=triton.next_power_of_2(width), GIVEN=grad_lse is not None,
     )  # fmt: skip
     return delta
@@ -204,8 +250,9 @@ def _delta(
     grad, out, lse_ptr, delta, grad_b, grad_h, grad_s, out_b, out_h, out_s, H, S, E,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
-    rows = (tl.program_id(0) * 64 + tl.arange(0, 64)).to(tl.int64)
+    tiles = (S + 63) // 64
+    batch, head = tl.program_id(0) // tiles // H, tl.program_id(0) // tiles % H
+    rows = (tl.program_id(0) % tiles * 64 + tl.arange(0, 64)).to(tl.int64)
     columns = tl.arange(0, WIDTH)[None, :]
     mask = (rows[:, None] < S) & (columns < E)
     grad += batch.to(tl.int64) * grad_b + head.to(tl.int64) * grad_h

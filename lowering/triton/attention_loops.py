@@ -42,7 +42,7 @@ class Formula:
     inside: list[str] = field(default_factory=list)
 
     def integer(self, value: int) -> Value:
-        return Value(f"({value})")
+        return Value(f"({value})" if abs(value) < 2**30 else f"tl.cast({value}, tl.int64)")
 
     def truth(self, value: bool) -> Value:
         return Value(f"({int(value)} != 0)")
@@ -50,14 +50,11 @@ class Formula:
     def symbol(self, name: str) -> Value:
         if name in SIZES:
             return Value(f"{name}_at", frozenset({name}))
-        return Value({"b": "batch", "h": "head"}.get(name, name))
+        return Value({"b": "batch", "h": "head"}.get(name) or f"tl.cast({name}, tl.int64)")
 
     def lookup(self, index: int, args: list[Value]) -> Value:
         on = frozenset[str]().union(*(arg.on for arg in args))
-        places = "".join(
-            f" + ({arg.text}).to(tl.int64) * t{index}_{dim}" for dim, arg in enumerate(args) if arg.on
-        )
-        places += "".join(f" + {arg.text} * t{index}_{dim}" for dim, arg in enumerate(args) if not arg.on)
+        places = "".join(f" + tl.cast({arg.text}, tl.int64) * t{index}_{dim}" for dim, arg in enumerate(args))
         load = f"tl.load(t{index}{places}{inside(on - self.whole)})"
         return self._line(load + (".to(tl.int32)" if self.booleans[index] else ""), on)
 
@@ -133,6 +130,8 @@ def inequalities(mask: MaskSpec) -> tuple[Any, ...] | None:
     for form in forms:
         if form.has(symbols["b"]) or form.has(symbols["h"]) or not form.is_polynomial():
             return None
+        if not all(number.is_Integer for number in form.atoms(sympy.Rational)):
+            return None
         if any(form.coeff(symbols[name]) not in (-1, 0, 1) for name in SIZES):
             return None
         if any(sympy.diff(form, symbols[name]).free_symbols for name in SIZES):
@@ -147,26 +146,25 @@ def sides(forms: tuple[Any, ...], loop: str) -> tuple[bool, bool]:
     return -1 in slopes, bool(slopes & {0, 1})
 
 
-def bounds(forms: tuple[Any, ...], loop: str, *, whole: bool) -> list[str]:
+def bounds(forms: tuple[Any, ...], loop: str) -> list[str]:
     """Lines that set low, full_low, full_high and high, in tiles of INNER, for the fixed indices from `first`
-    to `last`. `whole`: the last tile lies within the size."""
+    to `last`. In 64 bits, as scalars may be large."""
     outer = "k" if loop == "q" else "q"
     inner_symbol, outer_symbol = mask_render.symbol(loop), mask_render.symbol(outer)
-    least, most, surely_least, surely_most, sure = (
-        ["0"],
-        [f"{SIZES[loop]} - 1"],
-        ["0"],
-        [f"{SIZES[loop]} - 1"],
-        [],
-    )
+    least, surely_least = ["0"], ["0"]
+    most, surely_most = [f"{SIZES[loop]} - 1"], [f"{SIZES[loop]} - 1"]
+    sure = []
+    free = set().union(*(form.free_symbols for form in forms))
+    scalars = sorted(free - {inner_symbol, outer_symbol}, key=str)
     for form in forms:
         slope = form.coeff(inner_symbol)
         rest = form - slope * inner_symbol
         limit = -rest if slope == 1 else rest
-        ends = [str(limit.subs(outer_symbol, sympy.Symbol(name))) for name in ("first", "last")]
-        smaller, larger = f"tl.minimum({', '.join(ends)})", f"tl.maximum({', '.join(ends)})"
+        limit = limit.subs({n: sympy.Symbol(f"{n}_") for n in scalars})
+        ends = [str(limit.subs(outer_symbol, sympy.Symbol(name))) for name in ("first_", "last_")]
+        smaller, larger = (f"tl.{name}({', '.join(ends)})" for name in ("minimum", "maximum"))
         if not form.has(outer_symbol):
-            smaller = larger = f"({ends[0]})"
+            smaller = larger = f"tl.cast({ends[0]}, tl.int64)"
         if slope == 1:
             most.append(larger)
             surely_most.append(smaller)
@@ -176,20 +174,20 @@ def bounds(forms: tuple[Any, ...], loop: str, *, whole: bool) -> list[str]:
         else:
             sure.append(f"({larger} <= 0)")
     lines = [
+        *(f"{name}_ = tl.cast({name}, tl.int64)" for name in ("first", "last", *map(str, scalars))),
         f"low = {_extreme('maximum', least)} // INNER",
         f"high = tl.maximum({_extreme('minimum', most)} + INNER, 0) // INNER",
         f"full_low = ({_extreme('maximum', surely_least)} + INNER - 1) // INNER",
         f"full_high = tl.maximum({_extreme('minimum', surely_most)} + 1, 0) // INNER",
-    ]
-    if whole and not forms:
-        lines[3] = "full_high = high"
-    lines += [
-        "full_low = tl.minimum(tl.maximum(full_low, low), tl.maximum(high, low))",
-        "full_high = tl.minimum(tl.maximum(full_high, full_low), tl.maximum(high, low))",
+        "high = tl.maximum(high, low)",
+        "full_low = tl.minimum(tl.maximum(full_low, low), high)",
+        "full_high = tl.minimum(tl.maximum(full_high, full_low), high)",
     ]
     if sure:
         lines.append(f"full_high = tl.where({' & '.join(sure)}, full_high, full_low)")
-    return lines
+    names = ("low", "high", "full_low", "full_high")
+    # a count of tiles has 32 bits; one below zero or above them all is not a count of any
+    return [*lines, *(f"{n} = tl.cast(tl.minimum({n}, {SIZES[loop]}), tl.int32)" for n in names)]
 
 
 def _extreme(name: str, parts: list[str]) -> str:

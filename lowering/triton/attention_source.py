@@ -3,7 +3,7 @@
     forward    s = scale q kᵀ, capped, with biases, masked     m, l: running maximum and sum of exp(s - m)
                out = Σ exp(s - m) v / l                        lse = m + log l
     backward   p = exp(s - lse),  dp = dout vᵀ,  ds = p (dp - delta),  delta = rowsum(dout out) - dlse
-               dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout,  dbias = coeff ds
+               dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout,  dbias = ds, without its coefficient
 
 Method: Dao, FlashAttention-2 (arXiv:2307.08691). A program owns a tile of `OUTER` indices and goes through
 the other ones by `INNER`: queries outside for out, dq and dbias, keys outside for dk and dv, whose sums over
@@ -41,8 +41,11 @@ from kp_compiler.specs import AttentionSpec
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 INFINITY = "float('inf')"
+LOWEST = -(2.0**127)
+TANH = "1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835))))"  # over x
 ROUNDS = 7  # of Philox, as cuRAND's default has ten: seven pass every test of Salmon et al. 2011
 PRECISE = ', input_precision="ieee"'  # of float32; half precision is exact in products anyway
+WHOLE = 2  # a block without a mask, among those that dbias visits; 1 is one with a mask, 0 none
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 
 
@@ -65,6 +68,7 @@ class Layout:
     whole: frozenset[str]  # of "q" and "k", those whose size is a multiple of the tile's
     block: tuple[int, int] | None  # sizes of the blocks of lists, where there are lists
     start: bool = False  # the forward pass goes on from an earlier (out, lse)
+    exact: bool = False  # float32 all the way
     bias: int = 0  # which bias dbias is the gradient of
     summed: frozenset[str] = frozenset()  # of "q" and "k", those that this bias does not vary with
 
@@ -123,7 +127,10 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
         tensors += ["partial_count", "partial", "full_count", "full"]
         numbers += ["list_b", "list_h", "list_length"]
     if kernel == "dbias":
-        numbers += ["batches", "heads", "dbias_b", "dbias_h", "dbias_q", "dbias_k"]
+        numbers += ["batches", "heads", "own_heads", "dbias_b", "dbias_h", "dbias_q", "dbias_k"]
+    if layout.block is not None and kernel == "dbias":
+        tensors.append("visited")
+        numbers += ["list_b", "list_h", "list_length"]
     return (*tensors, *numbers, "H", "GROUP", "S", "T", *(f"n{i}" for i in range(spec.mask.scalars)))
 
 
@@ -227,7 +234,7 @@ class Writer:
         if self.layout.block is not None:
             return lines + self._listed(body)
         assert self.forms is not None
-        lines += bounds(self.forms, self.loop, whole=self.loop in self.layout.whole)
+        lines += bounds(self.forms, self.loop)
         below, above = sides(self.forms, self.loop)
         spans = [("full_low", "full_high", False)]
         if below:
@@ -243,8 +250,7 @@ class Writer:
         """Blocks of a list are as large as tiles, or a multiple."""
         assert self.layout.block is not None
         outer, inner = self.layout.block if self.loop == "k" else reversed(self.layout.block)
-        head = "head"
-        lines = [f"line = batch * list_b + {head} * list_h + first // {outer}"]
+        lines = [f"line = batch * list_b + head * list_h + first // {outer}"]
         per = inner // self.layout.tile[1]
         for name, masked in (("partial", True), ("full", False)):
             lines.append(f"count = tl.load({name}_count + line) * {per}")
@@ -276,12 +282,19 @@ class Writer:
             lines.append(f"s *= {spec.scale!r}")
         if spec.softcap is not None:
             lines.append(f"bent = 1.0 - 2.0 / (tl.exp2(s * {2 * LOG2E / spec.softcap!r}) + 1.0)")
+            if self.layout.exact:  # the difference loses the digits of small ones
+                lines += [f"small = s * {1 / spec.softcap!r}", "square = small * small", f"series = {TANH}"]
+                lines.append("bent = tl.where(tl.abs(small) < 0.25, small * series, bent)")
             lines.append(f"s = bent * {spec.softcap!r}")
         for index, bias in enumerate(spec.biases):
             term = f"{self.tile(f'bias{index}')}.to(tl.float32)"
-            lines.append(f"s += {term}" + ("" if bias.coeff == 1.0 else f" * {bias.coeff!r}"))
+            lines.append(f"term = {term}" + ("" if bias.coeff == 1.0 else f" * {bias.coeff!r}"))
+            # finite fills stay finite as exponents of two: a row of them is the average of all values
+            lines.append(f"s += tl.where((term < {LOWEST}) & (term != float('-inf')), {LOWEST}, term)")
         if masked:
             conditions = [] if self.keep is None else [f"({self.keep})"]
+            if self.kernel == "dbias" and self.layout.block is not None and conditions:
+                conditions = [f"(({self.keep}) | (kind == {WHOLE}))"]
             if self.loop == "k" and "k" not in self.layout.whole:
                 conditions.append(f"({within(frozenset('k'))})")
             if conditions:
@@ -313,7 +326,13 @@ class Writer:
         """Probabilities or their gradients after dropout."""
         if not self.spec.dropout_p:
             return name
-        return f"tl.where(stays, {name} * {1 / (1 - self.spec.dropout_p)!r}, 0.0)"
+        return f"tl.where(stays, {name}, 0.0)"
+
+    def scaled(self, name: str) -> str:
+        """A sum over what dropout kept, made as large as the sum over all."""
+        if not self.spec.dropout_p:
+            return name
+        return f"{name} * {1 / (1 - self.spec.dropout_p) if self.spec.dropout_p < 1 else 0.0!r}"
 
     def recomputed(self, left: str, right: str, *, masked: bool) -> list[str]:
         """p from scores and log-sum-exp (of base two, +∞ for rows without a key)."""
@@ -334,6 +353,7 @@ class Writer:
             lines += [
                 f"extra = tl.load(sink + head).to(tl.float32) * {LOG2E}",
                 "base = tl.maximum(top, extra)",
+                "base = tl.where(base == float('-inf'), 0.0, base)",
                 "shrink = tl.exp2(top - base)",
                 "total = total * shrink + tl.exp2(extra - base)",
                 "top = base",
@@ -355,7 +375,7 @@ class Writer:
     def score_gradients(self) -> list[str]:
         """ds from p and dp; for q and k, what it is before the soft-cap, without the scale."""
         delta = "delta_row[None, :]" if self.loop == "q" else "delta_row[:, None]"
-        lines = [f"ds = p * ({self.dropped('dp')} - {delta})"]
+        lines = [f"ds = p * ({self.scaled(self.dropped('dp'))} - {delta})"]
         if self.spec.softcap is not None and self.kernel != "dbias":
             lines.append("ds *= 1.0 - bent * bent")
         return lines
@@ -398,9 +418,9 @@ def _forward(w: Writer) -> list[str]:
     lines += w.finish(at, masked)
     if layout.start:
         lines += w.rows("start_out", "q", w.value, layout.value_dim, "first", "OUTER", to="before")
-    value = "acc{0} * share[:, None]" + (
-        " + before{0}.to(tl.float32) * rest[:, None]" if layout.start else ""
-    )
+    value = w.scaled("acc{0} * share[:, None]")
+    if layout.start:
+        value += " + tl.where(rest[:, None] > 0.0, before{0}.to(tl.float32) * rest[:, None], 0.0)"
     lines += w.store("out", value, "q", w.value, layout.value_dim)
     return [*lines, f"tl.store(lse + {at}, lse2 * {LN2}{masked})"]
 
@@ -451,7 +471,7 @@ def _dkdv(w: Writer) -> list[str]:
         ]
     )
     lines += w.store("dk", f"dk_acc{{0}} * {w.spec.scale!r}", "k", w.head, layout.head_dim)
-    return lines + w.store("dv", "dv_acc{0}", "k", w.value, layout.value_dim)
+    return lines + w.store("dv", w.scaled("dv_acc{0}"), "k", w.value, layout.value_dim)
 
 
 def _dbias(w: Writer) -> list[str]:
@@ -459,25 +479,36 @@ def _dbias(w: Writer) -> list[str]:
     lines = [
         "tiles, others = (S + OUTER - 1) // OUTER, (T + INNER - 1) // INNER",
         "first = tl.program_id(0) % tiles * OUTER",
+        "last = tl.minimum(first + OUTER, S) - 1",
         "start = tl.program_id(0) // tiles % others * INNER",
-        "own_batch, own_head = tl.program_id(1), tl.program_id(2)",
+        "own_batch = tl.program_id(0) // tiles // others // own_heads",
+        "own_head = tl.program_id(0) // tiles // others % own_heads",
         "q_row = (first + tl.arange(0, OUTER))[:, None]",
         "q_at = q_row",
         *w.indices(),
         "acc = tl.zeros([OUTER, INNER], tl.float32)",
         "all_q, all_k, all_v, all_dout = q, k, v, dout",
-        "for member in range(0, batches * heads):",
+        "members = batches * heads",
     ]
+    if w.layout.block is None and w.forms:
+        lines += [
+            *bounds(w.forms, "k"),
+            "members = tl.where((start // INNER >= low) & (start // INNER < high), members, 0)",
+        ]
+    lines.append("for member in range(0, members):")
     body = ["batch, head = own_batch + member // heads, own_head + member % heads", "kv_head = head // GROUP"]
     for name, head in (("q", "head"), ("dout", "head"), ("k", "kv_head"), ("v", "kv_head")):
         body.append(f"{name} = all_{name} + batch.to(tl.int64) * {name}_b + {head}.to(tl.int64) * {name}_h")
     body += _query_tiles(w, "first", "OUTER") + _key_tiles(w, "start", "INNER") + w.formula.outside
+    if w.layout.block is not None:
+        outer, inner = w.layout.block
+        line = f"batch * list_b + head * list_h + first // {outer}"
+        body.append(f"kind = tl.load(visited + ({line}).to(tl.int64) * list_length + start // {inner})")
     body += w.recomputed("query", "key", masked=True) + _product("dp", "grad", "value", w.value)
-    lines += _in([*body, *w.score_gradients(), "acc += ds"])
-    coeff = w.spec.biases[w.layout.bias].coeff
+    body += w.score_gradients()
+    lines += _in([*body, "acc += ds" if w.layout.block is None else "acc += tl.where(kind > 0, ds, 0.0)"])
     summed = sorted(w.layout.summed)
     axes = {"q": (0, "first // OUTER", "q_at"), "k": (1, "start // INNER", "k_at")}
-    lines.append(f"acc *= {coeff!r}")
     lines += [f"acc = tl.sum(acc, {axes[name][0]}, keep_dims=True)" for name in summed]
     places = [f"({axes[n][1] if n in summed else axes[n][2]}).to(tl.int64) * dbias_{n}" for n in "qk"]
     base = "own_batch.to(tl.int64) * dbias_b + own_head.to(tl.int64) * dbias_h"

@@ -23,6 +23,8 @@ def takes(site: Site) -> bool:
     q, v = site.q, site.v
     if q.dtype not in _DTYPES or q.shape[3] != v.shape[3] or q.shape[3] not in _HEAD_DIMS:
         return False
+    if site.block is not None and (site.block[0] < 2 * ROWS or site.block[1] % 64):
+        return False
     if site.spec.dropout_p or 0 in (q.numel(), v.numel()):
         return False
     return all(_described(x) for x in (q, site.k, v))
@@ -47,6 +49,8 @@ def forward(
     """As `triton.attention.forward`, for a site that it `takes`."""
     batch, heads, queries, width = site.q.shape
     tile = site.tiles.get("hopper") or tile_for(width)
+    if site.block is not None and site.block[1] < tile.inner:
+        tile = Tile(tile.outer, site.block[1], tile.warps, tile.stages)
     layout = site.layout("forward", tile, start=start is not None)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=site.q.device)
     found = site.arguments() | {"lse": lse, **strided("out", out)}

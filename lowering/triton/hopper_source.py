@@ -121,7 +121,7 @@ def _tiles(writer: Writer) -> list[str]:
     if writer.layout.block is None:
         assert writer.forms is not None
         return [
-            *bounds(writer.forms, "k", whole="k" in writer.layout.whole),
+            *bounds(writer.forms, "k"),
             "high = tl.maximum(high, 1)",
             "count = tl.maximum(high - low, 1)",
             "edge_high = high - full_high",
@@ -283,7 +283,8 @@ def _end(writer: Writer) -> list[str]:
             "start_out += batch.to(tl.int64) * start_out_b + head.to(tl.int64) * start_out_h",
             f"before = tl.load(start_out + {rows}.to(tl.int64) * start_out_s + {columns}{masked})",
         ]
-        value += " + before.to(tl.float32) * tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]"
+        lines.append("rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]")
+        value += " + tl.where(rest > 0.0, before.to(tl.float32) * rest, 0.0)"
     return [
         *lines,
         "out += batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h",
