@@ -104,7 +104,6 @@ def test_failing_kernel_emission_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
         ("flash", "device"),
         ("efficient", "device"),
         ("fa4", "library"),
-        ("triton", "dtype"),
     ],
 )
 def test_kernel_by_name_is_not_replaced(kernel: str, code: str) -> None:
