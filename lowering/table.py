@@ -54,6 +54,7 @@ EFFICIENT = Implementation("efficient", aten.check_efficient, aten.emit_efficien
 TRITON = Implementation("triton", attend.check, attend.emit)
 REFERENCE = Implementation("reference", _check_reference, _emit_reference)
 
+# TRITON is in no order yet: by name only, until it was run and measured on a device
 ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4, TRITON)
 ATEN_OPERATORS = aten.OPERATORS  # of the implementations that are one
 BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
@@ -70,10 +71,10 @@ def order(target: Target, spec: AttentionSpec, *, training: bool = False) -> tup
     if target.reference:
         return (REFERENCE,)
     if target.sm >= 90 and mask_render.is_band(spec.mask):
-        return (FA4, FLEX, FLASH, EFFICIENT, TRITON) if training else (FA4, FLASH, FLEX, EFFICIENT, TRITON)
+        return (FA4, FLEX, FLASH, EFFICIENT) if training else (FA4, FLASH, FLEX, EFFICIENT)
     if target.sm >= 90:
-        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT, TRITON)
-    return (FLASH, CUDNN, FLEX, EFFICIENT, TRITON)
+        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT)
+    return (FLASH, CUDNN, FLEX, EFFICIENT)
 
 
 def choose(
