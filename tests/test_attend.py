@@ -292,6 +292,20 @@ def test_dropout() -> None:
         assert relative_error(mine.grad, theirs.grad) < 2e-6
 
 
+def test_dropout_in_lists() -> None:
+    """The blocks that are visited are those of the lists, whatever is dropped."""
+    one = case("prefix", "plain", (4, 2), (200, 200), (16, 200), torch.float32)
+    plan = Plan(dataclasses.replace(one.spec, dropout_p=0.3), (64, 64)).to_json()
+    identity = torch.eye(200).expand(1, 2, 200, 200)
+    listed, seed = lists(one.keep(), (64, 64)), torch.tensor([3])
+    probs = attend()(one.q, one.k, identity, [], [], listed, None, None, seed, plan)[0]
+    whole = exact(dataclasses.replace(one, v=identity), torch.zeros(1, 4, 200, 200), torch.zeros(1, 4, 200))[
+        0
+    ]
+    assert relative_error(probs, whole * (probs != 0) / 0.7) < 4e-6
+    assert abs((probs != 0)[one.keep()].float().mean() - 0.7) < 0.015
+
+
 def test_finite_fills_of_a_bias() -> None:
     """A row of finfo.min is the average of all values, a row of infinities nothing."""
     one = case("full", "bias", (1, 1), (70, 70), (32, 32), torch.float32)

@@ -54,7 +54,7 @@ class Tile:
                 inner //= 2
             else:
                 outer //= 2
-        return Tile(outer, inner, min(self.warps, max(1, outer // 16)), stages)
+        return Tile(outer, inner, max(1, self.warps * outer // self.outer), stages)
 
 
 def tile_for(kernel: str, head_dim: int, itemsize: int) -> Tile:

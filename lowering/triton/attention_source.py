@@ -315,9 +315,10 @@ class Writer:
         bound = min(int(self.spec.dropout_p * 2**32), 2**32 - 1)
         return [
             "zero = tl.zeros([OUTER, INNER], tl.uint32)",
-            "line = (batch * H + head).to(tl.uint32)",
+            "sequence = (batch * H + head).to(tl.uint32)",
             "number, _, _, _ = tl.philox("
-            "tl.load(seed), zero + q_at.to(tl.uint32), zero + k_at.to(tl.uint32), zero + line, zero, "
+            "tl.load(seed), zero + q_at.to(tl.uint32), zero + k_at.to(tl.uint32), "
+            "zero + sequence, zero, "
             f"{ROUNDS})",
             f"stays = number >= {bound}",
         ]
