@@ -189,10 +189,8 @@ def predict_linear(
     plain = {"dw"} if recipe == "rowwise_gw_hp" else set()
     before = [product(name).seconds(PRODUCT, sizes, target) for name in names]
     after = [
-        product(name).seconds(PRODUCT, sizes, target)
-        if name in plain
-        else product(name, fp8=True).seconds(FP8_PRODUCT[recipe], sizes, target)
-        for name in names
+        now if name in plain else product(name, fp8=True).seconds(FP8_PRODUCT[recipe], sizes, target)
+        for name, now in zip(names, before, strict=True)
     ]
     after.append(casts(recipe, backward=len(names) > 1, cached=cached).seconds(1.0, sizes, target))
     now, then = _sum(before), _sum(after)

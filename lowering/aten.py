@@ -153,8 +153,8 @@ def check_efficient(spec: AttentionSpec, shape: AttentionShape, target: Target) 
         )
     if not all(isinstance(d, int) and d % 8 == 0 for d in (shape.head_dim, shape.value_dim)):
         return Rejection("head-dim", "Memory-efficient attention needs head sizes that are multiples of 8.")
-    if spec.mask.kind == "tensor" and spec.form == "sdpa":
-        return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
+    if (refused := mask_render.unproved(spec)) is not None:
+        return refused
     if spec.dead_rows == "nan" or (spec.dead_rows == "zero" and spec.biases):
         return Rejection(
             "dead-rows", f"Fully masked rows are {spec.dead_rows} here, which this kernel does not keep."

@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering import mask_render
-from kp_compiler.lowering.dead_rows import mean_rows, unkept
+from kp_compiler.lowering.dead_rows import after_zeros, unkept
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.metadata import value_of
 from kp_compiler.report import Rejection
@@ -30,6 +30,7 @@ from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
 _LARGEST_HEAD = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, Tensor[] blocks"
 _FORWARD = (
     f"({_INPUTS}, Tensor? start_out, Tensor? start_lse, Tensor? seed, str plan) -> (Tensor out, Tensor lse)"
@@ -67,7 +68,7 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection("device", "kp's kernels need a CUDA device, or Triton's interpreter.")
     if target.device == "cuda" and (target.sm < 80 or not target.has_triton):
         return Rejection("device", "kp's kernels need compute capability 8.0 or newer, and Triton.")
-    if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if shape.dtype not in _DTYPES:
         return Rejection("dtype", f"kp's kernels take half and float32, this site is {shape.dtype}.")
     sizes = (shape.head_dim, shape.value_dim)
     if not all(isinstance(size, int) and size <= _LARGEST_HEAD for size in sizes):
@@ -76,11 +77,7 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         )
     if statically_known_true(shape.queries == 1):
         return Rejection("decode", "A single query leaves most of the device idle in kp's kernels.")
-    if spec.mask.kind == "tensor" and spec.form == "sdpa":
-        return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
-    if spec.mask.kind != "tensor" and not mask_render.renderable(mask_render.parse(spec.mask.expr)):
-        return Rejection("mask-render", f"The mask's formula has no rendering: {spec.mask.expr}")
-    return unkept(spec, shape)
+    return mask_render.unreadable(spec) or unkept(spec, shape)
 
 
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
@@ -99,11 +96,8 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     out = emit.call(operator.getitem, both, 0)
     if spec.dead_rows not in ("mean", "nan"):
         return out
-    lse = emit.call(operator.getitem, both, 1)
-    dead = emit.call(torch.eq, emit.call(torch.unsqueeze, lse, -1), float("-inf"))
-    if spec.dead_rows == "nan":
-        return emit.call(torch.masked_fill, out, dead, float("nan"))
-    return emit.call(torch.where, dead, mean_rows(emit, node, spec, shape), out)
+    column = emit.call(torch.unsqueeze, emit.call(operator.getitem, both, 1), -1)
+    return after_zeros(emit, node, spec, shape, out, column)
 
 
 # -------------------------------------------------------------------------------------------------- operators
@@ -180,9 +174,7 @@ def _backward(
     grad = kernels.readable(grad)
     delta = kernels.delta_of(grad, out, grad_lse)
     by_query, by_key = (kernels.Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
-    dq, dk, dv = _backward_fake(
-        grad, grad_lse, q, k, v, [], scalars, blocks, seed, out, lse, wanted[:2], plan
-    )[:3]
+    dq, dk, dv = _matrices(q, k, v, wanted)
     if wanted[0]:
         kernels.query_gradient(site, by_query, grad, lse, delta, dq)
     if wanted[1]:
@@ -194,10 +186,15 @@ def _backward_fake(
     grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     wanted = rest[-2]
-    matrices = zip((q, k, v), (wanted[0], wanted[1], wanted[1]), strict=True)
-    dq, dk, dv = (_by_row(x, x.shape[-1]) if want else x.new_empty((0,)) for x, want in matrices)
     given = [o.new_empty(o.shape if want else (0,)) for o, want in zip(operands, wanted[2:], strict=True)]
-    return dq, dk, dv, given
+    return *_matrices(q, k, v, wanted), given
+
+
+def _matrices(q: Tensor, k: Tensor, v: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of q, k and v; of no size where none is wanted."""
+    wants = zip((q, k, v), (wanted[0], wanted[1], wanted[1]), strict=True)
+    dq, dk, dv = (_by_row(x, x.shape[-1]) if want else x.new_empty((0,)) for x, want in wants)
+    return dq, dk, dv
 
 
 def _operand_gradients(
@@ -232,9 +229,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, start_out, start_lse, seed, out, lse, *rest = ctx.saved_tensors
     operands, blocks = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
-    none: Any = [None] * len(operands), None if ctx.scalars else [], [None] * len(blocks)
+    # custom_op takes an empty list for one of tensors, a list of numbers for one argument
+    no_scalars: Any = None if ctx.scalars else []
+    no_blocks = [None] * len(blocks)
     if grad is None and grad_lse is None:
-        return None, None, None, *none, None, None, None, None
+        return None, None, None, [None] * len(operands), no_scalars, no_blocks, None, None, None, None
     if grad is None:
         grad = torch.zeros_like(out)
     needs = ctx.needs_input_grad
@@ -248,7 +247,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[
     starts: tuple[Any, Any] = (None, None)
     if start_out is not None:
         starts = _start_gradients(grad, grad_lse, out, lse, start_out, start_lse)
-    return *matrices, given, *none[1:], *starts, None, None
+    return *matrices, given, no_scalars, no_blocks, *starts, None, None
 
 
 def _start_gradients(
@@ -284,7 +283,7 @@ def _check_inputs(
 ) -> None:
     """ValueError for what the kernels would read wrongly."""
     shapes = [list(x.shape) for x in (q, k, v)]
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise ValueError(
             f"kp::attend: q, k and v need one dtype, half or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
         )

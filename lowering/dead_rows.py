@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -26,6 +27,16 @@ def unkept(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
     if spec.dead_rows == "nan" and shape.training and spec.mask.kind != "full":
         return Rejection("dead-rows", "Fully masked rows are NaN with NaN gradients, which are not kept.")
     return None
+
+
+def after_zeros(
+    emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, out: Node, column: Node
+) -> Node:
+    """`out` of a kernel that gives zeros for dead rows, and −∞ in the log-sum-exp `column` [B,H,S,1]."""
+    dead = emit.call(torch.eq, column, -math.inf)
+    if spec.dead_rows == "nan":
+        return emit.call(torch.masked_fill, out, dead, math.nan)
+    return emit.call(torch.where, dead, mean_rows(emit, node, spec, shape), out)
 
 
 def mean_rows(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_mask import BLOCK, BlockLists, block_lists
-from kp_compiler.lowering.dead_rows import mean_rows, unkept
+from kp_compiler.lowering.dead_rows import after_zeros, unkept
 from kp_compiler.lowering.dense_mask import GraphIndices
 from kp_compiler.metadata import tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
@@ -46,11 +46,7 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection("decode", "A single query gains nothing from a block mask.")
     if shape.bias_grad:
         return Rejection("bias-grad", "Gradients of a bias are not taken through FlexAttention.")
-    if spec.mask.kind == "tensor" and spec.form == "sdpa":
-        return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
-    if spec.mask.kind != "tensor" and not mask_render.renderable(mask_render.parse(spec.mask.expr)):
-        return Rejection("mask-render", f"The mask's formula has no rendering: {spec.mask.expr}")
-    return unkept(spec, shape)
+    return mask_render.unreadable(spec) or unkept(spec, shape)
 
 
 def _known_equal(a: Any, b: Any) -> bool:
@@ -278,7 +274,4 @@ def _epilogue(
         )
         share = emit.call(torch.sigmoid, emit.call(torch.sub, emit.call(torch.mul, column, _LN2), sink))
         return emit.cast(emit.call(torch.mul, out, share), shape.dtype)
-    dead = emit.call(torch.eq, column, -math.inf)
-    if spec.dead_rows == "nan":
-        return emit.call(torch.masked_fill, out, dead, math.nan)
-    return emit.call(torch.where, dead, mean_rows(emit, node, spec, shape), out)
+    return after_zeros(emit, node, spec, shape, out, column)

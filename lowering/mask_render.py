@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import sympy
 
-from kp_compiler.specs import MaskSpec
+from kp_compiler.report import Rejection
+from kp_compiler.specs import AttentionSpec, MaskSpec
 
 INDEX_NAMES = ("b", "h", "q", "k")
 _SYMBOLS = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in INDEX_NAMES}
@@ -89,6 +90,20 @@ def renderable(expr: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def unproved(spec: AttentionSpec) -> Rejection | None:
+    """Why a site is left to PyTorch's own choice of a kernel."""
+    if spec.mask.kind == "tensor" and spec.form == "sdpa":
+        return Rejection("mask-unproved", "The mask is not proved; PyTorch's own dispatch keeps this call.")
+    return None
+
+
+def unreadable(spec: AttentionSpec) -> Rejection | None:
+    """Why a kernel that reads a mask's formula can't have it."""
+    if spec.mask.kind != "tensor" and not renderable(parse(spec.mask.expr)):
+        return Rejection("mask-render", f"The mask's formula has no rendering: {spec.mask.expr}")
+    return unproved(spec)
 
 
 class _Nothing:

@@ -125,7 +125,7 @@ def _emit(group: Group, ctx: Context) -> None:
     weights, biases = [m.args[1] for m in group.members], [m.args[2] for m in group.members]
     if ctx.config.fp8_linear.impl == "te":
         node = emit.call(te.fp8_linear_te(), x, weights, biases, spec)
-    elif _cacheable(group, weights, ctx):
+    elif _cacheable(group.shape, weights, ctx):
         provider = cached.CachedWeights(tuple(map(position, weights)), spec)
         with emit.mode, torch.no_grad():
             values = cached.quantized([tensor_of(w) for w in weights], spec)
@@ -168,9 +168,9 @@ def _outer(node: Node, ctx: Context) -> Node:
     return outer if isinstance(outer, Node) else node
 
 
-def _cacheable(group: Group, weights: list[Any], ctx: Context) -> bool:
+def _cacheable(shape: LinearShape, weights: list[Any], ctx: Context) -> bool:
     """No gradient is wanted, and the weights are parameters of the whole graph that it does not write to."""
-    if not ctx.config.fp8_linear.cache_weights or ctx.calls or group.shape.grad_x or group.shape.grad_w:
+    if not ctx.config.fp8_linear.cache_weights or ctx.calls or shape.grad_x or shape.grad_w:
         return False
     if may_shard_parameters():
         return False
@@ -254,10 +254,10 @@ def _group(site: Node, ctx: Context) -> Group:
         config, transposed=_transposed(site), dtype=str(tensor.dtype).removeprefix("torch."),
         fingerprint=fingerprint(), training=total.grad_x or total.grad_w, save=_saved(site, ctx),
     )  # fmt: skip
-    group = Group(tuple(members), spec, total, None)
-    cached = config.impl != "te" and _cacheable(group, [m.args[1] for m in members], ctx)
-    predicted = cost.predict_linear(total, spec.recipe, ctx.target, cached=cached)
-    return dataclasses.replace(group, predicted=predicted)
+    cached = config.impl != "te" and _cacheable(total, [m.args[1] for m in members], ctx)
+    return Group(
+        tuple(members), spec, total, cost.predict_linear(total, spec.recipe, ctx.target, cached=cached)
+    )
 
 
 def _saved(site: Node, ctx: Context) -> str:

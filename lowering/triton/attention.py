@@ -6,7 +6,7 @@ backward pass reads them twice, once for each of its two kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kp_compiler.lowering.triton.attention_source import WHOLE, Layout, parameters, pieces, source
+from kp_compiler.lowering.triton.attention_source import parameters, source
+from kp_compiler.lowering.triton.attention_writer import WHOLE, Layout, pieces
 from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.specs import AttentionSpec
 from kp_compiler.target import detect
@@ -124,23 +125,15 @@ class Site:
 
     def arguments(self) -> dict[str, Any]:
         """By parameter name."""
-        q, spec = self.q, self.spec
-        sizes = {
-            "H": q.shape[1],
-            "GROUP": q.shape[1] // self.k.shape[1],
-            "S": q.shape[2],
-            "T": self.k.shape[2],
-        }
-        found: dict[str, Any] = {**sizes, **{f"n{i}": n for i, n in enumerate(self.scalars)}}
+        q, k, spec = self.q, self.k, self.spec
+        found: dict[str, Any] = {f"n{i}": n for i, n in enumerate(self.scalars)}
+        found |= {"H": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "S": q.shape[2], "T": k.shape[2]}
         for name in ("q", "k", "v"):
             found |= strided(name, getattr(self, name))
         for index, tensor in enumerate(self.mask_tensors()):
-            found[f"t{index}"] = tensor
-            found |= {f"t{index}_{dim}": stride for dim, stride in enumerate(tensor.stride())}
+            found |= strided(f"t{index}", tensor, range(tensor.dim()))
         for index, bias in enumerate(spec.biases):
-            tensor = self._broadcast(self.operands[bias.operand])
-            found[f"bias{index}"] = tensor
-            found |= {f"bias{index}_{dim}": stride for dim, stride in enumerate(tensor.stride())}
+            found |= strided(f"bias{index}", self._broadcast(self.operands[bias.operand]), range(4))
         if spec.sink is not None:
             found["sink"] = self.operands[spec.sink].reshape(-1).expand(q.shape[1]).contiguous()
         if self.seed is not None:
@@ -174,21 +167,27 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < _LARGEST_STRIDE else x.contiguous()
 
 
-def strided(name: str, x: Tensor) -> dict[str, Any]:
-    return {name: x, **{f"{name}_{dim}": x.stride(i) for i, dim in enumerate("bhs")}}
+def strided(name: str, x: Tensor, dims: Iterable[Any] = "bhs") -> dict[str, Any]:
+    """A tensor and its strides, by parameter name."""
+    return {name: x, **{f"{name}_{dim}": stride for dim, stride in zip(dims, x.stride(), strict=False)}}
 
 
 def forward(
     site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Write `out` [B,H,S,E]; returns the log-sum-exp [B,H,S] in float32, −∞ for rows without a key."""
-    batch, heads, queries, _ = site.q.shape
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=site.q.device)
+    found = forward_arguments(site, out, start)
+    _launch("forward", site, lists, found, start=start is not None)
+    return found["lse"]
+
+
+def forward_arguments(site: Site, out: Tensor, start: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """Of a forward kernel, by parameter name: its results, `lse` new, and what it starts from."""
+    lse = torch.empty(site.q.shape[:3], dtype=torch.float32, device=site.q.device)
     found = {"lse": lse, **strided("out", out)}
     if start is not None:
         found |= {**strided("start_out", start[0]), "start_lse": start[1]}
-    _launch("forward", site, lists, found, start=start is not None)
-    return lse
+    return found
 
 
 def query_gradient(
@@ -220,8 +219,7 @@ def bias_gradient(
     tiles = -(-sizes[2] // tile.outer), -(-sizes[3] // tile.inner)
     rows, columns = (tiles[i] if name in summed else sizes[2 + i] for i, name in enumerate("qk"))
     out = torch.empty(shape[0], shape[1], rows, columns, dtype=torch.float32, device=grad.device)
-    found = {"lse": lse, "delta": delta, "dbias": out, **strided("dout", grad)}
-    found |= {f"dbias_{dim}": stride for dim, stride in zip("bhqk", out.stride(), strict=True)}
+    found = {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dbias", out, "bhqk")}
     found |= {"batches": sizes[0] // shape[0], "heads": sizes[1] // shape[1], "own_heads": shape[1]}
     found |= {} if lists is None else {"visited": lists.visited()}
     grid = (tiles[0] * tiles[1] * shape[0] * shape[1],)

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kp_compiler.lowering.triton.attention import Lists, Site, Tile, strided
+from kp_compiler.lowering.triton.attention import Lists, Site, Tile, forward_arguments
 from kp_compiler.lowering.triton.hopper_source import ROWS, hopper_parameters, hopper_source
 from kp_compiler.lowering.triton.text import compiled
 
@@ -52,10 +52,7 @@ def forward(
     if site.block is not None and site.block[1] < tile.inner:
         tile = Tile(tile.outer, site.block[1], tile.warps, tile.stages)
     layout = site.layout("forward", tile, start=start is not None)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=site.q.device)
-    found = site.arguments() | {"lse": lse, **strided("out", out)}
-    if start is not None:
-        found |= {**strided("start_out", start[0]), "start_lse": start[1]}
+    found = site.arguments() | forward_arguments(site, out, start)
     if lists is not None:
         found |= lists.arguments()
     found |= {
@@ -68,7 +65,7 @@ def forward(
         kernel[grid](
             **{name: found[name] for name in hopper_parameters(site.spec, layout)}, num_warps=tile.warps
         )
-    return lse
+    return found["lse"]
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:

@@ -17,7 +17,8 @@ from functools import lru_cache
 from textwrap import indent
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
-from kp_compiler.lowering.triton.attention_source import LN2, Layout, Writer, parameters
+from kp_compiler.lowering.triton.attention_source import parameters
+from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer
 from kp_compiler.specs import AttentionSpec
 
 REGISTERS = (240, 24)  # of a consumer's threads and of the producer's: 504 of a multiprocessor's 512 a lane
@@ -127,9 +128,9 @@ def _tiles(writer: Writer) -> list[str]:
             "edge_high = high - full_high",
             "edge_low = high - full_low",
         ]
-    per = writer.layout.block[1] // writer.layout.tile[1]
+    _, per = writer.block()
     return [
-        f"line = batch * list_b + head * list_h + first // {writer.layout.block[0]}",
+        f"line = {writer.line()}",
         f"edge_high = tl.load(partial_count + line) * {per}",
         f"edge_low = edge_high + tl.load(full_count + line) * {per}",
         "count = tl.maximum(edge_low, 1)",
@@ -141,10 +142,9 @@ def _start(writer: Writer) -> list[str]:
     """The first key of tile i. Where there are none at all, one past the end."""
     if writer.layout.block is None:
         return ["start = (high - 1 - i) * INNER"]
-    outer, inner = writer.layout.block
-    per = inner // writer.layout.tile[1]
+    inner, per = writer.block()
     return [
-        f"line = (batch * list_b + head * list_h + first // {outer}).to(tl.int64) * list_length",
+        f"line = ({writer.line()}).to(tl.int64) * list_length",
         "start = (high - 1) * INNER",
         "if i < edge_high:",
         f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
@@ -174,7 +174,6 @@ def _producer(writer: Writer) -> list[str]:
 
 
 def _consumer(writer: Writer) -> list[str]:
-    layout = writer.layout
     lines = [
         "mine = first + WHO * ROWS",
         "q_at = (mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
@@ -193,17 +192,14 @@ def _consumer(writer: Writer) -> list[str]:
         "mbarrier.wait(v_full.index(0), 0)",
         "weights = tl.convert_layout(p.to(q_tile.dtype), tl.DotOperandLayout(0, VALUES, 2))",
     ]
-    if layout.block is None:
+    masks_all = "k" not in writer.layout.whole  # lists don't say which block holds the end
+    edge_high, edge_low = (f"tl.minimum(tl.maximum({edge}, 1), count)" for edge in ("edge_high", "edge_low"))
+    spans = [("1", edge_high, True), (edge_high, "count", masks_all)]
+    if writer.layout.block is None:
         below, above = sides(writer.forms or (), "k")
-        spans = [("1", "tl.minimum(tl.maximum(edge_high, 1), count)", above or "k" not in layout.whole)]
-        spans.append(
-            (spans[0][1] if spans[0][2] else "1", "tl.minimum(tl.maximum(edge_low, 1), count)", False)
-        )
-        spans.append(("tl.maximum(edge_low, 1)", "count", below))
-        spans = [span for span in spans if span[2] or span is spans[1]]
-    else:
-        middle = "tl.minimum(tl.maximum(edge_high, 1), count)"
-        spans = [("1", middle, True), (middle, "count", "k" not in layout.whole)]
+        spans = [("1", edge_high, True)] if above or masks_all else []
+        spans.append((edge_high if spans else "1", edge_low, False))
+        spans += [(edge_low, "count", True)] if below else []
     for low, high, masked in spans:
         lines.append(f"for i in range({low}, {high}):")
         lines += [f"    {line}" for line in _round(writer, masked=masked)]
@@ -227,19 +223,11 @@ def _product() -> list[str]:
 
 
 def _softmax(writer: Writer, *, masked: bool) -> list[str]:
-    """p and base from the scores of tile i; `top` moves on."""
-    indices = masked or writer.spec.biases
-    lines = [*_start(writer), "k_at = (start + tl.arange(0, INNER, tl.SliceLayout(0, SCORES)))[None, :]"]
-    lines = (lines if indices else []) + writer.changes(masked=masked)
-    base = "tl.where(new_top == float('-inf'), 0.0, new_top)" if indices else "new_top"
-    return [
-        *lines,
-        f"new_top = tl.maximum(top, tl.max(s, 1) * {writer.exponent!r})",
-        f"base = {base}",
-        "shrink = tl.exp2(top - base)",
-        f"p = tl.exp2(s * {writer.exponent!r} - base[:, None])",
-        "top = new_top",
-    ]
+    """p and shrink from the products of tile i."""
+    lines = []
+    if masked or writer.spec.biases:
+        lines = [*_start(writer), "k_at = (start + tl.arange(0, INNER, tl.SliceLayout(0, SCORES)))[None, :]"]
+    return lines + writer.changes(masked=masked) + writer.softmax(masked=masked)
 
 
 def _round(writer: Writer, *, masked: bool) -> list[str]:
@@ -266,16 +254,13 @@ def _round(writer: Writer, *, masked: bool) -> list[str]:
 
 def _end(writer: Writer) -> list[str]:
     """Sinks, what the pass started from, and both results."""
-    at = "(batch * H + head).to(tl.int64) * S + mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))"
-    there = (
-        ""
-        if "q" in writer.layout.whole
-        else ", mask=mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)) < S"
-    )
+    whole = "q" in writer.layout.whole
+    index = "mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))"
+    at, there = f"(batch * H + head).to(tl.int64) * S + {index}", "" if whole else f", mask={index} < S"
     share = "tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
     rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
     columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
-    masked = "" if "q" in writer.layout.whole else f", mask={rows} < S"
+    masked = "" if whole else f", mask={rows} < S"
     lines = writer.finish(at, there)
     value = f"acc * {share}"
     if writer.layout.start:
