@@ -27,7 +27,7 @@ from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.metadata import value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
-from kp_compiler.target import Target
+from kp_compiler.target import Target, detect
 
 _LARGEST_HEAD = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -119,7 +119,8 @@ def attend() -> Any:
 
 def attend_backward() -> Any:
     """`kp::attend_backward`: the gradients of q, k and v, laid out as [B,S,H,D], and of those operands that
-    are `wanted`; empty tensors for the others. Bitwise the same in every run."""
+    are `wanted`; empty tensors for the others. Bitwise the same in every run under
+    `torch.use_deterministic_algorithms`; else the Hopper kernel adds up dq in an order that varies."""
     _operators()
     return torch.ops.kp.attend_backward.default
 
@@ -158,7 +159,8 @@ def _forward(
     start = None
     if start_out is not None and start_lse is not None:
         start = (kernels.readable(start_out), start_lse.contiguous())
-    return out, kernels.forward(site, lists, out, start)
+    hopper = _hopper(site)
+    return out, (kernels if hopper is None else hopper).forward(site, lists, out, start)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -175,10 +177,14 @@ def _backward(
     delta = kernels.delta_of(grad, out, grad_lse)
     by_query, by_key = (kernels.Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
     dq, dk, dv = _matrices(q, k, v, wanted)
-    if wanted[0]:
-        kernels.query_gradient(site, by_query, grad, lse, delta, dq)
-    if wanted[1]:
-        kernels.key_gradients(site, by_key, grad, lse, delta, dk, dv)
+    hopper = None if torch.are_deterministic_algorithms_enabled() else _hopper(site)
+    if wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad):
+        hopper.gradients(site, by_key, grad, lse, delta, dq, dk, dv)
+    else:
+        if wanted[0]:
+            kernels.query_gradient(site, by_query, grad, lse, delta, dq)
+        if wanted[1]:
+            kernels.key_gradients(site, by_key, grad, lse, delta, dk, dv)
     return dq, dk, dv, _operand_gradients(kernels, site, by_query, grad, lse, delta, wanted[2:])
 
 
@@ -276,6 +282,17 @@ def _site(
 
     q, k, v = (kernels.readable(x) for x in (q, k, v))
     return kernels, kernels.Site(parsed.spec, q, k, v, operands, scalars, seed, parsed.block)
+
+
+def _hopper(site: Any) -> Any:
+    """The module of the Hopper kernels where its forward kernel takes this site, else None."""
+    if not site.q.is_cuda or detect(site.q.device).sm != 90:
+        return None
+    try:
+        from kp_compiler.lowering.triton import hopper
+    except ImportError:  # a Triton without Gluon's names
+        return None
+    return hopper if hopper.takes(site) else None
 
 
 def _check_inputs(

@@ -18,7 +18,8 @@ LENGTHS = [128, 129, 300]
 
 
 def lines(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
+    rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+    return rows[:, None], columns[None, :]
 
 
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -101,14 +102,15 @@ def softcap(q, k, v, *_):
 
 def sink(q, k, v, *_):
     rows, columns = lines(q, k)
-    logit = torch.linspace(-1.0, 1.0, H).reshape(1, -1, 1, 1).expand(B, -1, q.shape[2], -1)
-    masked = scores(q, k) + torch.where(columns <= rows, 0.0, torch.finfo(q.dtype).min)
+    logit = torch.linspace(-1.0, 1.0, H, device=q.device).reshape(1, -1, 1, 1).expand(B, -1, q.shape[2], -1)
+    lowest = max(torch.finfo(q.dtype).min, torch.finfo(torch.float32).min)
+    masked = scores(q, k) + torch.where(columns <= rows, 0.0, lowest)
     return F.softmax(torch.cat([masked, logit], dim=-1), dim=-1)[..., :-1] @ v
 
 
 def alibi(q, k, v, *_):
     rows, columns = lines(q, k)
-    slopes = torch.tensor([2.0**-n for n in range(1, H + 1)]).view(H, 1, 1)
+    slopes = torch.tensor([2.0**-n for n in range(1, H + 1)], device=q.device).view(H, 1, 1)
     biased = scores(q, k) + slopes * columns
     return F.softmax(biased.masked_fill(columns > rows, -math.inf), dim=-1) @ v
 

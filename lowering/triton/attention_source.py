@@ -189,7 +189,7 @@ def _dbias(w: Writer) -> list[str]:
             *bounds(w.forms, "k"),
             "members = tl.where((start // INNER >= low) & (start // INNER < high), members, 0)",
         ]
-    lines.append("for member in range(0, members):")
+    lines.append(f"for member in tl.range(0, members, num_stages={w.layout.stages}):")
     body = ["batch, head = own_batch + member // heads, own_head + member % heads", "kv_head = head // GROUP"]
     for name, head in (("q", "head"), ("dout", "head"), ("k", "kv_head"), ("v", "kv_head")):
         body.append(f"{name} = all_{name} + batch.to(tl.int64) * {name}_b + {head}.to(tl.int64) * {name}_h")

