@@ -6,9 +6,12 @@ backward pass reads them twice, once for each of its two kernels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import torch
@@ -59,15 +62,23 @@ class Tile:
 
 
 def tile_for(kernel: str, head_dim: int, itemsize: int) -> Tile:
-    """What a kernel runs with. Chosen by registers and shared memory that the compiler says they take (sm90,
-    triton 3.6), not by time yet."""
+    """What a kernel runs with: of half precision what `tiles.json` beside this has for the next larger head
+    size, written by `benchmarks/attention_tiles.py --ship`."""
     if itemsize == 4:
         return Tile(32, 32, 8, 1) if head_dim > 128 else Tile(64, 64, 8, 1)
-    if kernel == "dbias" or (kernel != "forward" and head_dim > 128):
-        return Tile(64, 32, 8, 1)
-    if kernel == "forward":
-        return Tile(128, 64, 8, 2) if head_dim > 128 else Tile(128, 128, 8, 3 if head_dim <= 64 else 2)
-    return Tile(128, 32, 8, 3) if kernel == "dkdv" and head_dim > 64 else Tile(128, 64, 8, 2)
+    sizes = _tiles()[kernel]
+    return Tile(*sizes[min((size for size in sizes if size >= head_dim), default=max(sizes))])
+
+
+def tiles_file() -> Traversable:
+    return files(__package__).joinpath("tiles.json")
+
+
+@cache
+def _tiles() -> dict[str, dict[int, list[int]]]:
+    """By kernel and head size."""
+    found = json.loads(tiles_file().read_text())["tiles"]
+    return {kernel: {int(size): tile for size, tile in sizes.items()} for kernel, sizes in found.items()}
 
 
 @dataclass(frozen=True)

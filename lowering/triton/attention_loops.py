@@ -27,6 +27,8 @@ class Value:
 
     text: str
     on: frozenset[str] = frozenset()
+    number: int | None = None  # where it is a constant
+    line: tuple[int, Value] | None = None  # a factor of the loop's index, and what is added and does not vary
 
 
 @dataclass
@@ -42,14 +44,15 @@ class Formula:
     inside: list[str] = field(default_factory=list)
 
     def integer(self, value: int) -> Value:
-        return Value(f"({value})" if abs(value) < 2**30 else f"tl.cast({value}, tl.int64)")
+        return Value(f"({value})" if abs(value) < 2**30 else f"tl.cast({value}, tl.int64)", number=value)
 
     def truth(self, value: bool) -> Value:
         return Value(f"({int(value)} != 0)")
 
     def symbol(self, name: str) -> Value:
         if name in SIZES:
-            return Value(f"{name}_at", frozenset({name}))
+            line = (1, self.integer(0)) if name == self.loop else None
+            return Value(f"{name}_at", frozenset({name}), line=line)
         return Value({"b": "batch", "h": "head"}.get(name) or f"tl.cast({name}, tl.int64)")
 
     def lookup(self, index: int, args: list[Value]) -> Value:
@@ -59,10 +62,27 @@ class Formula:
         return self._line(load + (".to(tl.int32)" if self.booleans[index] else ""), on)
 
     def add(self, a: Value, b: Value) -> Value:
-        return self._pair("{} + {}", a, b)
+        if a.number is not None and b.number is not None:
+            return self.integer(a.number + b.number)
+        if 0 in (a.number, b.number):
+            return b if a.number == 0 else a
+        (slope, rest), (other_slope, other_rest) = self._line_of(a), self._line_of(b)
+        if rest is None or other_rest is None or not slope + other_slope:
+            return self._pair("{} + {}", a, b)
+        line = (slope + other_slope, self.add(rest, other_rest))
+        return Value(f"({a.text} + {b.text})", a.on | b.on, line=line)
 
     def mul(self, a: Value, b: Value) -> Value:
-        return self._pair("{} * {}", a, b)
+        if a.number is not None and b.number is not None:
+            return self.integer(a.number * b.number)
+        slope, rest = self._line_of(b)
+        if a.number is None or rest is None or not slope * a.number:
+            return self._pair("{} * {}", a, b)
+        line = (slope * a.number, self.mul(a, rest))
+        return Value(f"({a.text} * {b.text})", b.on, line=line)
+
+    def _line_of(self, a: Value) -> tuple[int, Value | None]:
+        return a.line or (0, None if self.loop in a.on else a)
 
     def floor_div(self, a: Value, divisor: int) -> Value:
         """Triton's division of integers goes towards zero."""
@@ -80,7 +100,16 @@ class Formula:
         return self._pair("tl.maximum({}, {})", a, b)
 
     def le_zero(self, a: Value) -> Value:
-        return self._line(f"{a.text} <= 0", a.on)
+        """One comparison with a limit that the loop does not move, where that can be."""
+        if a.line is None or abs(a.line[0]) != 1:
+            return self._line(f"{a.text} <= 0", a.on)
+        slope, rest = a.line
+        limit = self.mul(self.integer(-slope), rest)
+        if limit.number is None or abs(limit.number) >= 2**30:
+            near = f"tl.minimum(tl.maximum({limit.text}, -1), {SIZES[self.loop]})"
+            limit = self._line(f"tl.cast({near}, tl.int32)", limit.on)
+        sign = "<=" if slope == 1 else ">="
+        return self._line(f"{self.loop}_at {sign} {limit.text}", a.on)
 
     def eq_zero(self, a: Value) -> Value:
         return self._line(f"{a.text} == 0", a.on)

@@ -1,7 +1,7 @@
 """Python source of the Hopper kernel for the gradients of q, k and v of one spec, in Gluon.
 
-A program keeps 128 keys and has 64 or 128 queries at a time stream by, of all heads that share them. Scores are
-turned around, so that probabilities and their gradients are operands from registers:
+A program keeps 128 keys and has 64 or 128 queries at a time stream by, of all heads that share them. Scores
+are turned around, so that probabilities and their gradients are operands from registers:
 
     sᵀ = k qᵀ,  dpᵀ = v doutᵀ          pᵀ, dsᵀ as the portable kernel for dk and dv has them
     dv += pᵀ dout,  dk += dsᵀ q        sums that stay in registers
@@ -44,8 +44,8 @@ PLACE = ("batch", "kv_head", "first", "last")
 
 
 def backward_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
-    """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and dq,
-    a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS
+    """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and
+    dq, a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS
     is B·K, CHUNK how many of them are gone through together."""
     strides = {f"{name}_{dim}" for name in DESCRIPTORS for dim in "bhs"}
     names = [name for name in parameters("dkdv", spec, layout) if name not in strides]
@@ -106,7 +106,8 @@ def backward_source(spec: AttentionSpec, layout: Layout) -> str:
 
 
 def dq_part(layout: Layout) -> tuple[int, int]:
-    """Rows and columns of a tile of dq that each of two warpgroups computes: half of either, 64 rows at least."""
+    """Rows and columns of a tile of dq that each of two warpgroups computes: half of either, 64 rows at
+    least."""
     inner, width = layout.tile[1], layout.head_dim
     return (ROWS, width) if inner == 2 * ROWS else (inner, width // 2)
 
@@ -186,7 +187,8 @@ def _each(writer: Writer, body: list[str], outside: list[str]) -> list[str]:
             "    if i < edges:",
             f"        start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
             "    else:",
-            f"        start = tl.load(full + line + (i - edges) // {per}) * {inner} + (i - edges) % {per} * INNER",
+            "        behind = i - edges",
+            f"        start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
         ]
     lines += indented([*body, "n += 1"])
     return ["for member in range(0, GROUP):", *indented(lines)]

@@ -1,14 +1,14 @@
 """Python source of the Hopper forward kernel for one spec, in Gluon: the portable one's mathematics by
 Hopper's own means.
 
-    a warp loads           q of two items, tiles of k and v into STAGES buffers, by the tensor memory accelerator
-    two or three           64 queries each: while products of one run on the tensor cores, another takes its
-    warpgroups             exponentials (they take turns), and each starts q kᵀ of a tile before p v of the last
+    a warp loads    q of two items, tiles of k and v into STAGES buffers, by the tensor memory accelerator
+    two or three    64 queries each: while products of one run on the tensor cores, another takes its
+    warpgroups      exponentials (they take turns), and each starts q kᵀ of a tile before p v of the last
 
 Method: Shah et al., FlashAttention-3 (arXiv:2407.08608). An item is a tile of queries of one head; a program
 goes through several, so that the next one's loads run beside the end of the last. Tiles of keys come from
-the high end of the loop down; those at both ends are masked, the ones between are not
-(`attention_loops.bounds`), or lists say which. Lines of masks and score changes are the portable kernel's
+the high end of the loop down, or in the order of lists. Each warpgroup masks those that its own rows don't
+keep wholly (`attention_loops.bounds`). Lines of masks and score changes are the portable kernel's
 (`Writer.changes`): Gluon is imported as `tl` here.
 """
 
@@ -26,8 +26,8 @@ ROWS = 64  # queries of a warpgroup
 # of a consumer's threads and of the producer's, by the number of consumers: 65536 in all, a warp counts four
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 BUFFERS = (
-    "q_tiles", "k_tiles", "v_tiles", "items", "turn", "q_full", "q_free", "k_full", "k_free", "v_full", "v_free",
-    "item_full", "item_free",
+    "q_tiles", "k_tiles", "v_tiles", "items", "turn", "q_full", "q_free", "k_full", "k_free",
+    "v_full", "v_free", "item_full", "item_free",
 )  # fmt: skip
 LISTS = ("partial_count", "partial", "full_count", "full", "list_b", "list_h", "list_length")
 CHUNKS = ("PAIRS", "CHUNK")
@@ -35,9 +35,9 @@ ITEMS = ("taken", *CHUNKS)
 
 
 def hopper_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
-    """Those of the portable kernel, where q, k and v are descriptors [1,1,rows,D] of tensors [B,H,S,D]; then
+    """Those of the portable kernel, where q, k, v and out are descriptors [1,1,rows,D] of [B,H,S,D]; then
     `taken`, a zero in int32, PAIRS, B·H, and CHUNK, how many heads are gone through together."""
-    strides = {f"{name}_{dim}" for name in "qkv" for dim in "bhs"}
+    strides = {f"{name}_{dim}" for name in ("q", "k", "v", "out") for dim in "bhs"}
     return (*(name for name in parameters("forward", spec, layout) if name not in strides), *ITEMS)
 
 
@@ -131,9 +131,9 @@ def _begin(writer: Writer, shared: str, rest: list[str], placed: list[str]) -> l
 
 
 def _items(writer: Writer, body: list[str], following: list[str]) -> list[str]:
-    """`body` for each item of a program: its own number first, then whichever `following` sets as `next_item`.
-    Items go through CHUNK heads at a time, the last tiles of all of them first, where causal masks leave most
-    to do. `lap` counts items, `n` tiles of keys."""
+    """`body` for each item of a program: its own number first, then whichever `following` sets as
+    `next_item`. Items go through CHUNK heads at a time, the last tiles of all of them first, where causal
+    masks leave most to do. `lap` counts items, `n` tiles of keys."""
     place = [
         *chunked("tiles - 1 - at // members"),
         "batch, head = pair // H, pair % H",
@@ -162,41 +162,46 @@ def chunked(tile: str) -> list[str]:
 
 
 def _tiles(writer: Writer) -> list[str]:
-    """`count` tiles, one at least: the i-th from the high end is masked where i < edge_high or i >= edge_low,
-    by lists where i < edge_high."""
+    """An item's `count` tiles, one at least: down from the one before `end`, or in order of lists, the first
+    `edges` of them partly kept."""
     if writer.layout.block is None:
         assert writer.forms is not None
-        return [
-            *bounds(writer.forms, "k"),
-            "high = tl.maximum(high, 1)",
-            "count = tl.maximum(high - low, 1)",
-            "edge_high = high - full_high",
-            "edge_low = high - full_low",
-        ]
+        lines = bounds(writer.forms, "k")
+        return [*lines, "end = tl.maximum(high, 1)", "count = tl.maximum(high - low, 1)"]
     _, per = writer.block()
     return [
         f"line = {writer.line()}",
-        f"edge_high = tl.load(partial_count + line) * {per}",
-        f"edge_low = edge_high + tl.load(full_count + line) * {per}",
-        "count = tl.maximum(edge_low, 1)",
-        "high = (T + INNER - 1) // INNER + 1",
+        f"edges = tl.load(partial_count + line) * {per}",
+        f"listed = edges + tl.load(full_count + line) * {per}",
+        "count = tl.maximum(listed, 1)",
         "line = line.to(tl.int64) * list_length",
     ]
 
 
 def _start(writer: Writer) -> list[str]:
-    """The first key of tile i. Where there are none at all, one past the end."""
+    """The first key of tile i. Where there are none at all, past the end."""
     if writer.layout.block is None:
-        return ["start = (high - 1 - i) * INNER"]
+        return ["start = (end - 1 - i) * INNER"]
     inner, per = writer.block()
     return [
-        "start = (high - 1) * INNER",
-        "if i < edge_high:",
+        "start = (T + INNER - 1) // INNER * INNER",
+        "if i < edges:",
         f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
-        "elif i < edge_low:",
-        "    behind = i - edge_high",
+        "elif i < listed:",
+        "    behind = i - edges",
         f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
     ]
+
+
+def _edge(writer: Writer) -> str:
+    """Whether tile i holds pairs that a warpgroup must leave out. Lists don't say which block holds the end,
+    nor that there is no block."""
+    ragged = "k" not in writer.layout.whole
+    if writer.layout.block is not None:
+        return "(i < edges) | (start + INNER > T)"
+    below, above = sides(writer.forms or (), "k")
+    ends = ["(end - 1 - i >= full_high)"] if above or ragged else []
+    return " | ".join([*ends, *(["(end - 1 - i < full_low)"] if below else [])])
 
 
 def _producer(writer: Writer) -> list[str]:
@@ -235,12 +240,15 @@ def _consumer(writer: Writer) -> list[str]:
         "next_item = tl.max(items.index(lap % 2).load(tl.BlockedLayout([1], [32], [4], [0])), 0)",
         "mbarrier.arrive(item_free.index(lap % 2), count=1)",
     ]
-    return [*layouts, *_items(writer, _item(writer), following)]
+    return [*layouts, *_items(writer, _item(writer), following), "tma.store_wait(0)"]
 
 
 def _item(writer: Writer) -> list[str]:
-    lines = [
+    forms = writer.forms if writer.layout.block is None else None
+    return [
         "mine = first + WHO * ROWS",
+        # which tiles a warpgroup's own rows keep wholly
+        *(["first, last = mine, tl.minimum(mine + ROWS, S) - 1", *bounds(forms, "k")] if forms else []),
         "q_at = (mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
         "mbarrier.wait(q_full.index(lap % 2), (lap // 2) & 1)",
         "query = q_tiles.index(lap % 2 * PARTS + WHO).reshape([ROWS, D])",
@@ -250,32 +258,23 @@ def _item(writer: Writer) -> list[str]:
         *writer.formula.outside,
         "i = 0",
         *_product(),
+        # the result before was read from what is now free for the queries after these
+        "tma.store_wait(0)",
+        "mbarrier.arrive(q_free.index((lap + 1) % 2), count=1, pred=lap > 0)",
         "s = warpgroup_mma_wait(0, [product])",
         "mbarrier.arrive(k_free.index(stage), count=1)",
-        *_softmax(writer, masked=True),
+        *_softmax(writer),
         "total = tl.sum(p, 1)",
         "mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)",
         "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
-    ]
-    masks_all = "k" not in writer.layout.whole  # lists don't say which block holds the end
-    edge_high, edge_low = (f"tl.minimum(tl.maximum({edge}, 1), count)" for edge in ("edge_high", "edge_low"))
-    spans = [("1", edge_high, True), (edge_high, "count", masks_all)]
-    if writer.layout.block is None:
-        below, above = sides(writer.forms or (), "k")
-        spans = [("1", edge_high, True)] if above or masks_all else []
-        spans.append((edge_high if spans else "1", edge_low, False))
-        spans += [(edge_low, "count", True)] if below else []
-    for low, high, masked in spans:
-        lines.append(f"for i in range({low}, {high}):")
-        lines += indented(_round(writer, masked=masked))
-    lines += [
-        "mbarrier.arrive(q_free.index(lap % 2), count=1)",
+        "for i in range(1, count):",
+        *indented(_round(writer)),
         "final = (n + count - 1) % STAGES",
         "value = v_tiles.index(final).reshape([INNER, E])",
         "acc = warpgroup_mma_wait(0, [warpgroup_mma(weights, value, acc, is_async=True)])",
         "mbarrier.arrive(v_free.index(final), count=1)",
+        *_end(writer),
     ]
-    return lines + _end(writer)
 
 
 def _product() -> list[str]:
@@ -289,15 +288,20 @@ def _product() -> list[str]:
     ]
 
 
-def _softmax(writer: Writer, *, masked: bool) -> list[str]:
+def _softmax(writer: Writer) -> list[str]:
     """p and shrink from the products of tile i."""
+    keys = "k_at = (start + tl.arange(0, INNER, tl.SliceLayout(0, SCORES)))[None, :]"
+    masks, edge = writer.masks(), _edge(writer)
     lines = []
-    if masked or writer.spec.biases:
-        lines = [*_start(writer), "k_at = (start + tl.arange(0, INNER, tl.SliceLayout(0, SCORES)))[None, :]"]
-    return lines + writer.changes(masked=masked) + writer.softmax(masked=masked)
+    if writer.spec.biases or (masks and edge):
+        lines = [*_start(writer), keys]
+    lines += writer.changes(masked=False)
+    if masks and edge:
+        lines += [f"if {edge}:", *indented(masks)]
+    return lines + writer.softmax(masked=bool(masks))
 
 
-def _round(writer: Writer, *, masked: bool) -> list[str]:
+def _round(writer: Writer) -> list[str]:
     """Tile i: its q kᵀ, and p v of the tile before."""
     return [
         "mbarrier.wait(turn.index(WHO), (n - lap + i - 1) & 1)",  # an item has a round less than tiles
@@ -308,7 +312,7 @@ def _round(writer: Writer, *, masked: bool) -> list[str]:
         "mbarrier.arrive(turn.index((WHO + 1) % PARTS), count=1)",
         "s = warpgroup_mma_wait(1, [product])",
         "mbarrier.arrive(k_free.index(stage), count=1)",
-        *_softmax(writer, masked=masked),
+        *_softmax(writer),
         "total = total * shrink + tl.sum(p, 1)",
         # also keeps the compiler from waiting for the second product before the exponentials
         "mbarrier.wait(v_full.index(stage), ((n + i) // STAGES) & 1)",
@@ -320,31 +324,26 @@ def _round(writer: Writer, *, masked: bool) -> list[str]:
 
 
 def _end(writer: Writer) -> list[str]:
-    """Sinks, what the pass started from, and both results."""
+    """Sinks, what the pass started from, and both results. `out` goes by way of these queries' memory."""
     whole = "q" in writer.layout.whole
     index = "mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))"
     at, there = f"(batch * H + head).to(tl.int64) * S + {index}", "" if whole else f", mask={index} < S"
-    share = "tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
-    rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
-    columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
-    masked = "" if whole else f", mask={rows} < S"
     lines = writer.finish(at, there)
-    value = f"acc * {share}"
+    value = "acc * tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
     if writer.layout.start:
-        place = _place("start_out", rows, columns)
+        rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
+        columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
+        base = "start_out + batch.to(tl.int64) * start_out_b + head.to(tl.int64) * start_out_h"
+        masked = "" if whole else f", mask={rows} < S"
         lines += [
-            f"before = tl.load({place}{masked})",
+            f"before = tl.load({base} + {rows}.to(tl.int64) * start_out_s + {columns}{masked})",
             "rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]",
         ]
         value += " + tl.where(rest > 0.0, before.to(tl.float32) * rest, 0.0)"
     return [
         *lines,
-        f"result = ({value}).to(out.dtype.element_ty)",
-        f"tl.store({_place('out', rows, columns)}, result{masked})",
         f"tl.store(lse + {at}, lse2 * {LN2}{there})",
+        f"query.store(({value}).to(q_tiles.dtype))",
+        "fence_async_shared()",
+        "tma.async_copy_shared_to_global(out, [batch, head, mine, 0], q_tiles.index(lap % 2 * PARTS + WHO))",
     ]
-
-
-def _place(name: str, rows: str, columns: str) -> str:
-    base = f"{name} + batch.to(tl.int64) * {name}_b + head.to(tl.int64) * {name}_h"
-    return f"{base} + {rows}.to(tl.int64) * {name}_s + {columns}"

@@ -11,8 +11,8 @@ from triton.experimental.gluon.language._core import builtin
 
 @builtin
 def tma_add(descriptor: Any, coordinates: Any, tile: Any, _semantic: Any = None) -> None:
-    """Start descriptor[coordinates …] += tile, which is wholly read when `tma.store_wait(0)` returns. What lies
-    outside of the tensor stays as it is; additions come in any order."""
+    """Start descriptor[coordinates …] += tile, which is wholly read when `tma.store_wait(0)` returns. What
+    lies outside of the tensor is left; additions come in any order."""
     places = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, places, tile.handle)
