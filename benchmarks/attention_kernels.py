@@ -1,14 +1,16 @@
 """Attention kernels alone: TFLOP/s of every provider over masks, head sizes and lengths, both ways.
 
     python benchmarks/attention_kernels.py [--masks causal full …] [--dims 64 128 256] [--lengths 4096 …]
-        [--providers cudnn …] [--sparse 32768 …] [--repeats 5] [--out DIR]
+        [--providers cudnn …] [--sparse 32768 …] [--repeats 5] [--add FILE] [--out DIR]
 
 bfloat16, 16384 tokens in all where one sequence is shorter, a hidden size of 2048 (D64 has 32 heads, D128 16,
 D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 times that backward. `packed` holds
 documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
 FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
-FlexAttention and kp's kernels read the same block lists, which are made before anything is timed. A product
-of 8192³ is timed before and after: what the device gives that day.
+FlexAttention and kp's kernels read the same block lists, which are made before anything is timed;
+FlexAttention is measured at two lengths, as it compiles for ten seconds at each. A product of 8192³ is timed
+before and after: what the device gives that day. `--add` keeps the rows of another file of the same day and
+device: a table of all masks takes longer than a machine may be had for.
 
 `--sparse`: 32 query and 8 key heads, D128, blocks of 128 x 128 drawn at random for each head under a causal
 mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAttention with the same lists.
@@ -17,6 +19,7 @@ mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAtt
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ from kp_compiler.lowering import attend
 from kp_compiler.specs import AttentionSpec, MaskSpec
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+FLEX_LENGTHS = (8192, 32768)
 TOKENS, HIDDEN, WINDOW, BLOCK = 16384, 2048, 1024, 128
 PROVIDERS = ("cudnn", "flash", "masked", "flex", "kp", "fa4")
 SPECS = {
@@ -135,7 +139,7 @@ def calls(setting: Setting, segments: Tensor, wanted: list[str]) -> Iterator[tup
     """Providers that take this mask."""
     plain = setting.mask in ("full", "causal")
     blocks = None
-    if setting.mask != "full":
+    if setting.mask == "packed" or (setting.mask != "full" and setting.length in FLEX_LENGTHS):
         sizes = (setting.batch if setting.mask == "packed" else None, None, setting.length, setting.length)
         blocks = create_block_mask(
             mask_function(setting, segments), *sizes, device="cuda", BLOCK_SIZE=BLOCK, _compile=True
@@ -148,7 +152,8 @@ def calls(setting: Setting, segments: Tensor, wanted: list[str]) -> Iterator[tup
         rows = torch.arange(setting.length, device="cuda")
         keep = mask_function(setting, segments)(torch.zeros_like(rows[:1]), None, rows[:, None], rows)
         yield "masked", sdpa_call(SDPBackend.EFFICIENT_ATTENTION, causal=False, mask=keep)
-    yield "flex", flex_call(blocks)
+    if "flex" in wanted and setting.length in FLEX_LENGTHS:
+        yield "flex", flex_call(blocks)
     listed = blocks if setting.mask == "packed" else None
     yield "kp", kp_call(SPECS[setting.mask], setting.width, [segments] if listed is not None else [], listed)
     if setting.mask != "packed" and setting.width <= 128:
@@ -315,6 +320,7 @@ def main() -> None:
     parser.add_argument("--sparse", nargs="*", type=int, default=[32768, 131072], metavar="LENGTH")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--add", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 1024
     rows: list[dict[str, Any]] = [
@@ -332,6 +338,8 @@ def main() -> None:
         for share in (0.1, 1.0) if length <= 32768 else (0.1,):
             rows += sparse(length, share, options.repeats, options.providers)
     rows.append({"setting": "product 8192³, after", "provider": "cuBLAS", "tflops": round(product(), 1)})
+    if options.add:
+        rows = json.loads(options.add.read_text())["rows"] + rows
     write(
         "attention_kernels",
         rows,

@@ -54,6 +54,31 @@ def attention_models(rows: Rows) -> Any:
     return figure
 
 
+def attention_kernels(rows: Rows) -> Any:
+    """TFLOP/s over length, a chart for each mask and head size; forward whole lines, backward dashed."""
+    rows = [r for r in rows if "mask" in r and not r["mask"].startswith("blocks")]
+    masks, widths = (sorted({r[name] for r in rows}) for name in ("mask", "width"))
+    providers = list(dict.fromkeys(r["provider"] for r in rows))
+    size = (4 * len(masks), 3.2 * len(widths))
+    figure, axes = plt.subplots(len(widths), len(masks), figsize=size, squeeze=False, sharex=True)
+    for (line, width), (column, mask) in itertools.product(enumerate(widths), enumerate(masks)):
+        chart = axes[line][column]
+        for provider, mode in itertools.product(providers, ("forward", "backward")):
+            here = (width, mask, provider, mode)
+            found = [r for r in rows if (r["width"], r["mask"], r["provider"], r["mode"]) == here]
+            found.sort(key=lambda r: r["length"])
+            color, style = f"C{providers.index(provider)}", "-" if mode == "forward" else "--"
+            label = provider if mode == "forward" else None
+            points = [r["length"] for r in found], [r["tflops"] for r in found]
+            chart.plot(*points, style, color=color, marker=".", label=label)
+        chart.set_title(f"{mask}, D{width}", fontsize=9)
+        chart.set_xscale("log", base=2)
+        chart.set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=7)
+    axes[0][0].set_ylabel("TFLOP/s")
+    return figure
+
+
 def fp8_gemm(rows: Rows) -> Any:
     """Rates by shape and kind of scales."""
     return bars([(_shape(r), r["arm"], r["tflops"]) for r in rows], "TFLOP/s")
@@ -123,7 +148,16 @@ def _shape(row: dict[str, Any]) -> str:
 
 PLOTS: dict[str, Callable[[Rows], Any]] = {
     plot.__name__: plot
-    for plot in (attention_models, fp8_gemm, fp8_linear, fp8_model, fp8_casts, fp8_sweep, fp8_accuracy)
+    for plot in (
+        attention_models,
+        attention_kernels,
+        fp8_gemm,
+        fp8_linear,
+        fp8_model,
+        fp8_casts,
+        fp8_sweep,
+        fp8_accuracy,
+    )  # fmt: skip
 }
 
 
