@@ -127,8 +127,9 @@ def measure(length: int, heads: int, kv_heads: int, *, train: bool) -> tuple[lis
     head = heads - 1
     (out, lse), seconds, peak = timed(lambda: run(leaves))
     theirs, _ = exact_rows(*leaves, head, rows)
+    rate, off = round(work / seconds / 1e12, 1), error(out[0, head, rows], theirs)
     found = [{**setting, "mode": "forward", "seconds": round(seconds, 3), "gib": round(peak, 2),
-              "tflops": round(work / seconds / 1e12, 1), "error": error(out[0, head, rows], theirs)}]  # fmt: skip
+              "tflops": rate, "error": off}]  # fmt: skip
     if train:
         del out, lse
         found.append({**setting, "mode": "both", **_both(leaves, work, head, rows)})

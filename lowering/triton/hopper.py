@@ -23,24 +23,24 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
     backward_source,
     dq_part,
 )
-from kp_compiler.lowering.triton.hopper_source import ROWS, hopper_parameters, hopper_source
+from kp_compiler.lowering.triton.hopper_source import ROWS, hopper_parameters, hopper_source, padded
 from kp_compiler.lowering.triton.text import compiled
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _HALVES = (torch.bfloat16, torch.float16)
-_HEAD_DIMS = (64, 128)
 # Bytes of a chunk of heads, of the 50 MiB of an H100's second-level cache. Forward, D128, causal, 4k and 8k
 # tokens: 573 and 614 TFLOP/s, with half as much 564 and 606, with a quarter 536 and 580 (2026-11-27).
 _CACHED = 32 * 2**20
 
 
 def takes(site: Site) -> bool:
-    """Whether the forward kernel computes this site: half precision, head sizes that its tiles have, tensors
-    that the tensor memory accelerator reads (strides and addresses in multiples of 16 bytes), no dropout."""
+    """Whether the forward kernel computes this site: half precision, heads of up to 256, those of values not
+    larger, tensors that the tensor memory accelerator reads (sizes, strides and addresses in multiples of 16
+    bytes), no dropout."""
     q, v = site.q, site.v
-    if q.dtype not in _HALVES or q.shape[3] != v.shape[3] or q.shape[3] not in _HEAD_DIMS:
+    if q.dtype not in _HALVES or padded(v.shape[3]) > padded(q.shape[3]) or q.shape[3] > 256:
         return False
-    if site.block is not None and (site.block[0] < 2 * ROWS or site.block[1] % 64):
+    if site.block is not None and (site.block[0] % (2 * ROWS) or site.block[1] % 64):
         return False
     if site.spec.dropout_p or 0 in (q.numel(), v.numel()):
         return False
@@ -50,13 +50,14 @@ def takes(site: Site) -> bool:
 def _described(x: Tensor) -> bool:
     """A descriptor can describe it."""
     unit = 16 // x.element_size()
-    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % unit == 0
     return dense and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1])
 
 
 def takes_backward(site: Site, grad: Tensor) -> bool:
-    """Whether `gradients` does. Blocks of lists hold all keys of a program."""
-    fits = site.block is None or (site.block[0] % ROWS == 0 and site.block[1] % (2 * ROWS) == 0)
+    """Whether `gradients` does: heads of up to 128, and blocks of lists hold all keys of a program."""
+    fits = site.q.shape[3] <= 128
+    fits &= site.block is None or (site.block[0] % ROWS == 0 and site.block[1] % (2 * ROWS) == 0)
     return takes(site) and fits and _described(grad)
 
 
@@ -133,6 +134,6 @@ def gradients(
 def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:
     """Of tiles [1,1,rows,columns], all columns where none are named; what lies outside is read as zeros and
     not written."""
-    block = [1, 1, rows, columns or x.shape[3]]
+    block = [1, 1, rows, columns or padded(x.shape[3])]
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
     return TensorDescriptor.from_tensor(x, block, layout)

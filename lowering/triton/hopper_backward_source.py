@@ -23,23 +23,17 @@ from textwrap import indent
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
 from kp_compiler.lowering.triton.attention_writer import LOG2E, Layout, Writer, indented
-from kp_compiler.lowering.triton.hopper_source import CHUNKS, LISTS, ROWS, chunked
+from kp_compiler.lowering.triton.hopper_source import CHUNKS, LISTS, ROWS, chunked, number, padded
 from kp_compiler.specs import AttentionSpec
 
 REGISTERS = (240, 24, 24)  # of a thread of a consumer, of the loading and of the adding warp
 DESCRIPTORS = ("q", "dout", "k", "v", "dq")
-TILES = ("q_tiles", "dout_tiles", "k_tile", "v_tile", "ds_tile", "dq_tile", "lse_rows", "delta_rows")
+TILES = (
+    "q_tiles", "dout_tiles", "k_tile", "v_tile", "ds_tile", "dq_tile", "lse_rows", "delta_rows", "starts",
+)  # fmt: skip
 BARRIERS = (
-    "kv_full",
-    "q_full",
-    "dout_full",
-    "q_free",
-    "dout_free",
-    "ds_full",
-    "ds_free",
-    "dq_full",
-    "dq_free",
-)
+    "kv_full", "q_full", "dout_full", "q_free", "dout_free", "ds_full", "ds_free", "dq_full", "dq_free",
+)  # fmt: skip
 PLACE = ("batch", "kv_head", "first", "last")
 
 
@@ -63,8 +57,8 @@ def backward_source(spec: AttentionSpec, layout: Layout) -> str:
         f"OUTER: tl.constexpr = {2 * ROWS}",
         f"ROWS: tl.constexpr = {ROWS}",
         f"INNER: tl.constexpr = {layout.tile[1]}",
-        f"D: tl.constexpr = {layout.head_dim}",
-        f"E: tl.constexpr = {layout.value_dim}",
+        f"D: tl.constexpr = {padded(layout.head_dim)}",
+        f"E: tl.constexpr = {padded(layout.value_dim)}",
         f"STAGES: tl.constexpr = {layout.stages}",
         # rows and columns of dq that a warpgroup has
         *(
@@ -108,7 +102,7 @@ def backward_source(spec: AttentionSpec, layout: Layout) -> str:
 def dq_part(layout: Layout) -> tuple[int, int]:
     """Rows and columns of a tile of dq that each of two warpgroups computes: half of either, 64 rows at
     least."""
-    inner, width = layout.tile[1], layout.head_dim
+    inner, width = layout.tile[1], padded(layout.head_dim)
     return (ROWS, width) if inner == 2 * ROWS else (inner, width // 2)
 
 
@@ -142,6 +136,7 @@ def _begin(
         f"ds_tile = {shared}(q.dtype, [2, ROWS, INNER], TURNED)",
         f"dq_tile = {shared}(tl.float32, [2, 1, 1, PART, COLUMNS], dq.layout)",
         "FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])",
+        f"starts = {shared}(tl.int32, [STAGES, 1], FLAT)",
         f"lse_rows = {shared}(tl.float32, [STAGES, INNER], FLAT)",
         f"delta_rows = {shared}(tl.float32, [STAGES, INNER], FLAT)",
     ]
@@ -168,30 +163,38 @@ def _begin(
 
 
 def _each(writer: Writer, body: list[str], outside: list[str]) -> list[str]:
-    """`body` for every head of the group and every tile, whose first query is `start`; `n` counts them all.
-    Where the tile must be masked is `edge`."""
+    """`body` for every head of the group and every tile; `n` counts them all. By lists, the first `edges` of
+    them are partly kept."""
     lines = ["head = kv_head * GROUP + member", *outside]
     if writer.layout.block is None:
         assert writer.forms is not None
-        lines += bounds(writer.forms, "q")
-        lines += ["for i in range(low, high):", "    start = i * INNER"]
+        lines += [*bounds(writer.forms, "q"), "for i in range(low, high):"]
     else:
-        inner, per = writer.block()
+        _, per = writer.block()
         lines += [
             f"line = {writer.line()}",
             f"edges = tl.load(partial_count + line) * {per}",
             f"count = edges + tl.load(full_count + line) * {per}",
             "line = line.to(tl.int64) * list_length",
             "for i in range(0, count):",
-            "    start = 0",
-            "    if i < edges:",
-            f"        start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
-            "    else:",
-            "        behind = i - edges",
-            f"        start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
         ]
     lines += indented([*body, "n += 1"])
     return ["for member in range(0, GROUP):", *indented(lines)]
+
+
+def _start(writer: Writer) -> list[str]:
+    """The first query of tile i."""
+    if writer.layout.block is None:
+        return ["start = i * INNER"]
+    inner, per = writer.block()
+    return [
+        "start = 0",
+        "if i < edges:",
+        f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
+        "else:",
+        "    behind = i - edges",
+        f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
+    ]
 
 
 def _edge(writer: Writer) -> str | None:
@@ -209,10 +212,13 @@ def _loader(writer: Writer) -> list[str]:
     for who, name in ((0, "k"), (1, "k"), (0, "v"), (1, "v")):
         place = f"[batch, kv_head, first + {who} * ROWS, 0]"
         lines.append(f"{load}({name}, {place}, kv_full, {name}_tile.index({who}))")
-    body = ["stage, turned = n % STAGES, ((n // STAGES) & 1) ^ 1"]
+    body = [*_start(writer), "stage, turned = n % STAGES, ((n // STAGES) & 1) ^ 1"]
+    one = "tl.full([1], 0, tl.int32, tl.BlockedLayout([1], [32], [1], [0]))"
+    told = [f"starts.index(stage).store({one} + start)"] if writer.layout.block is not None else []
     for name in ("q", "dout"):
         body += [
             f"mbarrier.wait({name}_free.index(stage), turned)",
+            *(told if name == "q" else []),
             f"mbarrier.expect({name}_full.index(stage), {name}.block_type.nbytes)",
             f"{load}({name}, [batch, head, start, 0], {name}_full.index(stage), {name}_tiles.index(stage))",
         ]
@@ -236,6 +242,7 @@ def _loader(writer: Writer) -> list[str]:
 
 def _adder(writer: Writer) -> list[str]:
     body = [
+        *_start(writer),
         "mbarrier.wait(dq_full, n & 1)",
         "tma_add(dq, [batch, head, start, 0], dq_tile.index(0))",
         "tma_add(dq, [batch, head, start + INNER - PART, D - COLUMNS], dq_tile.index(1))",
@@ -285,8 +292,10 @@ def _round(writer: Writer) -> list[str]:
     row = "tl.SliceLayout(0, SCORES)"
     edge = _edge(writer)
     masks = writer.masks()
+    listed = writer.layout.block is not None
     lines = [
         "stage, turned = n % STAGES, (n // STAGES) & 1",
+        *([f"start = {number('starts.index(stage)')}"] if listed else _start(writer)),
         f"q_at = (start + tl.arange(0, INNER, {row}))[None, :]",
         "query = q_tiles.index(stage).reshape([INNER, D])",
         "grad = dout_tiles.index(stage).reshape([INNER, E])",
@@ -344,13 +353,15 @@ def _round(writer: Writer) -> list[str]:
 
 def _results(writer: Writer) -> list[str]:
     lines = []
-    for name, width, layout, change in (
-        ("dk", "D", "KEYS", f" * {writer.spec.scale!r}"),
-        ("dv", "E", "VALUES", ""),
+    for name, width, size, layout, change in (
+        ("dk", "D", writer.layout.head_dim, "KEYS", f" * {writer.spec.scale!r}"),
+        ("dv", "E", writer.layout.value_dim, "VALUES", ""),
     ):
         rows = f"(first + WHO * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, {layout})))[:, None]"
         columns = f"tl.arange(0, {width}, tl.SliceLayout(0, {layout}))[None, :]"
-        masked = "" if "k" in writer.layout.whole else f", mask={rows} < T"
+        conditions = [] if "k" in writer.layout.whole else [f"({rows} < T)"]
+        conditions += [f"({columns} < {size})"] if padded(size) > size else []
+        masked = f", mask={' & '.join(conditions)}" if conditions else ""
         lines += [
             f"{name} += batch.to(tl.int64) * {name}_b + kv_head.to(tl.int64) * {name}_h",
             f"place = {name} + {rows}.to(tl.int64) * {name}_s + {columns}",

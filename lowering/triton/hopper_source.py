@@ -26,7 +26,7 @@ ROWS = 64  # queries of a warpgroup
 # of a consumer's threads and of the producer's, by the number of consumers: 65536 in all, a warp counts four
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 BUFFERS = (
-    "q_tiles", "k_tiles", "v_tiles", "items", "turn", "q_full", "q_free", "k_full", "k_free",
+    "q_tiles", "k_tiles", "v_tiles", "items", "starts", "turn", "q_full", "q_free", "k_full", "k_free",
     "v_full", "v_free", "item_full", "item_free",
 )  # fmt: skip
 LISTS = ("partial_count", "partial", "full_count", "full", "list_b", "list_h", "list_length")
@@ -53,9 +53,10 @@ def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
         f"ROWS: tl.constexpr = {ROWS}",
         f"PARTS: tl.constexpr = {outer // ROWS}",
         f"INNER: tl.constexpr = {inner}",
-        f"D: tl.constexpr = {layout.head_dim}",
-        f"E: tl.constexpr = {layout.value_dim}",
+        f"D: tl.constexpr = {padded(layout.head_dim)}",
+        f"E: tl.constexpr = {padded(layout.value_dim)}",
         f"STAGES: tl.constexpr = {layout.stages}",
+        f"QUEUE: tl.constexpr = {_queue(layout)}",  # items whose queries are in shared memory
     ]
     shared = ", ".join(BUFFERS)
     placed = [
@@ -85,6 +86,15 @@ def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
     )
 
 
+def padded(size: int) -> int:
+    """Columns of a tile for heads of this size: what lies outside of the tensor is read as zeros."""
+    return max(64, 1 << (size - 1).bit_length())
+
+
+def _queue(layout: Layout) -> int:
+    return 2 if padded(layout.head_dim) <= 128 else 1
+
+
 def _scalars(spec: AttentionSpec) -> list[str]:
     return [f"n{i}" for i in range(spec.mask.scalars)]
 
@@ -98,14 +108,16 @@ def _begin(writer: Writer, shared: str, rest: list[str], placed: list[str]) -> l
     memory = "tl.allocate_shared_memory"
     parts = writer.layout.tile[0] // ROWS
     lines = [
-        f"q_tiles = {memory}(q.dtype, [2 * PARTS, 1, 1, ROWS, D], q.layout)",
+        f"q_tiles = {memory}(q.dtype, [QUEUE * PARTS, 1, 1, ROWS, D], q.layout)",
         f"k_tiles = {memory}(k.dtype, [STAGES, 1, 1, INNER, D], k.layout)",
         f"v_tiles = {memory}(v.dtype, [STAGES, 1, 1, INNER, E], v.layout)",
-        f"items = {memory}(tl.int32, [2, 1], tl.SwizzledSharedLayout(1, 1, 1, [0]))",
+        "FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])",
+        f"items = {memory}(tl.int32, [2, 1], FLAT)",
+        f"starts = {memory}(tl.int32, [STAGES, 1], FLAT)",
     ]
     barriers = {"turn": ("PARTS", "1")}
-    barriers |= {f"{name}_full": ("2", "1") for name in ("q", "item")}
-    barriers |= {f"{name}_free": ("2", "PARTS") for name in ("q", "item")}
+    barriers |= {"q_full": ("QUEUE", "1"), "q_free": ("QUEUE", "PARTS")}
+    barriers |= {"item_full": ("2", "1"), "item_free": ("2", "PARTS")}
     barriers |= {f"{name}_full": ("STAGES", "1") for name in "kv"}
     barriers |= {f"{name}_free": ("STAGES", "PARTS") for name in "kv"}
     for name, (size, count) in barriers.items():
@@ -179,7 +191,7 @@ def _tiles(writer: Writer) -> list[str]:
 
 
 def _start(writer: Writer) -> list[str]:
-    """The first key of tile i. Where there are none at all, past the end."""
+    """The first key of tile i. Where there are none at all, past the end. Of lists, the producer tells it."""
     if writer.layout.block is None:
         return ["start = (end - 1 - i) * INNER"]
     inner, per = writer.block()
@@ -207,19 +219,22 @@ def _edge(writer: Writer) -> str:
 def _producer(writer: Writer) -> list[str]:
     load = "tma.async_copy_global_to_shared"
     loop = [*_start(writer), "stage, turned = (n + i) % STAGES, (((n + i) // STAGES) & 1) ^ 1"]
+    listed = writer.layout.block is not None
+    told = "starts.index(stage).store(tl.full([1], 0, tl.int32, ONE) + start)"
     for name in "kv":
         loop += [
             f"mbarrier.wait({name}_free.index(stage), turned)",
+            *([told] if name == "k" and listed else []),
             f"mbarrier.expect({name}_full.index(stage), {name}.block_type.nbytes)",
             f"{load}({name}, [batch, kv_head, start, 0], "
             f"{name}_full.index(stage), {name}_tiles.index(stage))",
         ]
     body = [
-        "mbarrier.wait(q_free.index(lap % 2), ((lap // 2) & 1) ^ 1)",
-        "mbarrier.expect(q_full.index(lap % 2), PARTS * q.block_type.nbytes)",
+        "mbarrier.wait(q_free.index(lap % QUEUE), ((lap // QUEUE) & 1) ^ 1)",
+        "mbarrier.expect(q_full.index(lap % QUEUE), PARTS * q.block_type.nbytes)",
         "for part in tl.static_range(PARTS):",
-        f"    {load}(q, [batch, head, first + part * ROWS, 0], q_full.index(lap % 2), "
-        "q_tiles.index(lap % 2 * PARTS + part))",
+        f"    {load}(q, [batch, head, first + part * ROWS, 0], q_full.index(lap % QUEUE), "
+        "q_tiles.index(lap % QUEUE * PARTS + part))",
         "next_item = tl.atomic_add(taken, 1, sem='relaxed') + tl.num_programs(0)",
         "mbarrier.wait(item_free.index(lap % 2), ((lap // 2) & 1) ^ 1)",
         "items.index(lap % 2).store(tl.full([1], 0, tl.int32, ONE) + next_item)",
@@ -237,10 +252,15 @@ def _consumer(writer: Writer) -> list[str]:
     ]
     following = [
         "mbarrier.wait(item_full.index(lap % 2), (lap // 2) & 1)",
-        "next_item = tl.max(items.index(lap % 2).load(tl.BlockedLayout([1], [32], [4], [0])), 0)",
+        f"next_item = {number('items.index(lap % 2)')}",
         "mbarrier.arrive(item_free.index(lap % 2), count=1)",
     ]
     return [*layouts, *_items(writer, _item(writer), following), "tma.store_wait(0)"]
+
+
+def number(place: str) -> str:
+    """A number that the producer has left in shared memory."""
+    return f"tl.max({place}.load(tl.BlockedLayout([1], [32], [4], [0])), 0)"
 
 
 def _item(writer: Writer) -> list[str]:
@@ -250,17 +270,16 @@ def _item(writer: Writer) -> list[str]:
         # which tiles a warpgroup's own rows keep wholly
         *(["first, last = mine, tl.minimum(mine + ROWS, S) - 1", *bounds(forms, "k")] if forms else []),
         "q_at = (mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
-        "mbarrier.wait(q_full.index(lap % 2), (lap // 2) & 1)",
-        "query = q_tiles.index(lap % 2 * PARTS + WHO).reshape([ROWS, D])",
+        "mbarrier.wait(q_full.index(lap % QUEUE), (lap // QUEUE) & 1)",
+        "held = q_tiles.index(lap % QUEUE * PARTS + WHO)",
+        "query = held.reshape([ROWS, D])",
         "top = tl.full([ROWS], float('-inf'), tl.float32, tl.SliceLayout(1, SCORES))",
         "total = tl.zeros([ROWS], tl.float32, tl.SliceLayout(1, SCORES))",
         "acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
         *writer.formula.outside,
         "i = 0",
-        *_product(),
-        # the result before was read from what is now free for the queries after these
-        "tma.store_wait(0)",
-        "mbarrier.arrive(q_free.index((lap + 1) % 2), count=1, pred=lap > 0)",
+        *_product(writer),
+        *(_freed("lap - 1", "lap > 0") if _queue(writer.layout) > 1 else []),
         "s = warpgroup_mma_wait(0, [product])",
         "mbarrier.arrive(k_free.index(stage), count=1)",
         *_softmax(writer),
@@ -274,14 +293,25 @@ def _item(writer: Writer) -> list[str]:
         "acc = warpgroup_mma_wait(0, [warpgroup_mma(weights, value, acc, is_async=True)])",
         "mbarrier.arrive(v_free.index(final), count=1)",
         *_end(writer),
+        *(_freed("lap", "True") if _queue(writer.layout) == 1 else []),
     ]
 
 
-def _product() -> list[str]:
+def _freed(lap: str, there: str) -> list[str]:
+    """Queries may come where the result of an item went out from."""
+    return [
+        "tma.store_wait(0)",
+        f"mbarrier.arrive(q_free.index(({lap}) % QUEUE), count=1, pred={there})",
+    ]
+
+
+def _product(writer: Writer) -> list[str]:
     """Start q kᵀ of tile i."""
+    listed = writer.layout.block is not None
     return [
         "stage = (n + i) % STAGES",
         "mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)",
+        *([f"start = {number('starts.index(stage)')}"] if listed else _start(writer)),
         "key = k_tiles.index(stage).reshape([INNER, D]).permute((1, 0))",
         "empty = tl.zeros([ROWS, INNER], tl.float32, SCORES)",
         "product = warpgroup_mma(query, key, empty, use_acc=False, is_async=True)",
@@ -294,7 +324,7 @@ def _softmax(writer: Writer) -> list[str]:
     masks, edge = writer.masks(), _edge(writer)
     lines = []
     if writer.spec.biases or (masks and edge):
-        lines = [*_start(writer), keys]
+        lines = [keys]
     lines += writer.changes(masked=False)
     if masks and edge:
         lines += [f"if {edge}:", *indented(masks)]
@@ -305,7 +335,7 @@ def _round(writer: Writer) -> list[str]:
     """Tile i: its q kᵀ, and p v of the tile before."""
     return [
         "mbarrier.wait(turn.index(WHO), (n - lap + i - 1) & 1)",  # an item has a round less than tiles
-        *_product(),
+        *_product(writer),
         "before = (n + i - 1) % STAGES",
         "value = v_tiles.index(before).reshape([INNER, E])",
         "sum = warpgroup_mma(weights, value, acc, is_async=True)",
@@ -334,7 +364,10 @@ def _end(writer: Writer) -> list[str]:
         rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
         columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
         base = "start_out + batch.to(tl.int64) * start_out_b + head.to(tl.int64) * start_out_h"
-        masked = "" if whole else f", mask={rows} < S"
+        conditions = [] if whole else [f"({rows} < S)"]
+        size = writer.layout.value_dim
+        conditions += [f"({columns} < {size})"] if padded(size) > size else []
+        masked = f", mask={' & '.join(conditions)}" if conditions else ""
         lines += [
             f"before = tl.load({base} + {rows}.to(tl.int64) * start_out_s + {columns}{masked})",
             "rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]",
@@ -343,7 +376,8 @@ def _end(writer: Writer) -> list[str]:
     return [
         *lines,
         f"tl.store(lse + {at}, lse2 * {LN2}{there})",
-        f"query.store(({value}).to(q_tiles.dtype))",
+        "result = held._reinterpret(q_tiles.dtype, [1, 1, ROWS, E], out.layout)",
+        f"result.reshape([ROWS, E]).store(({value}).to(q_tiles.dtype))",
         "fence_async_shared()",
-        "tma.async_copy_shared_to_global(out, [batch, head, mine, 0], q_tiles.index(lap % 2 * PARTS + WHO))",
+        "tma.async_copy_shared_to_global(out, [batch, head, mine, 0], result)",
     ]
