@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kp_compiler.lowering.triton.attention_source import parameters, source
 from kp_compiler.lowering.triton.attention_writer import WHOLE, Layout, pieces
@@ -285,8 +286,10 @@ def _launch(
     **settings: Any,
 ) -> None:
     tile = site.tile(kernel)
-    layout = site.layout(kernel, tile, **settings)
     found = site.arguments() | more | (lists.arguments() if lists is not None else {})
+    tiles = _descriptors(_STREAMED[kernel], found, tile)
+    layout = site.layout(kernel, tile, described=frozenset(tiles), **settings)
+    found |= tiles
     if grid is None:
         lines, heads = (
             (site.k.shape[2], site.k.shape[1]) if kernel == "dkdv" else (site.q.shape[2], site.q.shape[1])
@@ -298,6 +301,30 @@ def _launch(
     with torch.cuda.device_of(site.q):
         text = _text(kernel, site.spec, layout)
         compiled(f"kp_attention_{kernel}", text)[grid](**{n: found[n] for n in names}, num_warps=tile.warps)
+
+
+# The matrices whose tiles a loop goes through
+_STREAMED = {"forward": ("k", "v"), "dq": ("k", "v"), "dkdv": ("q", "dout"), "dbias": ()}
+
+
+def _descriptors(names: Sequence[str], found: dict[str, Any], tile: Tile) -> dict[str, TensorDescriptor]:
+    """Descriptors in place of pointers, where the device has an accelerator for copies of tiles: no addresses
+    in registers, no instructions of every thread. All or none."""
+    tensors = [found[name] for name in names]
+    if not all(described(x) and len(pieces(x.shape[3])) == 1 for x in tensors):
+        return {}
+    if tensors and tensors[0].is_cuda and detect(tensors[0].device).sm < 90:
+        return {}
+    blocks = [[1, 1, tile.inner, pieces(x.shape[3])[0][1]] for x in tensors]
+    made = (TensorDescriptor.from_tensor(x, block) for x, block in zip(tensors, blocks, strict=True))
+    return dict(zip(names, made, strict=True))
+
+
+def described(x: Tensor) -> bool:
+    """Whether a descriptor can describe it: sizes, strides and addresses in multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % unit == 0
+    return x.numel() > 0 and dense and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1])
 
 
 @lru_cache(maxsize=1024)

@@ -61,7 +61,7 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
     tensors += {"forward": [], "dq": ["dq"], "dkdv": ["dk", "dv"], "dbias": ["dbias"]}[kernel]
     if kernel == "forward" and layout.start:
         tensors += ["start_out", "start_lse"]
-    strided = [t for t in tensors if t not in ("lse", "delta", "start_lse", "dbias")]
+    strided = [t for t in tensors if t not in ("lse", "delta", "start_lse", "dbias", *layout.described)]
     numbers = [f"{t}_{dim}" for t in strided for dim in ("b", "h", "s")]
     for i, dims in enumerate(layout.lookups):
         tensors.append(f"t{i}")
@@ -141,11 +141,8 @@ def _dkdv(w: Writer) -> list[str]:
     lines += _key_tiles(w, "first", "OUTER")
     lines += [f"dk_acc{i} = tl.zeros([OUTER, {width}], tl.float32)" for i, (_, width) in enumerate(w.head)]
     lines += [f"dv_acc{i} = tl.zeros([OUTER, {width}], tl.float32)" for i, (_, width) in enumerate(w.value)]
-    lines += [
-        "q += batch.to(tl.int64) * q_b",
-        "dout += batch.to(tl.int64) * dout_b",
-        "all_q, all_dout = q, dout",
-    ]
+    moved = [name for name in ("q", "dout") if name not in layout.described]
+    lines += [f"all_{name} = {name} + batch.to(tl.int64) * {name}_b" for name in moved]
 
     def body(*, masked: bool) -> list[str]:
         lines = w.indices() + _query_tiles(w, "start", "INNER") + w.recomputed("key", "query", masked=masked)
@@ -159,8 +156,7 @@ def _dkdv(w: Writer) -> list[str]:
     lines += indented(
         [
             "head = kv_head * GROUP + member",
-            "q = all_q + head.to(tl.int64) * q_h",
-            "dout = all_dout + head.to(tl.int64) * dout_h",
+            *(f"{name} = all_{name} + head.to(tl.int64) * {name}_h" for name in moved),
             *w.loops(body),
         ]
     )

@@ -53,6 +53,7 @@ class Layout:
     lookups: tuple[int, ...]  # dimensions of each
     whole: frozenset[str]  # of "q" and "k", those whose size is a multiple of the tile's
     block: tuple[int, int] | None  # sizes of the blocks of lists, where there are lists
+    described: frozenset[str] = frozenset()  # tensors that come as descriptors of the loop's tiles
     start: bool = False  # the forward pass goes on from an earlier (out, lse)
     exact: bool = False  # float32 all the way
     bias: int = 0  # which bias dbias is the gradient of
@@ -103,6 +104,10 @@ class Writer:
     def rows(self, name: str, index: str, parts: list[tuple[int, int]], size: int, start: str, count: str,
              *, to: str | None = None) -> list[str]:  # fmt: skip
         """Load rows [count, piece] of a matrix, from row `start` on, as NAME0, NAME1, …"""
+        if name in self.layout.described:
+            head = "kv_head" if name in ("k", "v") else "head"
+            tile = f"{name}.load([batch, {head}, {start}, 0])"
+            return [f"{to or name}0 = tl.reshape({tile}, [{count}, {parts[0][1]}])"]
         return [
             f"{to or name}{i} = "
             f"tl.load({self.place(name, part, start, count)}{self.masked(index, part, size)})"
@@ -163,7 +168,11 @@ class Writer:
         return self.position(reverse=reverse) + rows
 
     def advance(self, names: Iterable[str], head: str) -> list[str]:
-        return [f"{n} += batch.to(tl.int64) * {n}_b + ({head}).to(tl.int64) * {n}_h" for n in names]
+        return [
+            f"{n} += batch.to(tl.int64) * {n}_b + ({head}).to(tl.int64) * {n}_h"
+            for n in names
+            if n not in self.layout.described
+        ]
 
     # -------------------------------------------------------------------------------------------- loops
 

@@ -14,6 +14,7 @@ from kp_compiler.lowering.triton.attention import (
     Lists,
     Site,
     Tile,
+    described,
     forward_arguments,
     strided,
     tile_for,
@@ -42,23 +43,16 @@ def takes(site: Site) -> bool:
         return False
     if site.block is not None and (site.block[0] % (2 * ROWS) or site.block[1] % 64):
         return False
-    if site.spec.dropout_p or 0 in (q.numel(), v.numel()):
+    if site.spec.dropout_p:
         return False
-    return all(_described(x) for x in (q, site.k, v))
-
-
-def _described(x: Tensor) -> bool:
-    """A descriptor can describe it."""
-    unit = 16 // x.element_size()
-    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % unit == 0
-    return dense and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1])
+    return all(described(x) for x in (q, site.k, v))
 
 
 def takes_backward(site: Site, grad: Tensor) -> bool:
     """Whether `gradients` does: heads of up to 128, and blocks of lists hold all keys of a program."""
     fits = site.q.shape[3] <= 128
     fits &= site.block is None or (site.block[0] % ROWS == 0 and site.block[1] % (2 * ROWS) == 0)
-    return takes(site) and fits and _described(grad)
+    return takes(site) and fits and described(grad)
 
 
 def _tile(kernel: str, site: Site) -> Tile:
