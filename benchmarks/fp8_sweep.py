@@ -6,7 +6,9 @@ forward and backward, 54 in inference.
 Every combination of rows, inputs and outputs. The decision is the cost model's for the shape alone, taken
 before anything is timed; each pair of sizes is compiled once, for any number of rows. The model is fitted to
 powers of two (`kp_compiler/cost.py`), the sizes here are others, and a few of those. Both arms are replayed
-from CUDA graphs: in a model the host runs ahead of a layer, alone it would be timed instead.
+from CUDA graphs: in a model the host runs ahead of a layer, alone it would be timed instead. In inference a
+graph holds as many layers as have more weights than the second-level cache, or one would be timed that had
+its weights there, as no layer of a model has.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from kp_compiler.target import detect
 SIZES = (768, 1536, 2560, 4096, 8192, 14336)
 INFERENCE_SIZES = (1024, 4096, 14336)
 INFERENCE_ROWS = (16, 64, 256, 1024, 4096, 16384)
+ROTATED = 128 * 2**20  # bytes of weights that inference goes through
 REGRET = 1.02  # what the chosen path may take, in parts of the faster one's time
 
 
@@ -39,18 +42,21 @@ def chosen(rows: int, inputs: int, outputs: int, recipe: str, *, train: bool) ->
     return ("fp8" if predicted["gain"] >= 1 else "bf16"), predicted["gain"]
 
 
-def step_of(run: Any, layer: nn.Linear, rows: int, *, train: bool) -> Callable[[], Any]:
-    x = torch.randn(rows, layer.in_features, device="cuda", dtype=torch.bfloat16, requires_grad=train)
-    grad = torch.randn(rows, layer.out_features, device="cuda", dtype=torch.bfloat16)
+def step_of(runs: list[Any], layers: list[nn.Linear], rows: int, *, train: bool) -> Callable[[], Any]:
+    """One training step of a single layer, or a forward pass of each of several."""
+    inputs, outputs = layers[0].in_features, layers[0].out_features
+    x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=train)
+    grad = torch.randn(rows, outputs, device="cuda", dtype=torch.bfloat16)
     torch._dynamo.mark_dynamic(x, 0)
 
     def training() -> None:
-        run(x).backward(grad)
-        x.grad = layer.weight.grad = None
+        runs[0](x).backward(grad)
+        x.grad = layers[0].weight.grad = None
 
     def inference() -> None:
         with torch.no_grad():
-            run(x)
+            for run in runs:
+                run(x)
 
     return training if train else inference
 
@@ -59,13 +65,19 @@ def measure(
     inputs: int, outputs: int, sizes: tuple[int, ...], recipe: str, repeats: int, *, train: bool
 ) -> list[dict[str, Any]]:
     torch._dynamo.reset()
-    layer = nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16)
+    count = 1 if train else -(-ROTATED // (2 * inputs * outputs))
+    layers = [
+        nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(count)
+    ]
     options = {"strict": True, "fp8_linear": {"mode": "require", "recipe": recipe}}
-    runs = {"bf16": torch.compile(layer), "fp8": torch.compile(layer, backend="kp", options=options)}
+    runs = {
+        "bf16": [torch.compile(layer) for layer in layers],
+        "fp8": [torch.compile(layer, backend="kp", options=options) for layer in layers],
+    }
     found = []
     for rows in sizes:
-        steps = {name: recorded(step_of(run, layer, rows, train=train)) for name, run in runs.items()}
-        times = time_interleaved(steps, repeats, pause=0.0, span_ms=15.0)
+        steps = {name: recorded(step_of(run, layers, rows, train=train)) for name, run in runs.items()}
+        times = {n: t / count for n, t in time_interleaved(steps, repeats, 0.0, span_ms=15.0).items()}
         path, gain = chosen(rows, inputs, outputs, recipe, train=train)
         found.append(
             {

@@ -157,7 +157,7 @@ PLOTS: dict[str, Callable[[Rows], Any]] = {
         fp8_casts,
         fp8_sweep,
         fp8_accuracy,
-    )  # fmt: skip
+    )
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -128,6 +128,10 @@ def gradients(
 def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:
     """Of tiles [1,1,rows,columns], all columns where none are named; what lies outside is read as zeros and
     not written."""
-    block = [1, 1, rows, columns or padded(x.shape[3])]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
-    return TensorDescriptor.from_tensor(x, block, layout)
+    block = (1, 1, rows, columns or padded(x.shape[3]))
+    return TensorDescriptor.from_tensor(x, list(block), _shared_layout(block, x.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
