@@ -8,7 +8,8 @@ D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 time
 documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
 FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
 FlexAttention and kp's kernels read the same block lists, which are made before anything is timed;
-FlexAttention is measured at two lengths, as it compiles for ten seconds at each. A product of 8192³ is timed
+FlexAttention is measured at two lengths, as it compiles for ten seconds at each. `portable` is kp's forward
+kernel for any GPU, where `kp` takes the one for Hopper. A product of 8192³ is timed
 before and after: what the device gives that day. `--add` keeps the rows of another file of the same day and
 device: a table of all masks takes longer than a machine may be had for.
 
@@ -19,11 +20,13 @@ mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAtt
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +42,7 @@ from kp_compiler.specs import AttentionSpec, MaskSpec
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 FLEX_LENGTHS = (8192, 32768)
 TOKENS, HIDDEN, WINDOW, BLOCK = 16384, 2048, 1024, 128
-PROVIDERS = ("cudnn", "flash", "masked", "flex", "kp", "fa4")
+PROVIDERS = ("cudnn", "flash", "masked", "flex", "kp", "portable", "fa4")
 SPECS = {
     "full": MaskSpec(),
     "causal": MaskSpec("causal", "k <= q"),
@@ -107,6 +110,16 @@ def kp_call(spec: MaskSpec, width: int, operands: list[Tensor], blocks: BlockMas
     return lambda q, k, v: attend.attend()(q, k, v, operands, [], lists, None, None, None, plan)[0]
 
 
+def portable_call(call: Call) -> Call:
+    """The same without the Hopper kernels, forward."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with mock.patch.object(attend, "_hopper", lambda site: None):
+            return call(q, k, v)
+
+    return run
+
+
 def sdpa_call(backend: SDPBackend, *, causal: bool, mask: Tensor | None = None) -> Call:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -155,7 +168,9 @@ def calls(setting: Setting, segments: Tensor, wanted: list[str]) -> Iterator[tup
     if "flex" in wanted and setting.length in FLEX_LENGTHS:
         yield "flex", flex_call(blocks)
     listed = blocks if setting.mask == "packed" else None
-    yield "kp", kp_call(SPECS[setting.mask], setting.width, [segments] if listed is not None else [], listed)
+    mine = kp_call(SPECS[setting.mask], setting.width, [segments] if listed is not None else [], listed)
+    yield "kp", mine
+    yield "portable", portable_call(mine)
     if setting.mask != "packed" and setting.width <= 128:
         try:
             yield "fa4", fa4_call(setting)
@@ -190,6 +205,8 @@ def steps_of(
         if not warm(name, forward):
             continue
         steps[name, "forward"] = forward
+        if name == "portable":
+            continue
         out = call(*leaves)
 
         def backward(out: Tensor = out) -> None:
@@ -251,9 +268,49 @@ def sparse(length: int, share: float, repeats: int, providers: list[str]) -> lis
         "cudnn": sdpa_call(SDPBackend.CUDNN_ATTENTION, causal=True),
         "flex": flex_call(blocks),
         "kp": kp_call(SPECS["causal"], setting.width, [], blocks),
+        "kp, no lists": kp_call(SPECS["causal"], setting.width, [], None),
     }
+    providers = [*providers, "kp, no lists"] if share == 1.0 else providers
     steps = steps_of({n: c for n, c in found.items() if n in providers}, *tensors(setting))
     return timed(steps, setting, length * (length + 1) / 2, repeats)  # cuDNN's pairs: times are what compares
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+
+def errors(mask: str, width: int, length: int = 2048) -> list[dict[str, Any]]:
+    """Relative errors of out and of the gradients of q, k and v, by provider, against float64."""
+    setting = Setting(mask, length, width, 8, 2, 1)
+    *inputs, grad = tensors(setting)
+    found = {
+        "cudnn": sdpa_call(SDPBackend.CUDNN_ATTENTION, causal=mask == "causal"),
+        "kp": kp_call(SPECS[mask], width, [], None),
+        "exact": sdpa_call(SDPBackend.MATH, causal=mask == "causal"),
+    }
+    results = {}
+    for name, call in found.items():
+        leaves = [(x.double() if name == "exact" else x).detach().requires_grad_() for x in inputs]
+        out = call(*leaves)
+        results[name] = [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+    rows = []
+    for name in ("cudnn", "kp"):
+        pairs = zip(("out", "dq", "dk", "dv"), results[name], results["exact"], strict=True)
+        off = {what: float((mine - theirs).norm() / theirs.norm()) for what, mine, theirs in pairs}
+        rows.append({"setting": f"errors: {setting}", "provider": name, **off})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def error_bar(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest of kp's errors in parts of cuDNN's."""
+    by = {(r["setting"], r["provider"]): r for r in rows if "dq" in r}
+    ratios = [
+        mine[what] / by[setting, "cudnn"][what]
+        for (setting, provider), mine in by.items()
+        for what in ("out", "dq", "dk", "dv")
+        if provider == "kp"
+    ]
+    return bar("error against float64, in parts of cuDNN's", max(ratios, default=None), 1.1, at_least=False)
 
 
 def product() -> float:
@@ -292,6 +349,12 @@ def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "causal D128 backward against FlexAttention", least("causal", 128, "backward", "flex", long), 1.2
         ),
     ]
+    ratios = [
+        found[mask, length, width, "forward", "cudnn"]["ms"] / row["ms"]
+        for (mask, length, width, _, provider), row in found.items()
+        if provider == "portable" and (mask, width) == ("causal", 128) and length in long
+    ]
+    bars.append(bar("causal D128 forward, portable, against cuDNN", min(ratios, default=None), 0.8))
     for mask, tflops in (("packed", 400), ("window", 350)):
         row = found.get((mask, 32768, 128, "forward", "kp"))
         bars.append(bar(f"{mask} 32k D128 forward, useful TFLOP/s", row["tflops"] if row else None, tflops))
@@ -306,6 +369,18 @@ def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for peer, target in (("cudnn", against), ("flex", 1.2)):
                 value = least("blocks 10%", 128, "forward", peer, (length,))
                 bars.append(bar(f"a tenth of the blocks, {length}, forward against {peer}", value, target))
+            both = {
+                peer: sum(
+                    found["blocks 10%", length, 128, mode, peer]["ms"] for mode in ("forward", "backward")
+                )
+                for peer in ("cudnn", "kp")
+            }
+            name = f"a tenth of the blocks, {length}, forward and backward against cudnn"
+            bars.append(bar(name, both["cudnn"] / both["kp"], 7.0))
+        if (row := found.get(("blocks 100%", length, 128, "forward", "kp"))) is not None:
+            dense = found["blocks 100%", length, 128, "forward", "kp, no lists"]
+            name = f"all of the blocks, {length}, forward: time of lists against none"
+            bars.append(bar(name, row["ms"] / dense["ms"], 1.08, at_least=False))
     return bars
 
 
@@ -337,13 +412,15 @@ def main() -> None:
     for length in options.sparse:
         for share in (0.1, 1.0) if length <= 32768 else (0.1,):
             rows += sparse(length, share, options.repeats, options.providers)
+    for mask, width in itertools.product(("causal", "full"), (64, 128)):
+        rows += errors(mask, width)
     rows.append({"setting": "product 8192³, after", "provider": "cuBLAS", "tflops": round(product(), 1)})
     if options.add:
         rows = json.loads(options.add.read_text())["rows"] + rows
     write(
         "attention_kernels",
         rows,
-        bars_of([r for r in rows if "mask" in r]),
+        [*bars_of([r for r in rows if "mask" in r]), error_bar(rows)],
         installed("flash-attn-4"),
         options.out,
     )

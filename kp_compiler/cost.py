@@ -21,6 +21,7 @@ RATES = {
     "cudnn": 560e12,
     "flash": 318e12,
     "flex": 389e12,
+    "triton": 600e12,
     "efficient": 170e12,
     "masked": 310e12,
 }

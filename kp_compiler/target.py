@@ -37,6 +37,7 @@ class Target:
     has_fa4: bool = False
     has_te: bool = False
     shared_memory: int = 227 * 1024  # bytes that a kernel's block may have: Hopper's
+    multiprocessors: int = 132
     assumed: bool = False
     reference: bool = False  # lower everything onto the reference kernels (cpu_rewrites)
 
@@ -58,6 +59,7 @@ def detect(device: torch.device | str, *, reference: bool = False) -> Target:
 @cache
 def _detect_cuda(index: int) -> Target:
     major, minor = torch.cuda.get_device_capability(index)
+    properties = torch.cuda.get_device_properties(index)
     return Target(
         device="cuda",
         sm=10 * major + minor,
@@ -67,7 +69,8 @@ def _detect_cuda(index: int) -> Target:
         has_triton=has_package("triton"),
         has_fa4=has_fa4(),
         has_te=has_te(),
-        shared_memory=torch.cuda.get_device_properties(index).shared_memory_per_block_optin,
+        shared_memory=properties.shared_memory_per_block_optin,
+        multiprocessors=properties.multi_processor_count,
     )
 
 

@@ -80,6 +80,18 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
     return mask_render.unreadable(spec) or unkept(spec, shape)
 
 
+def on_hopper(spec: AttentionSpec, shape: AttentionShape | None, target: Target) -> bool:
+    """Whether the Hopper kernels can be expected to run (`triton.hopper.takes` says it of tensors)."""
+    if target.sm != 90 or spec.dropout_p:
+        return False
+    if shape is None:
+        return True
+    sizes = (shape.head_dim, shape.value_dim)
+    if shape.dtype == torch.float32 or not all(isinstance(n, int) and n % 8 == 0 for n in sizes):
+        return False
+    return shape.value_dim <= shape.head_dim <= (128 if shape.training else _LARGEST_HEAD)
+
+
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """q, k, v [B,H,S,D] to out [B,H,S,E]."""
     from kp_compiler.lowering.block_mask import BLOCK, block_lists

@@ -54,27 +54,34 @@ EFFICIENT = Implementation("efficient", aten.check_efficient, aten.emit_efficien
 TRITON = Implementation("triton", attend.check, attend.emit)
 REFERENCE = Implementation("reference", _check_reference, _emit_reference)
 
-# TRITON is in no order yet: by name only, until it was run and measured on a device
 ATTENTION = (REFERENCE, CUDNN, FLASH, FLEX, EFFICIENT, FA4, TRITON)
 ATEN_OPERATORS = aten.OPERATORS  # of the implementations that are one
 BY_NAME = {implementation.name: implementation for implementation in ATTENTION}
 
 
-def order(target: Target, spec: AttentionSpec, *, training: bool = False) -> tuple[Implementation, ...]:
-    """Fastest first. On sm90 (one H100, torch 2.11, 32k tokens, 16:4 heads, D128, 2026-11-23; printed again
-    by benchmarks/attention_kernels.py), forward / forward + backward ms: causal FA4 7.16 / 23.0, cuDNN 7.21 /
-    25.8, FlexAttention 11.1 / 39.7, FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112; window 1024
-    FA4 1.14 / 3.84, FlexAttention 1.29 / 3.70, FlashAttention-2 1.39 / 4.69, memory-efficient with a dense
-    bias 66 / 247. A window without gradients goes to FlashAttention-2 all the same: FlexAttention's kernel
-    took 5 of the 18.5 s that a two-layer Mistral needed to compile (same machine, 2026-11-26;
-    benchmarks/compile_time.py), and its block lists cost eight small kernels a mask."""
+def order(
+    target: Target, spec: AttentionSpec, shape: AttentionShape | None = None
+) -> tuple[Implementation, ...]:
+    """Fastest first, for sizes like those measured where no shape is given. On sm90 (one H100, torch 2.11,
+    D128, printed again by benchmarks/attention_kernels.py): causal, 32k tokens, 16:4 heads, forward /
+    forward + backward ms, 2026-11-23: FA4 7.16 / 23.0, cuDNN 7.21 / 25.8, FlexAttention 11.1 / 39.7,
+    FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112. kp's Hopper kernels are as fast as cuDNN, which
+    needs no compiling (16 heads, 8k tokens: forward 614 to 598 TFLOP/s, backward 516 to 521, 2026-11-27).
+    Window 1024, 32k: kp 0.6 ms forward, FA4 1.14, FlexAttention 1.29, FlashAttention-2 1.39, with a dense
+    bias 66."""
     if target.reference:
         return (REFERENCE,)
-    if target.sm >= 90 and mask_render.is_band(spec.mask):
-        return (FA4, FLEX, FLASH, EFFICIENT) if training else (FA4, FLASH, FLEX, EFFICIENT)
-    if target.sm >= 90:
-        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT)
-    return (FLASH, CUDNN, FLEX, EFFICIENT)
+    if target.sm < 90:
+        return (FLASH, CUDNN, FLEX, EFFICIENT, TRITON)
+    band = mask_render.is_band(spec.mask)
+    if attend.on_hopper(spec, shape, target):
+        return (TRITON, FA4, FLASH, FLEX, EFFICIENT) if band else (FA4, CUDNN, TRITON, FLASH, FLEX, EFFICIENT)
+    if not band:
+        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT, TRITON)
+    # FlexAttention took 5 of the 18.5 s that a two-layer Mistral needed to compile (same machine, 2026-11-26;
+    # benchmarks/compile_time.py), and its block lists cost eight small kernels a mask
+    training = shape is not None and shape.training
+    return (FA4, FLEX, FLASH, EFFICIENT, TRITON) if training else (FA4, FLASH, FLEX, EFFICIENT, TRITON)
 
 
 def choose(
@@ -86,7 +93,7 @@ def choose(
         refused = wanted.check(spec, shape, target)
         return wanted if refused is None else refused
     reasons = []
-    for implementation in order(target, spec, training=shape.training):
+    for implementation in order(target, spec, shape):
         refused = implementation.check(spec, shape, target)
         if refused is None:
             return implementation

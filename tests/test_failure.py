@@ -217,8 +217,8 @@ def test_report_dir(tmp_path: Any) -> None:
     ("name", "kernel", "spec"),
     [
         ("llama", "cudnn", "causal"),
-        ("mistral", "flash", "causal+window(8)"),
-        ("llama_packed", "flex", "causal+document"),
+        ("mistral", "triton", "causal+window(8)"),
+        ("llama_packed", "triton", "causal+document"),
     ],
 )
 def test_plan_for_a_gpu_that_is_not_there(name: str, kernel: str, spec: str, implementation: str) -> None:

@@ -11,6 +11,7 @@ from tests.helpers import relative_error
 
 pytest.importorskip("triton.experimental.gluon")
 from kp_compiler.specs import AttentionSpec, MaskSpec
+from kp_compiler.target import Target
 from tests import gluon_emulation as emulation
 from tests import test_attend as interpreted
 from tests.gpu import test_hopper_gpu as device
@@ -23,7 +24,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     from kp_compiler.lowering.triton import hopper
 
     monkeypatch.setattr(hopper, "compiled", emulation.Kernel)
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=3))
 
 
 CASES = [case for index, case in enumerate(device.cases(device.DIMS)) if index % 3 == 0]
@@ -92,7 +93,7 @@ def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, line: s
         return emulation.Kernel(name, text.replace(line, instead))
 
     monkeypatch.setattr(hopper, "compiled", broken)
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=1))
     monkeypatch.setattr(emulation, "PATIENCE", 0.5)
     q, k, v = (torch.randn(1, 2, 700, 64, dtype=torch.float16) for _ in range(3))
     out = torch.zeros_like(q)

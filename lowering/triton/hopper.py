@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
 )
 from kp_compiler.lowering.triton.hopper_source import ROWS, hopper_parameters, hopper_source, padded
 from kp_compiler.lowering.triton.text import compiled
+from kp_compiler.target import detect
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _HALVES = (torch.bfloat16, torch.float16)
@@ -81,7 +82,7 @@ def forward(
     size = (site.k[0, 0].numel() + site.v[0, 0].numel()) * site.k.element_size()
     found |= _chunks(batch * heads, max(1, size * site.k.shape[1] // heads))
     found["taken"] = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
-    programs = min(-(-queries // tile.outer) * batch * heads, _multiprocessors(site.q.device))
+    programs = min(-(-queries // tile.outer) * batch * heads, detect(site.q.device).multiprocessors)
     kernel = compiled("kp_attention_hopper", hopper_source(site.spec, layout))
     names = hopper_parameters(site.spec, layout)
     with torch.cuda.device_of(site.q):
@@ -94,11 +95,6 @@ def _chunks(pairs: int, size: int) -> dict[str, int]:
     chunk, `size` bytes a pair, stays in the second-level cache."""
     chunks = -(-pairs // max(1, _CACHED // size))
     return {"PAIRS": pairs, "CHUNK": -(-pairs // chunks)}
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def gradients(

@@ -104,6 +104,10 @@ CASES = [
     ("flash", "causal", 2, 8, 2, 1000, 128),
     ("flash", "full", 1, 4, 4, 333, 64),
     ("flash", "window", 1, 4, 2, 1500, 64),
+    ("triton", "causal", 2, 8, 2, 1000, 128),
+    ("triton", "window", 1, 4, 4, 1500, 96),
+    ("triton", "document", 2, 8, 2, 1024, 64),
+    ("triton", "padding", 2, 4, 4, 700, 256),
     ("flex", "causal", 2, 8, 2, 1000, 128),
     ("flex", "window", 1, 4, 4, 1500, 64),
     ("flex", "document", 2, 8, 2, 1024, 64),
@@ -158,7 +162,7 @@ def test_kernel(impl, kind, batch, heads, kv_heads, length, width, train) -> Non
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("meaning", ["zero", "where", "add"])
-@pytest.mark.parametrize("impl", ["flex", "efficient"])
+@pytest.mark.parametrize("impl", ["flex", "triton", "efficient"])
 def test_dead_rows_keep_their_meaning(impl: str, meaning: str, train: bool) -> None:
     """A left-padded row is zero through SDPA, and the mean of all values through a finite fill, with its
     gradient: to q and k only where the fill was added."""
@@ -332,7 +336,7 @@ def test_gradient_of_a_causal_bias(length: int, dynamic: bool) -> None:
         assert relative_error(mine, exact) <= 1.3 * relative_error(theirs, exact) + 1e-3
 
 
-@pytest.mark.parametrize("impl", ["flex", "efficient"])
+@pytest.mark.parametrize("impl", ["flex", "triton", "efficient"])
 @pytest.mark.parametrize("given", [False, True], ids=["proved", "handed-in"])
 def test_rows_of_finite_fills(impl: str, given: bool) -> None:
     """A row of nothing but finfo.min is the mean of all values, whether the mask is proved or was handed in.
