@@ -24,7 +24,8 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
     backward_source,
     dq_part,
 )
-from kp_compiler.lowering.triton.hopper_source import ROWS, hopper_parameters, hopper_source, padded
+from kp_compiler.lowering.triton.hopper_source import hopper_parameters, hopper_source
+from kp_compiler.lowering.triton.hopper_text import ROWS, padded
 from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.target import detect
 

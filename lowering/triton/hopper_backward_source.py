@@ -18,12 +18,27 @@ Method: Shah et al., FlashAttention-3 (arXiv:2407.08608), section 3 and its appe
 from __future__ import annotations
 
 from functools import lru_cache
-from textwrap import indent
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
 from kp_compiler.lowering.triton.attention_writer import LOG2E, Layout, Writer, indented
-from kp_compiler.lowering.triton.hopper_source import CHUNKS, LISTS, ROWS, chunked, number, padded
+from kp_compiler.lowering.triton.hopper_text import (
+    CHUNKS,
+    FLAT,
+    ROWS,
+    SHARED,
+    accumulators,
+    barriers,
+    chunked,
+    constants,
+    inside,
+    module,
+    number,
+    padded,
+    placing,
+    specialised,
+    told,
+)
 from kp_compiler.specs import AttentionSpec
 
 REGISTERS = (240, 24, 24)  # of a thread of a consumer, of the loading and of the adding warp
@@ -52,50 +67,20 @@ def backward_source(spec: AttentionSpec, layout: Layout) -> str:
     dq is left without the scale."""
     writer = Writer("dkdv", spec, layout)
     names = backward_parameters(spec, layout)
-    places = _places(names, spec)
-    constants = [
-        f"OUTER: tl.constexpr = {2 * ROWS}",
-        f"ROWS: tl.constexpr = {ROWS}",
-        f"INNER: tl.constexpr = {layout.tile[1]}",
-        f"D: tl.constexpr = {padded(layout.head_dim)}",
-        f"E: tl.constexpr = {padded(layout.value_dim)}",
-        f"STAGES: tl.constexpr = {layout.stages}",
-        # rows and columns of dq that a warpgroup has
-        *(
-            f"{name}: tl.constexpr = {size}"
-            for name, size in zip(("PART", "COLUMNS"), dq_part(layout), strict=True)
-        ),
-    ]
-    loading = ("q", "dout", "k", "v", "lse", "delta", *TILES, *BARRIERS, *PLACE, *places)
-    adding = ("dq", "dq_tile", "dq_full", "dq_free", *PLACE, *places)
-    working = (*TILES, *BARRIERS, *PLACE, *(name for name in names if name not in (*DESCRIPTORS, *CHUNKS)))
-    working = tuple(dict.fromkeys(working))
-    return "\n".join(
+    place = (*PLACE, *placing(names, spec))
+    loading = ("q", "dout", "k", "v", "lse", "delta", *TILES, *BARRIERS, *place)
+    adding = ("dq", "dq_tile", "dq_full", "dq_free", *place)
+    given = (name for name in names if name not in (*DESCRIPTORS, *CHUNKS))
+    working = tuple(dict.fromkeys((*TILES, *BARRIERS, *PLACE, *given)))
+    rows, columns = dq_part(layout)
+    return module(
+        constants(layout, PART=rows, COLUMNS=columns),
         [
-            "from triton.experimental import gluon",
-            "from triton.experimental.gluon import language as tl",
-            "from triton.experimental.gluon.language.nvidia.hopper import (",
-            "    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,",
-            ")",
-            "from kp_compiler.lowering.triton.tma_add import tma_add",
-            "",
-            "@gluon.jit",
-            f"def loader({', '.join(loading)}):",
-            _text(constants + _loader(writer)),
-            "",
-            "@gluon.jit",
-            f"def adder({', '.join(adding)}):",
-            _text(constants + _adder(writer)),
-            "",
-            "@gluon.jit",
-            f"def consumer(WHO: tl.constexpr, {', '.join(working)}):",
-            _text(constants + _consumer(writer)),
-            "",
-            "@gluon.jit",
-            f"def kp_attention_hopper_backward({', '.join(names)}):",
-            _text(constants + _begin(writer, loading, adding, working)),
-            "",
-        ]
+            ("loader", loading, _loader(writer)),
+            ("adder", adding, _adder(writer)),
+            ("consumer", ("WHO: tl.constexpr", *working), _consumer(writer)),
+            ("kp_attention_hopper_backward", names, _begin(writer, working, loading, adding)),
+        ],
     )
 
 
@@ -106,59 +91,31 @@ def dq_part(layout: Layout) -> tuple[int, int]:
     return (ROWS, width) if inner == 2 * ROWS else (inner, width // 2)
 
 
-def _places(names: tuple[str, ...], spec: AttentionSpec) -> list[str]:
-    """Parameters that tell which tiles there are."""
-    return [name for name in names if name in LISTS or name in ("H", "GROUP", "S", "T")] + [
-        f"n{i}" for i in range(spec.mask.scalars)
-    ]
-
-
-def _text(lines: list[str]) -> str:
-    return indent("\n".join(lines), "    ")
-
-
 def _begin(
-    writer: Writer, loading: tuple[str, ...], adding: tuple[str, ...], working: tuple[str, ...]
+    writer: Writer, working: tuple[str, ...], loading: tuple[str, ...], adding: tuple[str, ...]
 ) -> list[str]:
     """A program's place, its buffers and barriers, and who works on it."""
-    shared = "tl.allocate_shared_memory"
-    lines = [
+    found = {"kv_full": ("1", "1"), "q_full": ("STAGES", "1"), "dout_full": ("STAGES", "2")}
+    found |= {name: ("STAGES", "2") for name in ("q_free", "dout_free")}
+    found |= {name: ("1", "2") for name in ("ds_full", "ds_free", "dq_full")} | {"dq_free": ("1", "1")}
+    return [
         "tiles = (T + OUTER - 1) // OUTER",
         "item = tl.program_id(0)",
         *chunked("at // members"),  # the first keys first: causal masks leave most of their queries
         "batch, kv_head = pair // (H // GROUP), pair % (H // GROUP)",
         *writer.span(),
-        f"q_tiles = {shared}(q.dtype, [STAGES, 1, 1, INNER, D], q.layout)",
-        f"dout_tiles = {shared}(dout.dtype, [STAGES, 1, 1, INNER, E], dout.layout)",
-        f"k_tile = {shared}(k.dtype, [2, 1, 1, ROWS, D], k.layout)",
-        f"v_tile = {shared}(v.dtype, [2, 1, 1, ROWS, E], v.layout)",
+        f"q_tiles = {SHARED}(q.dtype, [STAGES, 1, 1, INNER, D], q.layout)",
+        f"dout_tiles = {SHARED}(dout.dtype, [STAGES, 1, 1, INNER, E], dout.layout)",
+        f"k_tile = {SHARED}(k.dtype, [2, 1, 1, ROWS, D], k.layout)",
+        f"v_tile = {SHARED}(v.dtype, [2, 1, 1, ROWS, E], v.layout)",
         "TURNED: tl.constexpr = tl.NVMMASharedLayout.get_default_for([ROWS, INNER], q.dtype)",
-        f"ds_tile = {shared}(q.dtype, [2, ROWS, INNER], TURNED)",
-        f"dq_tile = {shared}(tl.float32, [2, 1, 1, PART, COLUMNS], dq.layout)",
-        "FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])",
-        f"starts = {shared}(tl.int32, [STAGES, 1], FLAT)",
-        f"lse_rows = {shared}(tl.float32, [STAGES, INNER], FLAT)",
-        f"delta_rows = {shared}(tl.float32, [STAGES, INNER], FLAT)",
-    ]
-    staged = {"q_full": 1, "dout_full": 2, "q_free": 2, "dout_free": 2}
-    single = {"kv_full": 1, "ds_full": 2, "ds_free": 2, "dq_full": 2, "dq_free": 1}
-    for name in BARRIERS:
-        size = "[STAGES, 1]" if name in staged else "[1]"
-        lines.append(f"{name} = {shared}(tl.int64, {size}, mbarrier.MBarrierLayout())")
-    lines += [f"mbarrier.init({name}, {count})" for name, count in single.items()]
-    lines.append("for i in tl.static_range(STAGES):")
-    lines += [f"    mbarrier.init({name}.index(i), {count})" for name, count in staged.items()]
-    work = ", ".join(working)
-    return [
-        *lines,
-        "fence_async_shared()",
-        "zero: tl.constexpr = 0",
-        "one: tl.constexpr = 1",
-        "tl.warp_specialize(",
-        f"    [(consumer, (zero, {work})), (consumer, (one, {work})),",
-        f"     (loader, ({', '.join(loading)})), (adder, ({', '.join(adding)}))],",
-        f"    [4, 1, 1], [{', '.join(map(str, REGISTERS))}],",
-        ")",
+        f"ds_tile = {SHARED}(q.dtype, [2, ROWS, INNER], TURNED)",
+        f"dq_tile = {SHARED}(tl.float32, [2, 1, 1, PART, COLUMNS], dq.layout)",
+        f"starts = {SHARED}(tl.int32, [STAGES, 1], {FLAT})",
+        f"lse_rows = {SHARED}(tl.float32, [STAGES, INNER], {FLAT})",
+        f"delta_rows = {SHARED}(tl.float32, [STAGES, INNER], {FLAT})",
+        *barriers(found),
+        *specialised(2, working, {"loader": loading, "adder": adding}, REGISTERS),
     ]
 
 
@@ -208,17 +165,16 @@ def _edge(writer: Writer) -> str | None:
 
 def _loader(writer: Writer) -> list[str]:
     load = "tma.async_copy_global_to_shared"
-    lines = ["mbarrier.expect(kv_full, 2 * (k.block_type.nbytes + v.block_type.nbytes))"]
+    lines = ["mbarrier.expect(kv_full.index(0), 2 * (k.block_type.nbytes + v.block_type.nbytes))"]
     for who, name in ((0, "k"), (1, "k"), (0, "v"), (1, "v")):
         place = f"[batch, kv_head, first + {who} * ROWS, 0]"
-        lines.append(f"{load}({name}, {place}, kv_full, {name}_tile.index({who}))")
+        lines.append(f"{load}({name}, {place}, kv_full.index(0), {name}_tile.index({who}))")
     body = [*_start(writer), "stage, turned = n % STAGES, ((n // STAGES) & 1) ^ 1"]
-    one = "tl.full([1], 0, tl.int32, tl.BlockedLayout([1], [32], [1], [0]))"
-    told = [f"starts.index(stage).store({one} + start)"] if writer.layout.block is not None else []
+    starts = [told("starts.index(stage)", "start")] if writer.layout.block is not None else []
     for name in ("q", "dout"):
         body += [
             f"mbarrier.wait({name}_free.index(stage), turned)",
-            *(told if name == "q" else []),
+            *(starts if name == "q" else []),
             f"mbarrier.expect({name}_full.index(stage), {name}.block_type.nbytes)",
             f"{load}({name}, [batch, head, start, 0], {name}_full.index(stage), {name}_tiles.index(stage))",
         ]
@@ -243,26 +199,22 @@ def _loader(writer: Writer) -> list[str]:
 def _adder(writer: Writer) -> list[str]:
     body = [
         *_start(writer),
-        "mbarrier.wait(dq_full, n & 1)",
+        "mbarrier.wait(dq_full.index(0), n & 1)",
         "tma_add(dq, [batch, head, start, 0], dq_tile.index(0))",
         "tma_add(dq, [batch, head, start + INNER - PART, D - COLUMNS], dq_tile.index(1))",
         "tma.store_wait(0)",
-        "mbarrier.arrive(dq_free, count=1)",
+        "mbarrier.arrive(dq_free.index(0), count=1)",
     ]
     return ["n = 0", *_each(writer, body, [])]
 
 
 def _consumer(writer: Writer) -> list[str]:
-    layouts = [
-        f"{name}: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {columns}, 16])"
-        for name, columns in (("SCORES", "INNER"), ("KEYS", "D"), ("VALUES", "E"), ("QUERIES", "COLUMNS"))
-    ]
     return [
-        *layouts,
+        *accumulators(SCORES="INNER", KEYS="D", VALUES="E", QUERIES="COLUMNS"),
         "k_at = (first + WHO * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
         "dk_acc = tl.zeros([ROWS, D], tl.float32, KEYS)",
         "dv_acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
-        "mbarrier.wait(kv_full, 0)",
+        "mbarrier.wait(kv_full.index(0), 0)",
         "n = 0",
         *_product("n"),
         "ahead = warpgroup_mma_wait(0, [product])",
@@ -319,15 +271,15 @@ def _round(writer: Writer) -> list[str]:
         f"delta_row = delta_rows.index(stage).load({row})",
         *writer.score_gradients(),
         "change = ds.to(q_tiles.dtype)",
-        "mbarrier.wait(ds_free, (n & 1) ^ 1)",
+        "mbarrier.wait(ds_free.index(0), (n & 1) ^ 1)",
         "ds_tile.index(WHO).store(change)",
         "fence_async_shared()",
-        "mbarrier.arrive(ds_full, count=1)",
+        "mbarrier.arrive(ds_full.index(0), count=1)",
         "dv_acc = warpgroup_mma_wait(0, [dv_sum])",
         "mbarrier.arrive(dout_free.index(stage), count=1)",
         "change = tl.convert_layout(change, tl.DotOperandLayout(0, KEYS, 2))",
         "dk_sum = warpgroup_mma(change, query, dk_acc, is_async=True)",
-        "mbarrier.wait(ds_full, n & 1)",
+        "mbarrier.wait(ds_full.index(0), n & 1)",
         "rest = tl.zeros([PART, COLUMNS], tl.float32, QUERIES)",
     ]
     for half, use in ((0, ", use_acc=False"), (1, "")):
@@ -341,11 +293,11 @@ def _round(writer: Writer) -> list[str]:
         *_product("n + 1"),
         "dk_acc, part = warpgroup_mma_wait(1, [dk_sum, rest])",
         "mbarrier.arrive(q_free.index(stage), count=1)",
-        "mbarrier.arrive(ds_free, count=1)",
-        "mbarrier.wait(dq_free, (n & 1) ^ 1)",
+        "mbarrier.arrive(ds_free.index(0), count=1)",
+        "mbarrier.wait(dq_free.index(0), (n & 1) ^ 1)",
         "dq_tile.index(WHO).reshape([PART, COLUMNS]).store(part)",
         "fence_async_shared()",
-        "mbarrier.arrive(dq_full, count=1)",
+        "mbarrier.arrive(dq_full.index(0), count=1)",
         # in flight over the end of a loop, the compiler would wait for every product where it starts
         "ahead = warpgroup_mma_wait(0, [product])",
     ]
@@ -359,9 +311,8 @@ def _results(writer: Writer) -> list[str]:
     ):
         rows = f"(first + WHO * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, {layout})))[:, None]"
         columns = f"tl.arange(0, {width}, tl.SliceLayout(0, {layout}))[None, :]"
-        conditions = [] if "k" in writer.layout.whole else [f"({rows} < T)"]
-        conditions += [f"({columns} < {size})"] if padded(size) > size else []
-        masked = f", mask={' & '.join(conditions)}" if conditions else ""
+        ragged = None if "k" in writer.layout.whole else f"{rows} < T"
+        masked = inside(rows=ragged, columns=columns, size=size)
         lines += [
             f"{name} += batch.to(tl.int64) * {name}_b + kv_head.to(tl.int64) * {name}_h",
             f"place = {name} + {rows}.to(tl.int64) * {name}_s + {columns}",

@@ -8,29 +8,41 @@ Hopper's own means.
 Method: Shah et al., FlashAttention-3 (arXiv:2407.08608). An item is a tile of queries of one head; a program
 goes through several, so that the next one's loads run beside the end of the last. Tiles of keys come from
 the high end of the loop down, or in the order of lists. Each warpgroup masks those that its own rows don't
-keep wholly (`attention_loops.bounds`). Lines of masks and score changes are the portable kernel's
-(`Writer.changes`): Gluon is imported as `tl` here.
+keep wholly (`attention_loops.bounds`).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from textwrap import indent
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
 from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, indented
+from kp_compiler.lowering.triton.hopper_text import (
+    CHUNKS,
+    FLAT,
+    ROWS,
+    SHARED,
+    accumulators,
+    barriers,
+    chunked,
+    constants,
+    inside,
+    module,
+    number,
+    padded,
+    placing,
+    specialised,
+    told,
+)
 from kp_compiler.specs import AttentionSpec
 
-ROWS = 64  # queries of a warpgroup
 # of a consumer's threads and of the producer's, by the number of consumers: 65536 in all, a warp counts four
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 BUFFERS = (
     "q_tiles", "k_tiles", "v_tiles", "items", "starts", "turn", "q_full", "q_free", "k_full", "k_free",
     "v_full", "v_free", "item_full", "item_free",
 )  # fmt: skip
-LISTS = ("partial_count", "partial", "full_count", "full", "list_b", "list_h", "list_length")
-CHUNKS = ("PAIRS", "CHUNK")
 ITEMS = ("taken", *CHUNKS)
 
 
@@ -46,99 +58,39 @@ def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
     """A module with `kp_attention_hopper`; its parameters are `hopper_parameters(spec, layout)`."""
     writer = Writer("forward", spec, layout)
     names = hopper_parameters(spec, layout)
-    rest = [name for name in names if name not in ("q", "k", "v")]
-    outer, inner = layout.tile
-    constants = [
-        f"OUTER: tl.constexpr = {outer}",
-        f"ROWS: tl.constexpr = {ROWS}",
-        f"PARTS: tl.constexpr = {outer // ROWS}",
-        f"INNER: tl.constexpr = {inner}",
-        f"D: tl.constexpr = {padded(layout.head_dim)}",
-        f"E: tl.constexpr = {padded(layout.value_dim)}",
-        f"STAGES: tl.constexpr = {layout.stages}",
-        f"QUEUE: tl.constexpr = {_queue(layout)}",  # items whose queries are in shared memory
-    ]
-    shared = ", ".join(BUFFERS)
-    placed = [
-        name for name in rest if name in (*LISTS, "H", "GROUP", "S", "T", *ITEMS) or name in _scalars(spec)
-    ]
-    return "\n".join(
+    working = (*BUFFERS, *(name for name in names if name not in ("q", "k", "v")))
+    loading = ("q", "k", "v", *BUFFERS, *placing(names, spec), *ITEMS)
+    queue = _queue(layout)
+    return module(
+        constants(layout, QUEUE=queue),  # items whose queries are in shared memory
         [
-            "from triton.experimental import gluon",
-            "from triton.experimental.gluon import language as tl",
-            "from triton.experimental.gluon.language.nvidia.hopper import (",
-            "    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,",
-            ")",
-            "",
-            "@gluon.jit",
-            f"def producer({', '.join(('q', 'k', 'v', shared, *placed))}):",
-            _text(constants + _producer(writer)),
-            "",
-            "@gluon.jit",
-            f"def consumer(WHO: tl.constexpr, {', '.join((shared, *rest))}):",
-            _text(constants + _consumer(writer)),
-            "",
-            "@gluon.jit",
-            f"def kp_attention_hopper({', '.join(names)}):",
-            _text(constants + _begin(writer, shared, rest, placed)),
-            "",
-        ]
+            ("producer", loading, _producer(writer)),
+            ("consumer", ("WHO: tl.constexpr", *working), _consumer(writer)),
+            ("kp_attention_hopper", names, _begin(layout, working, loading)),
+        ],
     )
-
-
-def padded(size: int) -> int:
-    """Columns of a tile for heads of this size: what lies outside of the tensor is read as zeros."""
-    return max(64, 1 << (size - 1).bit_length())
 
 
 def _queue(layout: Layout) -> int:
     return 2 if padded(layout.head_dim) <= 128 else 1
 
 
-def _scalars(spec: AttentionSpec) -> list[str]:
-    return [f"n{i}" for i in range(spec.mask.scalars)]
-
-
-def _text(lines: list[str]) -> str:
-    return indent("\n".join(lines), "    ")
-
-
-def _begin(writer: Writer, shared: str, rest: list[str], placed: list[str]) -> list[str]:
+def _begin(layout: Layout, working: tuple[str, ...], loading: tuple[str, ...]) -> list[str]:
     """A program's buffers and barriers, and who works on it."""
-    memory = "tl.allocate_shared_memory"
-    parts = writer.layout.tile[0] // ROWS
-    lines = [
-        f"q_tiles = {memory}(q.dtype, [QUEUE * PARTS, 1, 1, ROWS, D], q.layout)",
-        f"k_tiles = {memory}(k.dtype, [STAGES, 1, 1, INNER, D], k.layout)",
-        f"v_tiles = {memory}(v.dtype, [STAGES, 1, 1, INNER, E], v.layout)",
-        "FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])",
-        f"items = {memory}(tl.int32, [2, 1], FLAT)",
-        f"starts = {memory}(tl.int32, [STAGES, 1], FLAT)",
-    ]
-    barriers = {"turn": ("PARTS", "1")}
-    barriers |= {"q_full": ("QUEUE", "1"), "q_free": ("QUEUE", "PARTS")}
-    barriers |= {"item_full": ("2", "1"), "item_free": ("2", "PARTS")}
-    barriers |= {f"{name}_full": ("STAGES", "1") for name in "kv"}
-    barriers |= {f"{name}_free": ("STAGES", "PARTS") for name in "kv"}
-    for name, (size, count) in barriers.items():
-        lines += [
-            f"{name} = {memory}(tl.int64, [{size}, 1], mbarrier.MBarrierLayout())",
-            f"for i in tl.static_range({size}):",
-            f"    mbarrier.init({name}.index(i), {count})",
-        ]
-    work = ", ".join((shared, *rest))
-    consumers = ", ".join(f"(consumer, (who{i}, {work}))" for i in range(parts))
-    workers, registers = [4] * (parts - 1) + [1], [REGISTERS[parts][0]] * (parts - 1) + [REGISTERS[parts][1]]
+    parts = layout.tile[0] // ROWS
+    found = {"turn": ("PARTS", "1"), "q_full": ("QUEUE", "1"), "q_free": ("QUEUE", "PARTS")}
+    found |= {"item_full": ("2", "1"), "item_free": ("2", "PARTS")}
+    found |= {f"{name}_full": ("STAGES", "1") for name in "kv"}
+    found |= {f"{name}_free": ("STAGES", "PARTS") for name in "kv"}
     return [
-        *lines,
-        "fence_async_shared()",
+        f"q_tiles = {SHARED}(q.dtype, [QUEUE * PARTS, 1, 1, ROWS, D], q.layout)",
+        f"k_tiles = {SHARED}(k.dtype, [STAGES, 1, 1, INNER, D], k.layout)",
+        f"v_tiles = {SHARED}(v.dtype, [STAGES, 1, 1, INNER, E], v.layout)",
+        f"items = {SHARED}(tl.int32, [2, 1], {FLAT})",
+        f"starts = {SHARED}(tl.int32, [STAGES, 1], {FLAT})",
+        *barriers(found),
         "mbarrier.arrive(turn.index(0), count=1)",
-        *(f"who{i}: tl.constexpr = {i}" for i in range(parts)),
-        "tl.warp_specialize(",
-        f"    [{consumers},",
-        f"     (producer, ({', '.join(('q', 'k', 'v', shared, *placed))}))],",
-        f"    {workers}, {registers},",
-        ")",
+        *specialised(parts, working, {"producer": loading}, REGISTERS[parts]),
     ]
 
 
@@ -160,16 +112,6 @@ def _items(writer: Writer, body: list[str], following: list[str]) -> list[str]:
         "n = 0",
         "while item < tiles * PAIRS:",
         *indented([*place, *body, *following, "item = next_item", "lap += 1", "n += count"]),
-    ]
-
-
-def chunked(tile: str) -> list[str]:
-    """`tile` and `pair` of an item: CHUNK pairs at a time, one tile of all of them after the other."""
-    return [
-        "chunk = item // (CHUNK * tiles)",
-        "at = item - chunk * (CHUNK * tiles)",
-        "members = tl.minimum(CHUNK, PAIRS - chunk * CHUNK)",
-        f"tile, pair = {tile}, chunk * CHUNK + at % members",
     ]
 
 
@@ -219,12 +161,11 @@ def _edge(writer: Writer) -> str:
 def _producer(writer: Writer) -> list[str]:
     load = "tma.async_copy_global_to_shared"
     loop = [*_start(writer), "stage, turned = (n + i) % STAGES, (((n + i) // STAGES) & 1) ^ 1"]
-    listed = writer.layout.block is not None
-    told = "starts.index(stage).store(tl.full([1], 0, tl.int32, ONE) + start)"
+    starts = [told("starts.index(stage)", "start")] if writer.layout.block is not None else []
     for name in "kv":
         loop += [
             f"mbarrier.wait({name}_free.index(stage), turned)",
-            *([told] if name == "k" and listed else []),
+            *(starts if name == "k" else []),
             f"mbarrier.expect({name}_full.index(stage), {name}.block_type.nbytes)",
             f"{load}({name}, [batch, kv_head, start, 0], "
             f"{name}_full.index(stage), {name}_tiles.index(stage))",
@@ -237,30 +178,22 @@ def _producer(writer: Writer) -> list[str]:
         "q_tiles.index(lap % QUEUE * PARTS + part))",
         "next_item = tl.atomic_add(taken, 1, sem='relaxed') + tl.num_programs(0)",
         "mbarrier.wait(item_free.index(lap % 2), ((lap // 2) & 1) ^ 1)",
-        "items.index(lap % 2).store(tl.full([1], 0, tl.int32, ONE) + next_item)",
+        told("items.index(lap % 2)", "next_item"),
         "mbarrier.arrive(item_full.index(lap % 2), count=1)",
         "for i in range(0, count):",
         *indented(loop),
     ]
-    return ["ONE: tl.constexpr = tl.BlockedLayout([1], [32], [1], [0])", *_items(writer, body, [])]
+    return _items(writer, body, [])
 
 
 def _consumer(writer: Writer) -> list[str]:
-    layouts = [
-        f"{name}: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {columns}, 16])"
-        for name, columns in (("SCORES", "INNER"), ("VALUES", "E"))
-    ]
     following = [
         "mbarrier.wait(item_full.index(lap % 2), (lap // 2) & 1)",
         f"next_item = {number('items.index(lap % 2)')}",
         "mbarrier.arrive(item_free.index(lap % 2), count=1)",
     ]
+    layouts = accumulators(SCORES="INNER", VALUES="E")
     return [*layouts, *_items(writer, _item(writer), following), "tma.store_wait(0)"]
-
-
-def number(place: str) -> str:
-    """A number that the producer has left in shared memory."""
-    return f"tl.max({place}.load(tl.BlockedLayout([1], [32], [4], [0])), 0)"
 
 
 def _item(writer: Writer) -> list[str]:
@@ -364,10 +297,8 @@ def _end(writer: Writer) -> list[str]:
         rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
         columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
         base = "start_out + batch.to(tl.int64) * start_out_b + head.to(tl.int64) * start_out_h"
-        conditions = [] if whole else [f"({rows} < S)"]
         size = writer.layout.value_dim
-        conditions += [f"({columns} < {size})"] if padded(size) > size else []
-        masked = f", mask={' & '.join(conditions)}" if conditions else ""
+        masked = inside(rows=None if whole else f"{rows} < S", columns=columns, size=size)
         lines += [
             f"before = tl.load({base} + {rows}.to(tl.int64) * start_out_s + {columns}{masked})",
             "rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]",
