@@ -79,17 +79,18 @@ def test_going_on_from_other_keys() -> None:
     [
         ("mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)", "pass"),
         ("mbarrier.wait(v_free.index(stage), turned)", "pass"),
-        ("mbarrier.wait(q_full.index(lap % QUEUE), (lap // QUEUE) & 1)", "pass"),
+        ("mbarrier.wait(q_full.index((lap + 1) % QUEUE), ((lap + 1) // QUEUE) & 1)", "pass"),
         ("mbarrier.arrive(v_free.index(before), count=1)", "pass"),
         ("mbarrier.arrive(q_free.index((lap - 1) % QUEUE), count=1, pred=lap > 0)", "pass"),
     ],
 )
 def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, line: str, instead: str) -> None:
-    """A wait that is left out gives wrong numbers, an arrival that is left out no end."""
+    """A wait that is left out gives wrong numbers or too many arrivals, a left out arrival no end."""
     from kp_compiler.lowering.triton import attention, hopper
 
     def broken(name: str, text: str) -> emulation.Kernel:
-        assert line in text
+        if line not in text:
+            raise ValueError(line)
         return emulation.Kernel(name, text.replace(line, instead))
 
     monkeypatch.setattr(hopper, "compiled", broken)
@@ -102,7 +103,7 @@ def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, line: s
     for _ in range(10):
         try:
             hopper.forward(site, None, out)
-        except TimeoutError:
+        except (TimeoutError, AssertionError):
             return
         if not relative_error(out, want) < 2e-3:
             return

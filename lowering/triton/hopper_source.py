@@ -6,7 +6,7 @@ Hopper's own means.
     warpgroups      exponentials (they take turns), and each starts q kᵀ of a tile before p v of the last
 
 Method: Shah et al., FlashAttention-3 (arXiv:2407.08608). An item is a tile of queries of one head; a program
-goes through several, so that the next one's loads run beside the end of the last. Tiles of keys come from
+goes through several, so that loads and first products of the next run beside the end of the last. Tiles come from
 the high end of the loop down, or in the order of lists. Each warpgroup masks those that its own rows don't
 keep wholly (`attention_loops.bounds`).
 """
@@ -94,10 +94,10 @@ def _begin(layout: Layout, working: tuple[str, ...], loading: tuple[str, ...]) -
     ]
 
 
-def _items(writer: Writer, body: list[str], following: list[str]) -> list[str]:
-    """`body` for each item of a program: its own number first, then whichever `following` sets as
-    `next_item`. Items go through CHUNK heads at a time, the last tiles of all of them first, where causal
-    masks leave most to do. `lap` counts items, `n` tiles of keys."""
+def _items(writer: Writer, before: list[str], body: list[str]) -> list[str]:
+    """`body` for each item of a program: its own number first, then whichever `body` sets as `next_item`.
+    Items go through CHUNK heads at a time, the last tiles of all of them first, where causal masks leave most
+    to do. `lap` counts items, `n` tiles of keys."""
     place = [
         *chunked("tiles - 1 - at // members"),
         "batch, head = pair // H, pair % H",
@@ -110,8 +110,9 @@ def _items(writer: Writer, body: list[str], following: list[str]) -> list[str]:
         "item = tl.program_id(0)",
         "lap = 0",
         "n = 0",
+        *before,
         "while item < tiles * PAIRS:",
-        *indented([*place, *body, *following, "item = next_item", "lap += 1", "n += count"]),
+        *indented([*place, *body, "item = next_item", "lap += 1", "n += count"]),
     ]
 
 
@@ -183,27 +184,35 @@ def _producer(writer: Writer) -> list[str]:
         "for i in range(0, count):",
         *indented(loop),
     ]
-    return _items(writer, body, [])
+    # consumers start on one tile more than there is
+    end = [
+        line
+        for name, at, size in (("q", "lap", "QUEUE"), ("k", "n", "STAGES"))
+        for line in (
+            f"mbarrier.wait({name}_free.index({at} % {size}), (({at} // {size}) & 1) ^ 1)",
+            f"mbarrier.arrive({name}_full.index({at} % {size}), count=1)",
+        )
+    ]
+    return _items(writer, [], body) + (end if _queue(writer.layout) > 1 else [])
 
 
 def _consumer(writer: Writer) -> list[str]:
-    following = [
-        "mbarrier.wait(item_full.index(lap % 2), (lap // 2) & 1)",
-        f"next_item = {number('items.index(lap % 2)')}",
-        "mbarrier.arrive(item_free.index(lap % 2), count=1)",
-    ]
+    early = _queue(writer.layout) > 1
+    before = _first(writer, "lap", "n") + _waited("n") if early else []
     layouts = accumulators(SCORES="INNER", VALUES="E")
-    return [*layouts, *_items(writer, _item(writer), following), "tma.store_wait(0)"]
+    return [*layouts, *_items(writer, before, _item(writer, early=early)), "tma.store_wait(0)"]
 
 
-def _item(writer: Writer) -> list[str]:
+def _item(writer: Writer, *, early: bool) -> list[str]:
+    """All tiles of keys for a warpgroup's queries. If `early`, q kᵀ of the next item's first tile runs beside
+    the end of this one, whose queries' memory takes the result."""
     forms = writer.forms if writer.layout.block is None else None
-    return [
+    listed = writer.layout.block is not None
+    lines = [
         "mine = first + WHO * ROWS",
         # which tiles a warpgroup's own rows keep wholly
         *(["first, last = mine, tl.minimum(mine + ROWS, S) - 1", *bounds(forms, "k")] if forms else []),
         "q_at = (mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
-        "mbarrier.wait(q_full.index(lap % QUEUE), (lap // QUEUE) & 1)",
         "held = q_tiles.index(lap % QUEUE * PARTS + WHO)",
         "query = held.reshape([ROWS, D])",
         "top = tl.full([ROWS], float('-inf'), tl.float32, tl.SliceLayout(1, SCORES))",
@@ -211,22 +220,50 @@ def _item(writer: Writer) -> list[str]:
         "acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
         *writer.formula.outside,
         "i = 0",
-        *_product(writer),
-        *(_freed("lap - 1", "lap > 0") if _queue(writer.layout) > 1 else []),
-        "s = warpgroup_mma_wait(0, [product])",
-        "mbarrier.arrive(k_free.index(stage), count=1)",
+        *([] if early else _first(writer, "lap", "n") + _waited("n")),
+        *(["start = begin"] if listed else _start(writer)),
+        "s = ahead",
         *_softmax(writer),
         "total = tl.sum(p, 1)",
-        "mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)",
+        *(_freed("lap - 1", "lap > 0") if early else []),
+        "mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)",
         "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
         "for i in range(1, count):",
         *indented(_round(writer)),
+        "mbarrier.wait(item_full.index(lap % 2), (lap // 2) & 1)",
+        f"next_item = {number('items.index(lap % 2)')}",
+        "mbarrier.arrive(item_free.index(lap % 2), count=1)",
         "final = (n + count - 1) % STAGES",
         "value = v_tiles.index(final).reshape([INNER, E])",
-        "acc = warpgroup_mma_wait(0, [warpgroup_mma(weights, value, acc, is_async=True)])",
+        "sum = warpgroup_mma(weights, value, acc, is_async=True)",
+        *(_first(writer, "lap + 1", "n + count") if early else []),
+        f"acc = warpgroup_mma_wait({int(early)}, [sum])",
         "mbarrier.arrive(v_free.index(final), count=1)",
         *_end(writer),
-        *(_freed("lap", "True") if _queue(writer.layout) == 1 else []),
+    ]
+    return lines + (_waited("n + count") if early else _freed("lap", "True"))
+
+
+def _first(writer: Writer, lap: str, n: str) -> list[str]:
+    """Start q kᵀ of an item's first tile."""
+    query = f"q_tiles.index(({lap}) % QUEUE * PARTS + WHO).reshape([ROWS, D])"
+    key = f"k_tiles.index(({n}) % STAGES).reshape([INNER, D]).permute((1, 0))"
+    empty = "tl.zeros([ROWS, INNER], tl.float32, SCORES)"
+    lines = [
+        f"mbarrier.wait(q_full.index(({lap}) % QUEUE), (({lap}) // QUEUE) & 1)",
+        f"mbarrier.wait(k_full.index(({n}) % STAGES), (({n}) // STAGES) & 1)",
+        f"product = warpgroup_mma({query}, {key}, {empty}, use_acc=False, is_async=True)",
+    ]
+    if writer.layout.block is not None:
+        lines.append(f"begin = {number(f'starts.index(({n}) % STAGES)')}")
+    return lines
+
+
+def _waited(n: str) -> list[str]:
+    """The first tile's products; in flight over the end of a loop, the compiler would wait for every one."""
+    return [
+        "ahead = warpgroup_mma_wait(0, [product])",
+        f"mbarrier.arrive(k_free.index(({n}) % STAGES), count=1)",
     ]
 
 
