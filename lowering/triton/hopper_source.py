@@ -6,9 +6,9 @@ Hopper's own means.
     warpgroups      exponentials (they take turns), and each starts q kᵀ of a tile before p v of the last
 
 Method: Shah et al., FlashAttention-3 (arXiv:2407.08608). An item is a tile of queries of one head; a program
-goes through several, so that loads and first products of the next run beside the end of the last. Tiles come from
-the high end of the loop down, or in the order of lists. Each warpgroup masks those that its own rows don't
-keep wholly (`attention_loops.bounds`).
+goes through several, so that loads and first products of the next run beside the end of the last. Tiles of
+keys come from the high end of the loop down, or in the order of lists. Each warpgroup masks those that its
+own rows don't keep wholly (`attention_loops.bounds`).
 """
 
 from __future__ import annotations
