@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -108,3 +111,14 @@ def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, line: s
         if not relative_error(out, want) < 2e-3:
             return
     pytest.fail("the emulation missed it")
+
+
+def test_compiles_for_the_device() -> None:
+    """Into machine code of sm90, with next to nothing in local memory."""
+    run = [sys.executable, "-m", "tests.compile_hopper"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = [line.rsplit(" ", 1) for line in result.stdout.splitlines()]
+    assert [name for name, _ in found] == ["forward 64", "forward 128", "backward 128"]
+    assert all(int(count) <= 16 for _, count in found), found
