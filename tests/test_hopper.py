@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the d
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kp_compiler.lowering.triton import hopper
+    from kp_compiler.lowering.triton import attention, hopper
 
-    monkeypatch.setattr(hopper, "compiled", emulation.Kernel)
+    monkeypatch.setattr(attention, "compiled", emulation.Kernel)
     monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=3))
 
 
@@ -39,11 +39,7 @@ def test_against_float64(mask: str, change: str, dims: Any, heads: Any, shape: A
 
     shape = tuple(min(length, 330) for length in shape)
     one = interpreted.case(mask, change, heads, shape, dims, torch.float16)
-    listed = mask in interpreted.LISTED
-    lists = interpreted.lists(one.keep(), interpreted.BLOCK) if listed else []
-    block = interpreted.BLOCK if listed else None
-    site = attention.Site(one.spec, one.q, one.k, one.v, one.operands, one.scalars, block=block)
-    by_query, by_key = (attention.Lists(*lists[i : i + 4]) if listed else None for i in (0, 4))
+    site, by_query, by_key = device.site_of(one)
     out, grad = (torch.full((*one.q.shape[:3], dims[1]), float("nan"), dtype=one.q.dtype) for _ in range(2))
     grad.copy_(torch.randn(grad.shape))
     lse_grad = torch.randn(grad.shape[:3])
@@ -96,7 +92,7 @@ def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, line: s
             raise ValueError(line)
         return emulation.Kernel(name, text.replace(line, instead))
 
-    monkeypatch.setattr(hopper, "compiled", broken)
+    monkeypatch.setattr(attention, "compiled", broken)
     monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=1))
     monkeypatch.setattr(emulation, "PATIENCE", 0.5)
     q, k, v = (torch.randn(1, 2, 700, 64, dtype=torch.float16) for _ in range(3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -297,10 +297,16 @@ def _launch(
         grid = (-(-lines // tile.outer) * site.q.shape[0] * heads,)
     if 0 in grid:
         return
-    names = parameters(kernel, site.spec, layout)
+    text, names = source(kernel, site.spec, layout), parameters(kernel, site.spec, layout)
+    run(site, f"kp_attention_{kernel}", text, {name: found[name] for name in names}, grid, tile.warps)
+
+
+def run(
+    site: Site, name: str, text: str, arguments: dict[str, Any], grid: tuple[int, ...], warps: int
+) -> None:
+    """Launch a kernel of a module's text on the site's device."""
     with torch.cuda.device_of(site.q):
-        text = _text(kernel, site.spec, layout)
-        compiled(f"kp_attention_{kernel}", text)[grid](**{n: found[n] for n in names}, num_warps=tile.warps)
+        compiled(name, text)[grid](**arguments, num_warps=warps)
 
 
 # The matrices whose tiles a loop goes through
@@ -325,8 +331,3 @@ def described(x: Tensor) -> bool:
     unit = 16 // x.element_size()
     dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % unit == 0
     return x.numel() > 0 and dense and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1])
-
-
-@lru_cache(maxsize=1024)
-def _text(kernel: str, spec: AttentionSpec, layout: Layout) -> str:
-    return source(kernel, spec, layout)

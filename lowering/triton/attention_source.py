@@ -18,6 +18,7 @@ tiles.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from textwrap import indent
 
 from kp_compiler.lowering.triton.attention_loops import SIZES, bounds
@@ -34,6 +35,7 @@ from kp_compiler.lowering.triton.attention_writer import (
 from kp_compiler.specs import AttentionSpec
 
 
+@lru_cache(maxsize=1024)
 def source(kernel: str, spec: AttentionSpec, layout: Layout) -> str:
     """A module with `kp_attention_KERNEL`; its parameters are `parameters(kernel, spec, layout)`."""
     body = {"forward": _forward, "dq": _dq, "dkdv": _dkdv, "dbias": _dbias}[kernel](

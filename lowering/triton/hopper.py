@@ -16,6 +16,7 @@ from kp_compiler.lowering.triton.attention import (
     Tile,
     described,
     forward_arguments,
+    run,
     strided,
     tile_for,
 )
@@ -26,7 +27,6 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
 )
 from kp_compiler.lowering.triton.hopper_source import hopper_parameters, hopper_source
 from kp_compiler.lowering.triton.hopper_text import ROWS, padded
-from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.target import detect
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -51,10 +51,11 @@ def takes(site: Site) -> bool:
 
 
 def takes_backward(site: Site, grad: Tensor) -> bool:
-    """Whether `gradients` does: heads of up to 128, and blocks of lists hold all keys of a program."""
-    fits = site.q.shape[3] <= 128
-    fits &= site.block is None or (site.block[0] % ROWS == 0 and site.block[1] % (2 * ROWS) == 0)
-    return takes(site) and fits and described(grad)
+    """Whether `gradients` computes a site that the forward kernel takes: heads of up to 128, and blocks of
+    lists that hold all keys of a program."""
+    if site.block is not None and (site.block[0] % ROWS or site.block[1] % (2 * ROWS)):
+        return False
+    return site.q.shape[3] <= 128 and described(grad)
 
 
 def _tile(kernel: str, site: Site) -> Tile:
@@ -84,10 +85,9 @@ def forward(
     found |= _chunks(batch * heads, max(1, size * site.k.shape[1] // heads))
     found["taken"] = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
     programs = min(-(-queries // tile.outer) * batch * heads, detect(site.q.device).multiprocessors)
-    kernel = compiled("kp_attention_hopper", hopper_source(site.spec, layout))
-    names = hopper_parameters(site.spec, layout)
-    with torch.cuda.device_of(site.q):
-        kernel[(programs,)](**{name: found[name] for name in names}, num_warps=tile.warps)
+    text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
+    arguments = {name: found[name] for name in names}
+    run(site, "kp_attention_hopper", text, arguments, (programs,), tile.warps)
     return found["lse"]
 
 
@@ -115,10 +115,9 @@ def gradients(
     batch, heads, keys, _ = site.k.shape
     found |= _chunks(batch * heads, site.q[0].numel() // heads * 8)  # q, dout, and dq in float32
     programs = -(-keys // tile.outer) * batch * heads
-    kernel = compiled("kp_attention_hopper_backward", backward_source(site.spec, layout))
-    names = backward_parameters(site.spec, layout)
-    with torch.cuda.device_of(site.q):
-        kernel[(programs,)](**{name: found[name] for name in names}, num_warps=tile.warps)
+    text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
+    arguments = {name: found[name] for name in names}
+    run(site, "kp_attention_hopper_backward", text, arguments, (programs,), tile.warps)
     torch.mul(total, site.spec.scale, out=dq)
 
 

@@ -32,6 +32,8 @@ from kp_compiler.lowering.triton.hopper_text import (
     chunked,
     constants,
     inside,
+    listed,
+    listed_start,
     module,
     number,
     padded,
@@ -54,8 +56,8 @@ PLACE = ("batch", "kv_head", "first", "last")
 
 def backward_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
     """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and
-    dq, a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS
-    is B·K, CHUNK how many of them are gone through together."""
+    dq, a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS is B·K, CHUNK how many of them are
+    gone through together."""
     strides = {f"{name}_{dim}" for name in DESCRIPTORS for dim in "bhs"}
     names = [name for name in parameters("dkdv", spec, layout) if name not in strides]
     return ("dq", *names, *CHUNKS)
@@ -81,6 +83,7 @@ def backward_source(spec: AttentionSpec, layout: Layout) -> str:
             ("consumer", ("WHO: tl.constexpr", *working), _consumer(writer)),
             ("kp_attention_hopper_backward", names, _begin(writer, working, loading, adding)),
         ],
+        "from kp_compiler.lowering.triton.tma_add import tma_add\n",
     )
 
 
@@ -127,31 +130,14 @@ def _each(writer: Writer, body: list[str], outside: list[str]) -> list[str]:
         assert writer.forms is not None
         lines += [*bounds(writer.forms, "q"), "for i in range(low, high):"]
     else:
-        _, per = writer.block()
-        lines += [
-            f"line = {writer.line()}",
-            f"edges = tl.load(partial_count + line) * {per}",
-            f"count = edges + tl.load(full_count + line) * {per}",
-            "line = line.to(tl.int64) * list_length",
-            "for i in range(0, count):",
-        ]
+        lines += [*listed(writer), "for i in range(0, listed):"]
     lines += indented([*body, "n += 1"])
     return ["for member in range(0, GROUP):", *indented(lines)]
 
 
 def _start(writer: Writer) -> list[str]:
     """The first query of tile i."""
-    if writer.layout.block is None:
-        return ["start = i * INNER"]
-    inner, per = writer.block()
-    return [
-        "start = 0",
-        "if i < edges:",
-        f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
-        "else:",
-        "    behind = i - edges",
-        f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
-    ]
+    return ["start = i * INNER"] if writer.layout.block is None else listed_start(writer)
 
 
 def _edge(writer: Writer) -> str | None:
@@ -244,10 +230,10 @@ def _round(writer: Writer) -> list[str]:
     row = "tl.SliceLayout(0, SCORES)"
     edge = _edge(writer)
     masks = writer.masks()
-    listed = writer.layout.block is not None
+    told_start = [f"start = {number('starts.index(stage)')}"]
     lines = [
         "stage, turned = n % STAGES, (n // STAGES) & 1",
-        *([f"start = {number('starts.index(stage)')}"] if listed else _start(writer)),
+        *(_start(writer) if writer.layout.block is None else told_start),
         f"q_at = (start + tl.arange(0, INNER, {row}))[None, :]",
         "query = q_tiles.index(stage).reshape([INNER, D])",
         "grad = dout_tiles.index(stage).reshape([INNER, E])",

@@ -28,6 +28,8 @@ from kp_compiler.lowering.triton.hopper_text import (
     chunked,
     constants,
     inside,
+    listed,
+    listed_start,
     module,
     number,
     padded,
@@ -60,9 +62,8 @@ def hopper_source(spec: AttentionSpec, layout: Layout) -> str:
     names = hopper_parameters(spec, layout)
     working = (*BUFFERS, *(name for name in names if name not in ("q", "k", "v")))
     loading = ("q", "k", "v", *BUFFERS, *placing(names, spec), *ITEMS)
-    queue = _queue(layout)
     return module(
-        constants(layout, QUEUE=queue),  # items whose queries are in shared memory
+        constants(layout, QUEUE=_queue(layout)),  # items whose queries are in shared memory
         [
             ("producer", loading, _producer(writer)),
             ("consumer", ("WHO: tl.constexpr", *working), _consumer(writer)),
@@ -123,29 +124,14 @@ def _tiles(writer: Writer) -> list[str]:
         assert writer.forms is not None
         lines = bounds(writer.forms, "k")
         return [*lines, "end = tl.maximum(high, 1)", "count = tl.maximum(high - low, 1)"]
-    _, per = writer.block()
-    return [
-        f"line = {writer.line()}",
-        f"edges = tl.load(partial_count + line) * {per}",
-        f"listed = edges + tl.load(full_count + line) * {per}",
-        "count = tl.maximum(listed, 1)",
-        "line = line.to(tl.int64) * list_length",
-    ]
+    return [*listed(writer), "count = tl.maximum(listed, 1)"]
 
 
 def _start(writer: Writer) -> list[str]:
     """The first key of tile i. Where there are none at all, past the end. Of lists, the producer tells it."""
     if writer.layout.block is None:
         return ["start = (end - 1 - i) * INNER"]
-    inner, per = writer.block()
-    return [
-        "start = (T + INNER - 1) // INNER * INNER",
-        "if i < edges:",
-        f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
-        "elif i < listed:",
-        "    behind = i - edges",
-        f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
-    ]
+    return listed_start(writer)
 
 
 def _edge(writer: Writer) -> str:
@@ -184,16 +170,17 @@ def _producer(writer: Writer) -> list[str]:
         "for i in range(0, count):",
         *indented(loop),
     ]
-    # consumers start on one tile more than there is
-    end = [
-        line
-        for name, at, size in (("q", "lap", "QUEUE"), ("k", "n", "STAGES"))
-        for line in (
-            f"mbarrier.wait({name}_free.index({at} % {size}), (({at} // {size}) & 1) ^ 1)",
-            f"mbarrier.arrive({name}_full.index({at} % {size}), count=1)",
-        )
+    items = _items(writer, [], body)
+    if _queue(writer.layout) == 1:
+        return items
+    return [
+        *items,
+        # consumers start on one tile more than there is
+        "mbarrier.wait(q_free.index(lap % QUEUE), ((lap // QUEUE) & 1) ^ 1)",
+        "mbarrier.arrive(q_full.index(lap % QUEUE), count=1)",
+        "mbarrier.wait(k_free.index(n % STAGES), ((n // STAGES) & 1) ^ 1)",
+        "mbarrier.arrive(k_full.index(n % STAGES), count=1)",
     ]
-    return _items(writer, [], body) + (end if _queue(writer.layout) > 1 else [])
 
 
 def _consumer(writer: Writer) -> list[str]:
@@ -207,7 +194,6 @@ def _item(writer: Writer, *, early: bool) -> list[str]:
     """All tiles of keys for a warpgroup's queries. If `early`, q kᵀ of the next item's first tile runs beside
     the end of this one, whose queries' memory takes the result."""
     forms = writer.forms if writer.layout.block is None else None
-    listed = writer.layout.block is not None
     lines = [
         "mine = first + WHO * ROWS",
         # which tiles a warpgroup's own rows keep wholly
@@ -221,7 +207,7 @@ def _item(writer: Writer, *, early: bool) -> list[str]:
         *writer.formula.outside,
         "i = 0",
         *([] if early else _first(writer, "lap", "n") + _waited("n")),
-        *(["start = begin"] if listed else _start(writer)),
+        *(_start(writer) if writer.layout.block is None else ["start = begin"]),
         "s = ahead",
         *_softmax(writer),
         "total = tl.sum(p, 1)",
@@ -247,12 +233,9 @@ def _item(writer: Writer, *, early: bool) -> list[str]:
 def _first(writer: Writer, lap: str, n: str) -> list[str]:
     """Start q kᵀ of an item's first tile."""
     query = f"q_tiles.index(({lap}) % QUEUE * PARTS + WHO).reshape([ROWS, D])"
-    key = f"k_tiles.index(({n}) % STAGES).reshape([INNER, D]).permute((1, 0))"
-    empty = "tl.zeros([ROWS, INNER], tl.float32, SCORES)"
     lines = [
         f"mbarrier.wait(q_full.index(({lap}) % QUEUE), (({lap}) // QUEUE) & 1)",
-        f"mbarrier.wait(k_full.index(({n}) % STAGES), (({n}) // STAGES) & 1)",
-        f"product = warpgroup_mma({query}, {key}, {empty}, use_acc=False, is_async=True)",
+        *_product(query, n, f"({n}) % STAGES"),
     ]
     if writer.layout.block is not None:
         lines.append(f"begin = {number(f'starts.index(({n}) % STAGES)')}")
@@ -275,16 +258,13 @@ def _freed(lap: str, there: str) -> list[str]:
     ]
 
 
-def _product(writer: Writer) -> list[str]:
-    """Start q kᵀ of tile i."""
-    listed = writer.layout.block is not None
+def _product(query: str, n: str, stage: str) -> list[str]:
+    """Start q kᵀ of the n-th tile, which is in buffer `stage`."""
+    key = f"k_tiles.index({stage}).reshape([INNER, D]).permute((1, 0))"
+    empty = "tl.zeros([ROWS, INNER], tl.float32, SCORES)"
     return [
-        "stage = (n + i) % STAGES",
-        "mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)",
-        *([f"start = {number('starts.index(stage)')}"] if listed else _start(writer)),
-        "key = k_tiles.index(stage).reshape([INNER, D]).permute((1, 0))",
-        "empty = tl.zeros([ROWS, INNER], tl.float32, SCORES)",
-        "product = warpgroup_mma(query, key, empty, use_acc=False, is_async=True)",
+        f"mbarrier.wait(k_full.index({stage}), (({n}) // STAGES) & 1)",
+        f"product = warpgroup_mma({query}, {key}, {empty}, use_acc=False, is_async=True)",
     ]
 
 
@@ -303,9 +283,12 @@ def _softmax(writer: Writer) -> list[str]:
 
 def _round(writer: Writer) -> list[str]:
     """Tile i: its q kᵀ, and p v of the tile before."""
+    told_start = [f"start = {number('starts.index(stage)')}"]
     return [
         "mbarrier.wait(turn.index(WHO), (n - lap + i - 1) & 1)",  # an item has a round less than tiles
-        *_product(writer),
+        "stage = (n + i) % STAGES",
+        *_product("query", "n + i", "stage"),
+        *(_start(writer) if writer.layout.block is None else told_start),
         "before = (n + i - 1) % STAGES",
         "value = v_tiles.index(before).reshape([INNER, E])",
         "sum = warpgroup_mma(weights, value, acc, is_async=True)",

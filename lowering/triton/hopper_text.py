@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from textwrap import indent
 
-from kp_compiler.lowering.triton.attention_writer import Layout
+from kp_compiler.lowering.triton.attention_loops import SIZES
+from kp_compiler.lowering.triton.attention_writer import Layout, Writer
 from kp_compiler.specs import AttentionSpec
 
 ROWS = 64  # of a warpgroup's products
@@ -25,17 +26,18 @@ from triton.experimental.gluon import language as tl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
-from kp_compiler.lowering.triton.tma_add import tma_add
 """
 
 
-def module(constants: list[str], functions: Iterable[tuple[str, Iterable[str], list[str]]]) -> str:
-    """Functions by name, parameters and lines, each with the constants."""
+def module(
+    constants: list[str], functions: Iterable[tuple[str, Iterable[str], list[str]]], imports: str = ""
+) -> str:
+    """Functions by name, parameters and lines, each with the constants; `imports` beside Gluon's."""
     texts = [
         f"@gluon.jit\ndef {name}({', '.join(names)}):\n{indent(chr(10).join(constants + lines), '    ')}\n"
         for name, names, lines in functions
     ]
-    return "\n".join([_IMPORTS, *texts])
+    return "\n".join([_IMPORTS + imports, *texts])
 
 
 def constants(layout: Layout, **more: int) -> list[str]:
@@ -99,6 +101,30 @@ def chunked(tile: str) -> list[str]:
         "at = item - chunk * (CHUNK * tiles)",
         "members = tl.minimum(CHUNK, PAIRS - chunk * CHUNK)",
         f"tile, pair = {tile}, chunk * CHUNK + at % members",
+    ]
+
+
+def listed(writer: Writer) -> list[str]:
+    """How many tiles a line of lists has, `listed`, the first `edges` of them partly kept."""
+    _, per = writer.block()
+    return [
+        f"line = {writer.line()}",
+        f"edges = tl.load(partial_count + line) * {per}",
+        f"listed = edges + tl.load(full_count + line) * {per}",
+        "line = line.to(tl.int64) * list_length",
+    ]
+
+
+def listed_start(writer: Writer) -> list[str]:
+    """The first index of tile i of a line; past the end where there is no such tile."""
+    inner, per = writer.block()
+    return [
+        f"start = ({SIZES[writer.loop]} + INNER - 1) // INNER * INNER",
+        "if i < edges:",
+        f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
+        "elif i < listed:",
+        "    behind = i - edges",
+        f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
     ]
 
 

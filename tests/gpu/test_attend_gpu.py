@@ -35,7 +35,8 @@ def test_against_float64(mask: str, change: str, heads: Any, shape: Any, dims: A
     for index, (mine, theirs, twin) in enumerate(zip(got, want, again, strict=True)):
         # a bias that is the same for all keys has a gradient by the log-sum-exp alone: the rest, Σ ds, is
         # zero but for the rounding of out
-        bound = BOUNDS[dtype] * (2 if index > 4 else 1)
+        cancels = dtype == torch.bfloat16 and index > 4 and theirs.dim() == 4 and theirs.shape[3] == 1
+        bound = BOUNDS[dtype] * (2 if cancels else 1)
         assert mine.isfinite().all()
         assert relative_error(mine, theirs) < bound or (mine - theirs).abs().max() < 1e-4
         assert torch.equal(mine, twin)  # nothing is added up in an order that varies

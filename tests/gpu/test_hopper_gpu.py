@@ -28,6 +28,18 @@ HEADS = [(4, 2), (3, 1), (2, 2)]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
+def site_of(one: interpreted.Case) -> tuple[Any, Any, Any]:
+    """What the kernels read, and lists of blocks by queries and by keys where the mask needs them."""
+    from kp_compiler.lowering.triton import attention
+
+    listed = one.spec.mask in interpreted.LISTED.values()
+    lists = interpreted.lists(one.keep(), interpreted.BLOCK) if listed else []
+    block = interpreted.BLOCK if listed else None
+    site = attention.Site(one.spec, one.q, one.k, one.v, one.operands, one.scalars, block=block)
+    by_query, by_key = (attention.Lists(*lists[i : i + 4]) if listed else None for i in (0, 4))
+    return site, by_query, by_key
+
+
 def cases(dims: list[tuple[int, int]]) -> list[tuple[Any, ...]]:
     """Every mask with every score change, the rest in cycles beside them."""
     turn = zip(*(itertools.cycle(each) for each in (dims, HEADS, SHAPES, DTYPES)), strict=False)
@@ -37,24 +49,13 @@ def cases(dims: list[tuple[int, int]]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(("mask", "change", "dims", "heads", "shape", "dtype"), cases(DIMS))
 def test_forward(mask: str, change: str, dims: Any, heads: Any, shape: Any, dtype: torch.dtype) -> None:
-    from kp_compiler.lowering.triton import attention, hopper
+    from kp_compiler.lowering.triton import hopper
 
     with torch.device("cuda"):
         one = interpreted.case(mask, change, heads, shape, dims, dtype)
-        listed = mask in interpreted.LISTED
-        lists = interpreted.lists(one.keep(), interpreted.BLOCK) if listed else []
-        site = attention.Site(
-            one.spec,
-            one.q,
-            one.k,
-            one.v,
-            one.operands,
-            one.scalars,
-            block=interpreted.BLOCK if listed else None,
-        )
+        site, given, _ = site_of(one)
         assert hopper.takes(site)
         outs = [torch.full((*one.q.shape[:3], dims[1]), float("nan"), dtype=dtype) for _ in range(3)]
-        given = attention.Lists(*lists[:4]) if listed else None
         lses = [hopper.forward(site, given, out) for out in outs]
         weights, lse_weights = torch.zeros(outs[0].shape), torch.zeros(lses[0].shape)
         want = interpreted.exact(one, weights, lse_weights)
@@ -74,11 +75,7 @@ def test_gradients(mask: str, change: str, dims: Any, heads: Any, shape: Any, dt
 
     with torch.device("cuda"):
         one = interpreted.case(mask, change, heads, shape, dims, dtype)
-        listed = mask in interpreted.LISTED
-        lists = interpreted.lists(one.keep(), interpreted.BLOCK) if listed else []
-        block = interpreted.BLOCK if listed else None
-        site = attention.Site(one.spec, one.q, one.k, one.v, one.operands, one.scalars, block=block)
-        by_query, by_key = (attention.Lists(*lists[i : i + 4]) if listed else None for i in (0, 4))
+        site, by_query, by_key = site_of(one)
         out, grad = (torch.empty(*one.q.shape[:3], dims[1], dtype=dtype) for _ in range(2))
         grads = [torch.empty_like(x) for x in (one.q, one.k, one.v)]
         grad.copy_(torch.randn(grad.shape))
