@@ -250,7 +250,7 @@ def random_blocks(heads: int, length: int, share: float) -> BlockMask:
     below = rows < rows[:, None]
     take = (rows[:, None] * share).round()
     rank = torch.rand(1, heads, count, count, device="cuda").masked_fill(~below, 2.0).argsort(-1).argsort(-1)
-    full = below & (rank < take[:, None])
+    full = below & (rank < take)
     diagonal = torch.eye(count, dtype=torch.bool, device="cuda").expand(1, heads, -1, -1)
 
     def listed(flags: Tensor) -> tuple[Tensor, Tensor]:

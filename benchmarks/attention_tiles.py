@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for width in options.dims:
-        kernels = [k for k in options.kernels if width in (64, 128) or "hopper" not in k]
+        kernels = [k for k in options.kernels if width <= 128 or k != "hopper backward"]
         found = measure(options.length, tuple(options.heads), width, kernels, options.repeats)
         for row in found:
             print(row, flush=True)

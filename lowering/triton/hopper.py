@@ -31,9 +31,10 @@ from kp_compiler.target import detect
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _HALVES = (torch.bfloat16, torch.float16)
-# Bytes of a chunk of heads, of the 50 MiB of an H100's second-level cache. Forward, D128, causal, 4k and 8k
-# tokens: 573 and 614 TFLOP/s, with half as much 564 and 606, with a quarter 536 and 580 (2026-11-27).
-_CACHED = 32 * 2**20
+# Bytes of a chunk of heads, where the second-level cache of an H100 has 50 MiB. TFLOP/s, D128, causal
+# (2026-11-27): forward, 4k and 8k tokens, 620 and 663, with half as much 608 and 648. Backward, one sequence
+# of 8k, 16 heads for 4 of keys, and one of 16k, 16 heads: 529 and 586, with half as much 378 and 569.
+_FORWARD, _BACKWARD = 32 * 2**20, 64 * 2**20
 
 
 def takes(site: Site) -> bool:
@@ -82,19 +83,22 @@ def forward(
     found |= lists.arguments() if lists is not None else {}
     batch, heads, queries, _ = site.q.shape
     size = (site.k[0, 0].numel() + site.v[0, 0].numel()) * site.k.element_size()
-    found |= _chunks(batch * heads, max(1, size * site.k.shape[1] // heads))
+    tiles = -(-queries // tile.outer)
+    found |= _chunks(site, batch * heads, tiles, max(1, size * site.k.shape[1] // heads), _FORWARD)
     found["taken"] = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
-    programs = min(-(-queries // tile.outer) * batch * heads, detect(site.q.device).multiprocessors)
+    programs = min(tiles * batch * heads, detect(site.q.device).multiprocessors)
     text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
     arguments = {name: found[name] for name in names}
     run(site, "kp_attention_hopper", text, arguments, (programs,), tile.warps)
     return found["lse"]
 
 
-def _chunks(pairs: int, size: int) -> dict[str, int]:
+def _chunks(site: Site, pairs: int, tiles: int, size: int, cached: int) -> dict[str, int]:
     """How heads, or groups of heads, go in chunks of much the same number, so that what programs read of a
-    chunk, `size` bytes a pair, stays in the second-level cache."""
-    chunks = -(-pairs // max(1, _CACHED // size))
+    chunk, `size` bytes a pair, stays in the second-level cache; and so that a chunk has a tile for every
+    multiprocessor at least, as the first tiles of the last one may take longest."""
+    least = -(-detect(site.q.device).multiprocessors // tiles)
+    chunks = -(-pairs // max(1, least, cached // size))
     return {"PAIRS": pairs, "CHUNK": -(-pairs // chunks)}
 
 
@@ -113,8 +117,10 @@ def gradients(
     found["dq"] = _descriptor(total, *dq_part(layout))
     found |= lists.arguments() if lists is not None else {}
     batch, heads, keys, _ = site.k.shape
-    found |= _chunks(batch * heads, site.q[0].numel() // heads * 8)  # q, dout, and dq in float32
-    programs = -(-keys // tile.outer) * batch * heads
+    tiles = -(-keys // tile.outer)
+    size = site.q[0].numel() // heads * 8  # q, dout, and dq in float32
+    found |= _chunks(site, batch * heads, tiles, size, _BACKWARD)
+    programs = tiles * batch * heads
     text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
     arguments = {name: found[name] for name in names}
     run(site, "kp_attention_hopper_backward", text, arguments, (programs,), tile.warps)
