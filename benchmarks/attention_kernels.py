@@ -8,8 +8,8 @@ D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 time
 documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
 FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
 FlexAttention and kp's kernels read the same block lists, which are made before anything is timed;
-FlexAttention is measured at two lengths, as it compiles for ten seconds at each. `portable` is kp's forward
-kernel for any GPU, where `kp` takes the one for Hopper. A product of 8192³ is timed
+FlexAttention is measured with D128 and at two lengths, as it compiles for ten seconds at each. `portable` is
+kp's forward kernel for any GPU, where `kp` takes the one for Hopper. A product of 8192³ is timed
 before and after: what the device gives that day. `--add` keeps the rows of another file of the same day and
 device: a table of all masks takes longer than a machine may be had for.
 
@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from kp_compiler.lowering import attend
+from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.specs import AttentionSpec, MaskSpec
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -98,9 +99,20 @@ def pairs(setting: Setting, segments: Tensor) -> float:
 
 def lists_of(blocks: BlockMask) -> list[Tensor]:
     """As kp's kernels take them."""
-    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
-             "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
-    return [getattr(blocks, name) for name in names]
+    found: list[Tensor] = []
+    for kind in ("kv", "q"):
+        partial, whole = (
+            _flags(getattr(blocks, f"{name}_num_blocks"), getattr(blocks, f"{name}_indices"))
+            for name in (kind, f"full_{kind}")
+        )
+        found += Lists.of(partial, whole).tensors()
+    return found
+
+
+def _flags(count: Tensor, indices: Tensor) -> Tensor:
+    """Counts [b,h,lines] and indices [b,h,lines,blocks] as flags."""
+    there = torch.arange(indices.shape[-1], device=count.device) < count.unsqueeze(-1)
+    return torch.zeros_like(there).scatter(-1, indices.long(), there)
 
 
 def kp_call(spec: MaskSpec, width: int, operands: list[Tensor], blocks: BlockMask | None) -> Call:
@@ -165,7 +177,7 @@ def calls(setting: Setting, segments: Tensor, wanted: list[str]) -> Iterator[tup
         rows = torch.arange(setting.length, device="cuda")
         keep = mask_function(setting, segments)(torch.zeros_like(rows[:1]), None, rows[:, None], rows)
         yield "masked", sdpa_call(SDPBackend.EFFICIENT_ATTENTION, causal=False, mask=keep)
-    if "flex" in wanted and setting.length in FLEX_LENGTHS:
+    if "flex" in wanted and setting.length in FLEX_LENGTHS and setting.width == 128:
         yield "flex", flex_call(blocks)
     listed = blocks if setting.mask == "packed" else None
     mine = kp_call(SPECS[setting.mask], setting.width, [segments] if listed is not None else [], listed)
@@ -367,19 +379,24 @@ def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for peer, target in (("cudnn", against), ("flex", 1.2)):
                 value = least("blocks 10%", 128, "forward", peer, (length,))
                 bars.append(bar(f"a tenth of the blocks, {length}, forward against {peer}", value, target))
-            both = {
-                peer: sum(
-                    found["blocks 10%", length, 128, mode, peer]["ms"] for mode in ("forward", "backward")
-                )
-                for peer in ("cudnn", "kp")
-            }
             name = f"a tenth of the blocks, {length}, forward and backward against cudnn"
-            bars.append(bar(name, both["cudnn"] / both["kp"], 7.0))
-        if (row := found.get(("blocks 100%", length, 128, "forward", "kp"))) is not None:
-            dense = found["blocks 100%", length, 128, "forward", "kp, no lists"]
+            bars.append(bar(name, _both(found, ("blocks 10%", length, 128)), 7.0))
+        whole = [found.get(("blocks 100%", length, 128, "forward", who)) for who in ("kp", "kp, no lists")]
+        if whole[0] and whole[1]:
             name = f"all of the blocks, {length}, forward: time of lists against none"
-            bars.append(bar(name, row["ms"] / dense["ms"], 1.08, at_least=False))
+            bars.append(bar(name, whole[0]["ms"] / whole[1]["ms"], 1.08, at_least=False))
     return bars
+
+
+def _both(found: dict[Any, Any], setting: tuple[Any, ...]) -> float | None:
+    """How much longer cuDNN takes than kp for forward and backward."""
+    times = []
+    for who in ("cudnn", "kp"):
+        rows = [found.get((*setting, mode, who)) for mode in ("forward", "backward")]
+        if not rows[0] or not rows[1]:
+            return None
+        times.append(rows[0]["ms"] + rows[1]["ms"])
+    return times[0] / times[1]
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.dead_rows import after_zeros, unkept
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.metadata import value_of
@@ -94,11 +95,11 @@ def on_hopper(spec: AttentionSpec, shape: AttentionShape | None, target: Target)
 
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """q, k, v [B,H,S,D] to out [B,H,S,E]."""
-    from kp_compiler.lowering.block_mask import BLOCK, block_lists
+    from kp_compiler.lowering.block_mask import BLOCK, visit_lists
     from kp_compiler.lowering.triton.attention_loops import inequalities
 
     bounded = inequalities(spec.mask) is not None
-    blocks = [] if bounded else list(vars(block_lists(emit, node, spec)).values())
+    blocks = [] if bounded else visit_lists(emit, node, spec)
     seed = None
     if spec.dropout_p:
         device = value_of(node.args[0]).device
@@ -121,8 +122,9 @@ def attend() -> Any:
     [B,S,H,E], and lse [B,H,S] in float32, the natural logarithm of the sum of exponentials, sink included, −∞
     with zeros in out for rows without a key.
 
-    `blocks` is empty where the mask bounds loops itself (`attention_loops.inequalities`), else the lists of
-    `block_mask.BlockLists`: only their blocks are visited, the mask is applied in the partial ones.
+    `blocks` is empty where the mask bounds loops itself (`attention_loops.inequalities`), else holds the four
+    tensors of `block_lists.Lists` by blocks of queries and, if gradients are wanted, the four by blocks of
+    keys: only these blocks are visited, the mask is applied in the first ones of each line.
     `start_out` [B,H,S,E], `start_lse` [B,H,S]: what attention over other keys gave, taken into the result.
     """
     _operators()
@@ -159,15 +161,10 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], blocks: list[Tensor],
     start_out: Tensor | None, start_lse: Tensor | None, seed: Tensor | None, plan: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels, site = _site(q, k, v, operands, scalars, seed, plan)
+    kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
+    _check_start(q, v, start_out, start_lse)
     out = _by_row(q, v.shape[-1])
-    if (len(blocks) == 8) != (site.block is not None) or len(blocks) not in (0, 8):
-        raise ValueError(
-            f"kp::attend: {len(blocks)} block lists for blocks of {site.block}; 8 or none are needed"
-        )
-    if (start_out is None) != (start_lse is None):
-        raise ValueError("kp::attend: start_out and start_lse come together")
-    lists = kernels.Lists(*blocks[:4]) if blocks else None
+    lists = Lists(*blocks[:4]) if blocks else None
     start = None
     if start_out is not None and start_lse is not None:
         start = (kernels.readable(start_out), start_lse.contiguous())
@@ -184,10 +181,12 @@ def _backward(
     scalars: list[Any], blocks: list[Tensor], seed: Tensor | None, out: Tensor, lse: Tensor,
     wanted: list[bool], plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    kernels, site = _site(q, k, v, operands, scalars, seed, plan)
-    grad = kernels.readable(grad)
+    kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
+    grad, out, lse = kernels.readable(grad), kernels.readable(out), lse.contiguous()
     delta = kernels.delta_of(grad, out, grad_lse)
-    by_query, by_key = (kernels.Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
+    if len(blocks) == 4 and wanted[1]:
+        raise ValueError("kp::attend: gradients of k and v need the lists by blocks of keys, too")
+    by_query, by_key = (Lists(*blocks[i : i + 4]) if len(blocks) > i else None for i in (0, 4))
     dq, dk, dv = _matrices(q, k, v, wanted)
     hopper = None if torch.are_deterministic_algorithms_enabled() else _hopper(site)
     if wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad):
@@ -275,21 +274,18 @@ def _start_gradients(
     share = torch.exp(start_lse - torch.where(lse == float("-inf"), 0.0, lse))
     moved = (grad.float() * (start_out.float() - out.float())).sum(-1)
     d_lse = share * (moved if grad_lse is None else moved + grad_lse)
-    return (grad * share.unsqueeze(-1)).to(start_out.dtype), d_lse
+    return (grad * share.unsqueeze(-1)).to(start_out.dtype), torch.where(share > 0, d_lse, 0.0)
 
 
 def _site(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    operands: list[Tensor],
-    scalars: list[Any],
-    seed: Tensor | None,
-    plan: str,
-) -> tuple[Any, Any]:
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], blocks: list[Tensor],
+    seed: Tensor | None, plan: str,
+) -> tuple[Any, Any]:  # fmt: skip
     """The module of the kernels, and what they all read."""
     parsed = Plan.parse(plan)
-    _check_inputs(parsed, q, k, v, operands, seed)
+    _check_matrices(q, k, v)
+    _check_operands(parsed, operands, scalars, seed)
+    _check_lists(parsed, q, k, blocks)
     from kp_compiler.lowering.triton import attention as kernels
 
     q, k, v = (kernels.readable(x) for x in (q, k, v))
@@ -307,21 +303,70 @@ def _hopper(site: Any) -> Any:
     return hopper if hopper.takes(site) else None
 
 
-def _check_inputs(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], seed: Tensor | None
-) -> None:
-    """ValueError for what the kernels would read wrongly."""
-    shapes = [list(x.shape) for x in (q, k, v)]
+# What the kernels would read wrongly is a ValueError
+
+
+def _check_matrices(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise ValueError(
             f"kp::attend: q, k and v need one dtype, half or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     fits = k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-    if not fits or q.shape[1] % k.shape[1]:
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
+        shapes = [list(x.shape) for x in (q, k, v)]
         raise ValueError(f"kp::attend: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] do not fit: {shapes}")
+    if not (0 < q.shape[3] <= _LARGEST_HEAD and 0 < v.shape[3] <= _LARGEST_HEAD):
+        raise ValueError(
+            f"kp::attend: heads of 1 to {_LARGEST_HEAD} are needed, got {q.shape[3]} and {v.shape[3]}"
+        )
+
+
+def _check_operands(plan: Plan, operands: list[Tensor], scalars: list[Any], seed: Tensor | None) -> None:
     if max(plan.spec.operands(), default=-1) >= len(operands):
         raise ValueError(
             f"kp::attend: the spec reads operands {plan.spec.operands()}, {len(operands)} were given"
         )
+    if plan.spec.mask.scalars > len(scalars):
+        raise ValueError(
+            f"kp::attend: the mask reads {plan.spec.mask.scalars} numbers, {len(scalars)} were given"
+        )
     if plan.spec.dropout_p and seed is None:
         raise ValueError("kp::attend: a spec with dropout needs a seed")
+
+
+def _check_lists(plan: Plan, q: Tensor, k: Tensor, blocks: list[Tensor]) -> None:
+    from kp_compiler.lowering.triton.attention_loops import inequalities
+
+    if plan.block is None:
+        if blocks:
+            raise ValueError(f"kp::attend: {len(blocks)} tensors of lists, but the plan has no blocks")
+        if inequalities(plan.spec.mask) is None:
+            raise ValueError(f"kp::attend: the mask {plan.spec.mask} does not bound loops: it needs lists")
+        return
+    if any(size < 16 or size & (size - 1) for size in plan.block):
+        raise ValueError(f"kp::attend: blocks of lists are powers of two, 16 at least, got {plan.block}")
+    if len(blocks) not in (4, 8):
+        raise ValueError(f"kp::attend: lists are 4 tensors, 8 to train, got {len(blocks)}")
+    for first, size, unit in ((0, q.shape[2], plan.block[0]), (4, k.shape[2], plan.block[1])):
+        for dtype, x in zip((torch.int32, torch.int32, torch.int64), blocks[first : first + 3], strict=False):
+            fits = x.dim() == 3 and all(n in (1, m) for n, m in zip(x.shape[:2], q.shape[:2], strict=True))
+            if x.dtype != dtype or not fits or x.shape[2] != -(-size // unit):
+                raise ValueError(
+                    f"kp::attend: lists by blocks of {unit} of {size} need {dtype} of [B or 1, H or 1, "
+                    f"{-(-size // unit)}], got {x.dtype} of {list(x.shape)}"
+                )
+    if any(x.dtype != torch.int32 or x.dim() != 1 for x in blocks[3::4]):
+        raise ValueError("kp::attend: the blocks of lists are one row of int32")
+
+
+def _check_start(q: Tensor, v: Tensor, start_out: Tensor | None, start_lse: Tensor | None) -> None:
+    if (start_out is None) != (start_lse is None):
+        raise ValueError("kp::attend: start_out and start_lse come together")
+    if start_out is None or start_lse is None:
+        return
+    wanted = [*q.shape[:3], v.shape[3]]
+    if list(start_out.shape) != wanted or start_lse.shape != q.shape[:3] or start_lse.dtype != torch.float32:
+        raise ValueError(
+            f"kp::attend: start_out {wanted} and start_lse {wanted[:3]} in float32 are needed, got "
+            f"{list(start_out.shape)} and {list(start_lse.shape)} in {start_lse.dtype}"
+        )

@@ -40,35 +40,68 @@ class BlockLists:
 def block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
     """The block lists of a site's mask, once per distinct mask and graph."""
     memo = emit.graph.__dict__.setdefault("kp_block_lists", {})
-    operands: Any = node.args[3]
-    q, k = tensor_of(node.args[0]), tensor_of(node.args[1])
-    assert q is not None and k is not None
-    tensors = tuple(operands[index] for index in spec.mask.tensors) if spec.mask.kind != "tensor" else ()
-    # type: ignore[arg-type]
-    key = (spec.mask.expr, tensors, tuple(node.args[4]), str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))
+    key = _key(node, spec)
     if key not in memo:
-        memo[key] = emit_block_lists(emit, node, spec, tensors)
+        partial, whole = block_flags(emit, node, spec)
+        memo[key] = BlockLists(
+            *_ordered(emit, partial),
+            *_ordered(emit, whole),
+            *_ordered(emit, partial, flip=True),
+            *_ordered(emit, whole, flip=True),
+        )
     return memo[key]
 
 
-def emit_block_lists(emit: Any, node: Node, spec: AttentionSpec, tensors: tuple[Node, ...]) -> BlockLists:
-    """Nodes that compute the lists for one site."""
+def visit_lists(emit: Any, node: Node, spec: AttentionSpec) -> list[Node]:
+    """The same as `block_lists.Lists` has it, by blocks of queries and by blocks of keys."""
+    memo = emit.graph.__dict__.setdefault("kp_visit_lists", {})
+    key = _key(node, spec)
+    if key not in memo:
+        partial, whole = block_flags(emit, node, spec)
+        flipped = (emit.call(torch.transpose, flags, -2, -1) for flags in (partial, whole))
+        memo[key] = [*_visits(emit, partial, whole), *_visits(emit, *flipped)]
+    return memo[key]
+
+
+def _key(node: Node, spec: AttentionSpec) -> tuple[Any, ...]:
+    """What the lists of a site depend on."""
+    q, k = tensor_of(node.args[0]), tensor_of(node.args[1])
+    assert q is not None and k is not None
+    sizes = (str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))
+    return (spec.mask.expr, _tensors(node, spec), tuple(node.args[4]), *sizes)  # type: ignore[arg-type]
+
+
+def _tensors(node: Node, spec: AttentionSpec) -> tuple[Node, ...]:
+    operands: Any = node.args[3]
+    return tuple(operands[index] for index in spec.mask.tensors) if spec.mask.kind != "tensor" else ()
+
+
+def block_flags(emit: Any, node: Node, spec: AttentionSpec) -> tuple[Node, Node]:
+    """Flags [Bm,1,nQ,nK] of the partly masked and of the full blocks of a site."""
     q, k = node.args[0], node.args[1]
     grid = _Grid(emit, value_of(q).device, emit.size(q, 2), emit.size(k, 2))
     if spec.mask.kind == "tensor":
         maybe, surely = True, False
     else:
-        algebra = _Intervals(emit, grid, list(tensors), list(node.args[4]))  # type: ignore[arg-type]
+        algebra = _Intervals(emit, grid, list(_tensors(node, spec)), list(node.args[4]))  # type: ignore[arg-type]
         maybe, surely = mask_render.render(mask_render.parse(spec.mask.expr), algebra)
     maybe, surely = grid.full(maybe), grid.full(surely)
     partial = emit.call(torch.logical_and, maybe, emit.call(torch.logical_not, surely))
-    whole = surely
-    return BlockLists(
-        *_ordered(emit, partial),
-        *_ordered(emit, whole),
-        *_ordered(emit, partial, flip=True),
-        *_ordered(emit, whole, flip=True),
-    )
+    return partial, surely
+
+
+def _visits(emit: Any, partial: Node, whole: Node) -> list[Node]:
+    """`block_lists.Lists.of` as nodes."""
+    call, to = emit.call, torch.ops.aten.to.dtype
+    both = call(torch.logical_or, partial, whole)
+    edges, count = (call(torch.sum, flags, dim=-1, dtype=torch.int32) for flags in (partial, both))
+    kinds = call(torch.add, call(to, both, torch.int32), call(to, partial, torch.int32))
+    order = call(torch.argsort, kinds, dim=-1, descending=True, stable=True)
+    blocks = call(torch.ops.aten.reshape.default, call(to, order, torch.int32), [-1])
+    sizes = [emit.size(partial, dim) for dim in range(4)]
+    line = call(torch.arange, emit.product(sizes[:3]), device=value_of(partial).device)
+    at = call(torch.ops.aten.reshape.default, call(torch.mul, line, sizes[3]), sizes[:3])
+    return [edges, count, at, blocks]
 
 
 def _ordered(emit: Any, flags: Node, *, flip: bool = False) -> tuple[Node, Node]:

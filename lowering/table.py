@@ -68,7 +68,8 @@ def order(
     FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112. kp's Hopper kernels are as fast as cuDNN, which
     needs no compiling (16 heads, 8k tokens: forward 614 to 598 TFLOP/s, backward 516 to 521, 2026-11-27).
     Window 1024, 32k: kp 0.6 ms forward, FA4 1.14, FlexAttention 1.29, FlashAttention-2 1.39, with a dense
-    bias 66."""
+    bias 66. Where the memory-efficient kernel would read a mask of N² elements (10 TFLOP/s for packed
+    documents of 32k tokens), kp's kernels for any GPU come before it."""
     if target.reference:
         return (REFERENCE,)
     if target.sm < 90:
@@ -76,12 +77,14 @@ def order(
     band = mask_render.is_band(spec.mask)
     if attend.on_hopper(spec, shape, target):
         return (TRITON, FA4, FLASH, FLEX, EFFICIENT) if band else (FA4, CUDNN, TRITON, FLASH, FLEX, EFFICIENT)
+    plain = spec.mask.kind in ("full", "causal") and not spec.biases
+    last = (EFFICIENT, TRITON) if plain else (TRITON, EFFICIENT)
     if not band:
-        return (FA4, CUDNN, FLASH, FLEX, EFFICIENT, TRITON)
+        return (FA4, CUDNN, FLASH, FLEX, *last)
     # FlexAttention took 5 of the 18.5 s that a two-layer Mistral needed to compile (same machine, 2026-11-26;
     # benchmarks/compile_time.py), and its block lists cost eight small kernels a mask
     training = shape is not None and shape.training
-    return (FA4, FLEX, FLASH, EFFICIENT, TRITON) if training else (FA4, FLASH, FLEX, EFFICIENT, TRITON)
+    return (FA4, FLEX, FLASH, *last) if training else (FA4, FLASH, FLEX, *last)
 
 
 def choose(

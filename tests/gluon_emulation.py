@@ -21,9 +21,16 @@ import torch
 from torch import Tensor
 
 PATIENCE = 20.0
+LATE = 0.2  # how often a slow partition is late at a barrier
 _local = threading.local()
 _lock = threading.Lock()
 _engine = ThreadPoolExecutor(8)  # copies
+
+
+def _linger() -> None:
+    """At times a partition is late, a slow one often."""
+    if random.random() < getattr(_local, "late", 0.0):
+        time.sleep(1e-3)
 
 
 class Barrier:
@@ -37,6 +44,7 @@ class Barrier:
         self.count = self.missing = count
 
     def update(self, arrivals: int, size: int) -> None:
+        _linger()
         with self.changed:
             self.missing -= arrivals
             self.bytes += size
@@ -49,6 +57,7 @@ class Barrier:
         with self.changed:
             if not self.changed.wait_for(lambda: self.done & 1 != parity, PATIENCE):
                 raise TimeoutError("a barrier's phase does not end")
+        _linger()
 
 
 class Barriers:
@@ -183,6 +192,7 @@ def _write(
 
 def _store_wait(left: int) -> None:
     while len(_local.copies) > left:
+        _linger()
         _local.copies.pop(0)()
 
 
@@ -217,6 +227,7 @@ def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], warps: Any, registers:
     def run(function: Any, arguments: tuple[Any, ...]) -> None:
         _local.program, _local.programs = program
         _local.products, _local.copies = [], []
+        _local.late = random.choice((0.0, 0.0, LATE / 10, LATE))
         try:
             function(*arguments)
             assert not _local.copies, "a program ends before its stores"

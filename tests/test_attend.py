@@ -16,7 +16,9 @@ from torch import Tensor
 import kp_compiler
 from kp_compiler.lowering import reference
 from kp_compiler.lowering.attend import Plan, attend
+from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
+from tests.covering import pairwise
 from tests.helpers import REFERENCE, relative_error, run_both
 from tests.test_flex import MASKS, SCORES, inputs
 
@@ -51,7 +53,7 @@ class Case:
 
 
 def lists(keep: Tensor, block: tuple[int, int]) -> list[Tensor]:
-    """Counts and indices of partial and of full blocks, by blocks of queries and of keys, from a mask."""
+    """Which blocks hold pairs of a mask, by blocks of queries and of keys."""
     rows, columns = (-(-size // unit) for size, unit in zip(keep.shape[2:], block, strict=True))
     more = (0, columns * block[1] - keep.shape[3], 0, rows * block[0] - keep.shape[2])
 
@@ -59,13 +61,9 @@ def lists(keep: Tensor, block: tuple[int, int]) -> list[Tensor]:
         return F.pad(x, more).unflatten(3, (columns, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))
 
     held, there = blocks(keep.int()), blocks(torch.ones_like(keep, dtype=torch.int32))
-    found = []
-    for flip in (False, True):
-        for flags in ((held > 0) & (held < there), held == there):
-            flags = flags.transpose(-1, -2) if flip else flags
-            order = torch.argsort((~flags).int(), dim=-1, stable=True).int()
-            found += [flags.sum(-1).int().contiguous(), order.contiguous()]
-    return found
+    flags = (held > 0) & (held < there), held == there
+    by_key = (x.transpose(-1, -2) for x in flags)
+    return [*Lists.of(*flags).tensors(), *Lists.of(*by_key).tensors()]
 
 
 BOUNDED = {
@@ -76,11 +74,13 @@ BOUNDED = {
     "both sides": MaskSpec("window", "(k <= q + 11) & (q - k <= 30)"),
     "first keys": MaskSpec("pointwise", "k <= n0", scalars=1),
     "late rows": MaskSpec("pointwise", "(k <= q) & (q >= 40)"),
+    "nothing": MaskSpec("causal", "k <= q - n0 * 100", scalars=1),
 }
 LISTED = {
     "prefix": MaskSpec("prefix", "(k <= q) | (k < 37)"),
     "document": MaskSpec("document", "(k <= q) & Eq(t0(b, k), t1(b, q))", tensors=(0, 1)),
     "padding": MaskSpec("padding", "Ne(t0(b, k), 0)", tensors=(0,)),
+    "all padding": MaskSpec("padding", "Ne(t0(b, k), 0) & (k <= q)", tensors=(0,)),
     "chunked": MaskSpec("chunked", "Eq(floor(q/50), floor(k/50)) & (k <= q)"),
     "strided": MaskSpec("pointwise", "Eq(Mod(q - k, 7), 0)"),
     "tensor": MaskSpec("tensor", "", tensors=(0, 1)),
@@ -94,6 +94,8 @@ def mask_operands(name: str, batch: int, heads: int, queries: int, keys: int) ->
                 torch.arange(queries).div(29, rounding_mode="floor").repeat(batch, 1)]  # fmt: skip
     if name == "padding":
         return [torch.arange(keys).repeat(batch, 1) >= torch.tensor([[3], [17]])[:batch]]
+    if name == "all padding":  # of one sequence, or of every one
+        return [torch.arange(keys).repeat(batch, 1) >= torch.tensor([[5], [keys]])[-batch:]]
     if name == "tensor":
         return [torch.rand(batch, 1, queries, keys) > 0.3, torch.rand(heads, 1, keys) > 0.2]
     return []
@@ -137,12 +139,9 @@ def case(mask: str, change: str, heads: tuple[int, int], shape: tuple[int, int],
 
 
 def covering() -> Iterator[tuple[Any, ...]]:
-    """Every mask with every score change. Heads, lengths, head sizes and dtypes go round beside them, each
-    in a cycle of another length, so that their pairs meet as well."""
-    dtypes = [torch.float32] * 5 + [torch.float16] * 2
-    turn = zip(*(itertools.cycle(each) for each in (HEADS, SHAPES, DIMS, dtypes)), strict=False)
-    for pair, rest in zip(itertools.product(MASK_SPECS, SCORE_CHANGES), turn, strict=False):
-        yield *pair, *rest
+    """Every mask with every score change; heads, lengths, head sizes and dtypes beside them, pair by pair."""
+    dtypes = [torch.float32, torch.float16]
+    yield from pairwise(list(itertools.product(MASK_SPECS, SCORE_CHANGES)), HEADS, SHAPES, DIMS, dtypes)
 
 
 def run(one: Case, weights: Tensor, lse_weights: Tensor, block: tuple[int, int] = BLOCK) -> list[Tensor]:
@@ -221,10 +220,9 @@ def test_lists_of_each_head(block: tuple[int, int], dtype: torch.dtype, change: 
     whole = dataclasses.replace(one, spec=spec, operands=[spread, one.keep(), *one.operands])
     want = exact(whole, weights, lse_weights)
     leaves = [x.detach().clone().requires_grad_() for x in one.inputs()]
-    listed = lists(spread, block)
-    none = [torch.zeros_like(x) for x in listed]
     # all chosen blocks as partial ones: the causal mask is applied in each
-    partial = [listed[2], listed[3], none[0], listed[1], listed[6], listed[7], none[4], listed[5]]
+    none = torch.zeros_like(chosen)
+    partial = [*Lists.of(chosen, none).tensors(), *Lists.of(chosen.mT, none.mT).tensors()]
     plan = Plan(one.spec, block).to_json()
     out, _ = attend()(*leaves[:3], leaves[3:], [], partial, None, None, None, plan)
     (out * weights).sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from kp_compiler.specs import AttentionSpec, MaskSpec
 from kp_compiler.target import Target
 from tests import gluon_emulation as emulation
 from tests import test_attend as interpreted
+from tests.covering import pairwise
 from tests.gpu import test_hopper_gpu as device
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the device in tests/gpu")
@@ -30,15 +32,17 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=3))
 
 
-CASES = [case for index, case in enumerate(device.cases(device.DIMS)) if index % 3 == 0]
+CHANGES = [(change,) for change in interpreted.SCORE_CHANGES]
+ROWS = pairwise(CHANGES, device.DIMS, device.HEADS, device.SHAPES, device.DTYPES)
+CASES = list(zip(itertools.cycle(interpreted.MASK_SPECS), *zip(*ROWS, strict=True), strict=False))
 
 
 @pytest.mark.parametrize(("mask", "change", "dims", "heads", "shape", "dtype"), CASES)
 def test_against_float64(mask: str, change: str, dims: Any, heads: Any, shape: Any, dtype: Any) -> None:
     from kp_compiler.lowering.triton import attention, hopper
 
-    shape = tuple(min(length, 330) for length in shape)
-    one = interpreted.case(mask, change, heads, shape, dims, torch.float16)
+    shape = {512: (256, 256), 1500: (330, 128)}.get(shape[0]) or tuple(min(length, 330) for length in shape)
+    one = interpreted.case(mask, change, heads, shape, dims, dtype)
     site, by_query, by_key = device.site_of(one)
     out, grad = (torch.full((*one.q.shape[:3], dims[1]), float("nan"), dtype=one.q.dtype) for _ in range(2))
     grad.copy_(torch.randn(grad.shape))
@@ -46,7 +50,8 @@ def test_against_float64(mask: str, change: str, dims: Any, heads: Any, shape: A
     assert hopper.takes(site)
     lse = hopper.forward(site, by_query, out)
     want = interpreted.exact(one, grad, lse_grad)
-    assert relative_error(out, want[0]) < 2e-3
+    bound = 2e-3 if dtype == torch.float16 else 1e-2
+    assert relative_error(out, want[0]) < bound
     assert relative_error(torch.where(lse == float("-inf"), 0.0, lse), want[1]) < 1e-4
     if not hopper.takes_backward(site, grad):
         return
@@ -54,7 +59,13 @@ def test_against_float64(mask: str, change: str, dims: Any, heads: Any, shape: A
     delta = attention.delta_of(grad, out, lse_grad)
     hopper.gradients(site, by_key, grad, lse, delta, *grads)
     for mine, theirs in zip(grads, want[2:5], strict=True):
-        assert relative_error(mine, theirs) < 4e-3 or (mine - theirs).abs().max() < 1e-4
+        assert relative_error(mine, theirs) < 2 * bound or (mine - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("block", "shape", "start"), device.LISTED_CASES)
+def test_lists_of_each_head(block: tuple[int, int], shape: tuple[int, int], start: bool) -> None:
+    shape = tuple(min(size, 300) if size != 512 else 384 for size in shape)
+    assert max(device.lists_of_each_head(block, shape, start=start)) < 4e-3
 
 
 def test_going_on_from_other_keys() -> None:
@@ -73,38 +84,64 @@ def test_going_on_from_other_keys() -> None:
     assert relative_error(lse, want[1]) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("line", "instead"),
-    [
-        ("mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)", "pass"),
-        ("mbarrier.wait(v_free.index(stage), turned)", "pass"),
-        ("mbarrier.wait(q_full.index((lap + 1) % QUEUE), ((lap + 1) // QUEUE) & 1)", "pass"),
-        ("mbarrier.arrive(v_free.index(before), count=1)", "pass"),
-        ("mbarrier.arrive(q_free.index((lap - 1) % QUEUE), count=1, pred=lap > 0)", "pass"),
+MISSING = {
+    "forward": [
+        "mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)",
+        "mbarrier.wait(v_free.index(stage), turned)",
+        "mbarrier.arrive(v_free.index(before), count=1)",
+        "mbarrier.arrive(q_free.index((lap - 1) % QUEUE), count=1, pred=lap > 0)",
     ],
-)
-def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, line: str, instead: str) -> None:
-    """A wait that is left out gives wrong numbers or too many arrivals, a left out arrival no end."""
+    "backward": [
+        "mbarrier.wait(kv_full.index(0), 0)",
+        "mbarrier.wait(q_free.index(stage), turned)",
+        "mbarrier.wait(dout_full.index(stage), turned)",
+        "mbarrier.wait(ds_full.index(0), n & 1)",
+        "mbarrier.wait(ds_free.index(0), (n & 1) ^ 1)",
+        "mbarrier.wait(dq_full.index(0), n & 1)",
+        "mbarrier.wait(dq_free.index(0), (n & 1) ^ 1)",
+        "mbarrier.arrive(dq_free.index(0), count=1)",
+        "mbarrier.arrive(q_free.index(stage), count=1)",
+    ],
+}
+LEFT_OUT = [(name, line) for name, lines in MISSING.items() for line in lines]
+
+
+@pytest.mark.parametrize(("kernel", "line"), LEFT_OUT)
+def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, kernel: str, line: str) -> None:
+    """A wait that is left out gives wrong numbers or too many arrivals, a left out arrival no end. (Waits for
+    what another one has made sure of nearly always are not seen: of the forward kernel for the next item and
+    its queries, of the backward kernel for a buffer of dout to be free.)"""
     from kp_compiler.lowering.triton import attention, hopper
+
+    monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=1))
+    monkeypatch.setattr(emulation, "PATIENCE", 0.5)
+    monkeypatch.setattr(emulation, "LATE", 0.9)
+    q, k, v, grad = (torch.randn(1, 2, 700, 64, dtype=torch.float16) for _ in range(4))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*leaves)
+    grads = torch.autograd.grad(want, leaves, grad.double())
+    out, *mine = (torch.zeros_like(q) for _ in range(4))
+    site = attention.Site(AttentionSpec(0.125, MaskSpec()), q, k, v, (), ())
+    lse = hopper.forward(site, None, out)
+    delta = attention.delta_of(grad, out, None)
 
     def broken(name: str, text: str) -> emulation.Kernel:
         if line not in text:
             raise ValueError(line)
-        return emulation.Kernel(name, text.replace(line, instead))
+        return emulation.Kernel(name, text.replace(line, "pass"))
 
     monkeypatch.setattr(attention, "compiled", broken)
-    monkeypatch.setattr(hopper, "detect", lambda device: Target("cuda", 90, multiprocessors=1))
-    monkeypatch.setattr(emulation, "PATIENCE", 0.5)
-    q, k, v = (torch.randn(1, 2, 700, 64, dtype=torch.float16) for _ in range(3))
-    out = torch.zeros_like(q)
-    site = attention.Site(AttentionSpec(0.125, MaskSpec()), q, k, v, (), ())
-    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    for _ in range(10):
+    for _ in range(20):
         try:
-            hopper.forward(site, None, out)
+            if kernel == "forward":
+                hopper.forward(site, None, out)
+            else:
+                hopper.gradients(site, None, grad, lse, delta, *mine)
         except (TimeoutError, AssertionError):
             return
-        if not relative_error(out, want) < 2e-3:
+        found = [out] if kernel == "forward" else mine
+        exact = [want.detach()] if kernel == "forward" else grads
+        if not all(relative_error(a, b) < 4e-3 for a, b in zip(found, exact, strict=True)):
             return
     pytest.fail("the emulation missed it")
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.triton.attention_source import parameters, source
-from kp_compiler.lowering.triton.attention_writer import WHOLE, Layout, pieces
+from kp_compiler.lowering.triton.attention_writer import Layout, pieces
 from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.specs import AttentionSpec
 from kp_compiler.target import detect
@@ -80,39 +81,6 @@ def _tiles() -> dict[str, dict[int, list[int]]]:
     """By kernel and head size."""
     found = json.loads(tiles_file().read_text())["tiles"]
     return {kernel: {int(size): tile for size, tile in sizes.items()} for kernel, sizes in found.items()}
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Blocks of a mask: counts [b,h,lines] and indices [b,h,lines,blocks], int32, of the partly and the
-    wholly kept blocks of each line, b and h 1 or those of q; lines are blocks of queries (of keys for dk and
-    dv)."""
-
-    partial_count: Tensor
-    partial: Tensor
-    full_count: Tensor
-    full: Tensor
-
-    def visited(self) -> Tensor:
-        """What is made of each block, [b,h,lines,blocks]: nothing, with its mask, or whole."""
-        kinds = torch.zeros_like(self.partial, dtype=torch.int8)
-        places = torch.arange(self.partial.shape[3], device=kinds.device)
-        for kind, count, order in (
-            (1, self.partial_count, self.partial),
-            (WHOLE, self.full_count, self.full),
-        ):
-            held = (places < count.unsqueeze(-1)).to(torch.int8) * kind
-            kinds += torch.zeros_like(kinds).scatter_(3, order.long(), held)
-        return kinds
-
-    def arguments(self) -> dict[str, Any]:
-        tensors = {name: value.contiguous() for name, value in vars(self).items()}
-        batches, heads, lines, length = self.partial.shape
-        return tensors | {
-            "list_b": heads * lines if batches > 1 else 0,
-            "list_h": lines if heads > 1 else 0,
-            "list_length": length,
-        }
 
 
 @dataclass(frozen=True)
@@ -233,7 +201,9 @@ def bias_gradient(
     out = torch.empty(shape[0], shape[1], rows, columns, dtype=torch.float32, device=grad.device)
     found = {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dbias", out, "bhqk")}
     found |= {"batches": sizes[0] // shape[0], "heads": sizes[1] // shape[1], "own_heads": shape[1]}
-    found |= {} if lists is None else {"visited": lists.visited()}
+    if lists is not None and site.block is not None:
+        others = -(-sizes[3] // site.block[1])
+        found |= {"visited": lists.visited(others), "list_length": others}
     grid = (tiles[0] * tiles[1] * shape[0] * shape[1],)
     _launch("dbias", site, lists, found, grid=grid, bias=index, summed=summed)
     for dim, name in ((2, "q"), (3, "k")):

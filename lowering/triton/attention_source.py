@@ -24,10 +24,12 @@ from textwrap import indent
 from kp_compiler.lowering.triton.attention_loops import SIZES, bounds
 from kp_compiler.lowering.triton.attention_writer import (
     INFINITY,
+    LISTS,
     LN2,
     LOG2E,
     PRECISE,
     Layout,
+    Masked,
     Writer,
     indented,
     product,
@@ -76,8 +78,8 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
     if spec.dropout_p:
         tensors.append("seed")
     if layout.block is not None:
-        tensors += ["visited"] if kernel == "dbias" else ["partial_count", "partial", "full_count", "full"]
-        numbers += ["list_b", "list_h", "list_length"]
+        tensors += ["visited"] if kernel == "dbias" else LISTS[:4]
+        numbers += LISTS[4:] + (["list_length"] if kernel == "dbias" else [])
     if kernel == "dbias":
         numbers += ["batches", "heads", "own_heads", "dbias_b", "dbias_h", "dbias_q", "dbias_k"]
     return (*tensors, *numbers, "H", "GROUP", "S", "T", *(f"n{i}" for i in range(spec.mask.scalars)))
@@ -94,7 +96,7 @@ def _forward(w: Writer) -> list[str]:
         *(f"acc{i} = tl.zeros([OUTER, {width}], tl.float32)" for i, (_, width) in enumerate(w.value)),
     ]
 
-    def body(*, masked: bool) -> list[str]:
+    def body(*, masked: Masked) -> list[str]:
         lines = w.indices() + w.rows("k", "k", w.head, layout.head_dim, "start", "INNER", to="key")
         lines += w.rows("v", "k", w.value, layout.value_dim, "start", "INNER", to="value")
         lines += w.scores("q", "key", masked=masked) + w.softmax(masked=masked)
@@ -127,7 +129,7 @@ def _dq(w: Writer) -> list[str]:
     lines += _query_tiles(w, "first", "OUTER")
     lines += [f"acc{i} = tl.zeros([OUTER, {width}], tl.float32)" for i, (_, width) in enumerate(w.head)]
 
-    def body(*, masked: bool) -> list[str]:
+    def body(*, masked: Masked) -> list[str]:
         lines = w.indices() + _key_tiles(w, "start", "INNER") + w.recomputed("query", "key", masked=masked)
         lines += product("dp", "grad", "value", w.value) + w.score_gradients()
         lines.append("ds = ds.to(key0.dtype)")
@@ -146,7 +148,7 @@ def _dkdv(w: Writer) -> list[str]:
     moved = [name for name in ("q", "dout") if name not in layout.described]
     lines += [f"all_{name} = {name} + batch.to(tl.int64) * {name}_b" for name in moved]
 
-    def body(*, masked: bool) -> list[str]:
+    def body(*, masked: Masked) -> list[str]:
         lines = w.indices() + _query_tiles(w, "start", "INNER") + w.recomputed("key", "query", masked=masked)
         lines.append(f"weights = ({w.dropped('p')}).to(grad0.dtype)")
         lines += [f"dv_acc{i} = tl.dot(weights, grad{i}, dv_acc{i}{PRECISE})" for i in range(len(w.value))]
@@ -195,7 +197,7 @@ def _dbias(w: Writer) -> list[str]:
     if w.layout.block is not None:
         inner, _ = w.block()
         body.append(f"kind = tl.load(visited + ({w.line()}).to(tl.int64) * list_length + start // {inner})")
-    body += w.recomputed("query", "key", masked=True) + product("dp", "grad", "value", w.value)
+    body += w.recomputed("query", "key", masked="pairs") + product("dp", "grad", "value", w.value)
     body += w.score_gradients()
     lines += indented(
         [*body, "acc += ds" if w.layout.block is None else "acc += tl.where(kind > 0, ds, 0.0)"]

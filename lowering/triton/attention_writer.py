@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import sympy
 
 from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.block_lists import WHOLE
 from kp_compiler.lowering.triton.attention_loops import (
     SIZES,
     Formula,
@@ -32,13 +33,16 @@ LOWEST = -(2.0**127)
 TANH = "1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835))))"  # over x
 ROUNDS = 7  # of Philox, as cuRAND's default has ten: seven pass every test of Salmon et al. 2011
 PRECISE = ', input_precision="ieee"'  # of float32; half precision is exact in products anyway
-WHOLE = 2  # a block without a mask, among those that dbias visits; 1 is one with a mask, 0 none
+LISTS = ["edge_count", "block_count", "list_at", "blocks", "list_b", "list_h"]  # `block_lists.Lists`
+
+
+Masked = Literal["", "ends", "pairs"]  # what a tile may leave out: nothing, what is past the end, any pair
 
 
 class _Body(Protocol):
-    """Lines of a loop's body for tiles that hold pairs to leave out, or none."""
+    """Lines of a loop's body for tiles of one kind."""
 
-    def __call__(self, *, masked: bool) -> list[str]: ...
+    def __call__(self, *, masked: Masked) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -184,27 +188,38 @@ class Writer:
         assert self.forms is not None
         lines += bounds(self.forms, self.loop)
         below, above = sides(self.forms, self.loop)
-        spans = [("full_low", "full_high", False)]
+        spans: list[tuple[str, str, Masked]] = [("full_low", "full_high", "")]
         if below:
-            spans.insert(0, ("low", "full_low", True))
+            spans.insert(0, ("low", "full_low", "pairs"))
         if above or self.loop not in self.layout.whole:
-            spans.append(("full_high", "high", True))
+            spans.append(("full_high", "high", "pairs"))
         for start, end, masked in spans:
             lines.append(f"for step in tl.range({start}, {end}, num_stages={self.layout.stages}):")
             lines += indented(["start = step * INNER", *body(masked=masked)])
         return lines
 
     def _listed(self, body: _Body) -> list[str]:
-        """Blocks of a list are as large as tiles, or a multiple."""
-        inner, per = self.block()
-        lines = [f"line = {self.line()}"]
-        for name, masked in (("partial", True), ("full", False)):
-            lines.append(f"count = tl.load({name}_count + line) * {per}")
-            lines.append(f"for step in tl.range(0, count, num_stages={self.layout.stages}):")
-            block = f"tl.load({name} + line.to(tl.int64) * list_length + step // {per})"
-            start = f"start = {block} * {inner} + step % {per} * INNER"
-            lines += indented([start, *body(masked=masked or self.loop not in self.layout.whole)])
+        lines = self.listed()
+        spans: list[tuple[str, str, Masked]] = [("0", "edges", "pairs"), ("edges", "listed", "ends")]
+        for start, end, masked in spans:
+            lines.append(f"for step in tl.range({start}, {end}, num_stages={self.layout.stages}):")
+            lines += indented([f"start = {self.listed_start('step')}", *body(masked=masked)])
         return lines
+
+    def listed(self) -> list[str]:
+        """How many tiles a line of lists has, `listed`, the first `edges` of them partly kept."""
+        _, per = self.block()
+        return [
+            f"line = {self.line()}",
+            f"edges = tl.load(edge_count + line) * {per}",
+            f"listed = tl.load(block_count + line) * {per}",
+            "line_blocks = blocks + tl.load(list_at + line)",
+        ]
+
+    def listed_start(self, step: str) -> str:
+        """The first index of a line's tile. Blocks of a list are as large as tiles, or a multiple."""
+        inner, per = self.block()
+        return f"tl.load(line_blocks + {step} // {per}) * {inner} + {step} % {per} * INNER"
 
     def block(self) -> tuple[int, int]:
         """Indices of a block of lists along the loop, and tiles."""
@@ -226,12 +241,12 @@ class Writer:
 
     # -------------------------------------------------------------------------------------------- scores
 
-    def scores(self, left: str, right: str, *, masked: bool) -> list[str]:
-        """s [OUTER,INNER] from the pieces of both matrices, the inner one's transposed; `masked` is −∞ where
-        pairs are left out."""
+    def scores(self, left: str, right: str, *, masked: Masked) -> list[str]:
+        """s [OUTER,INNER] from the pieces of both matrices, the inner one's transposed, −∞ for pairs that are
+        left out."""
         return product("s", left, right, self.head) + self.changes(masked=masked)
 
-    def changes(self, *, masked: bool) -> list[str]:
+    def changes(self, *, masked: Masked) -> list[str]:
         """From products of q and k to scores that `exponent` makes exponents of two."""
         spec = self.spec
         lines = []
@@ -248,14 +263,15 @@ class Writer:
             lines.append(f"term = {term}" + ("" if bias.coeff == 1.0 else f" * {bias.coeff!r}"))
             # finite fills stay finite as exponents of two: a row of them is the average of all values
             lines.append(f"s += tl.where((term < {LOWEST}) & (term != float('-inf')), {LOWEST}, term)")
-        return lines + (self.masks() if masked else [])
+        return lines + self.masks(masked)
 
-    def masks(self) -> list[str]:
+    def masks(self, masked: Masked) -> list[str]:
         """Scores of pairs that are left out become −∞; no lines if the tile has none."""
-        conditions = [] if self.keep is None else [f"({self.keep})"]
-        if self.kernel == "dbias" and self.layout.block is not None and conditions:
-            conditions = [f"(({self.keep}) | (kind == {WHOLE}))"]
-        if self.loop == "k" and "k" not in self.layout.whole:
+        conditions = []
+        if masked == "pairs" and self.keep is not None:
+            whole = self.kernel == "dbias" and self.layout.block is not None
+            conditions.append(f"({self.keep}{f' | (kind == {WHOLE})' if whole else ''})")
+        if masked and self.loop == "k" and "k" not in self.layout.whole:
             conditions.append(f"({within(frozenset('k'))})")
         if not conditions:
             return []
@@ -294,7 +310,7 @@ class Writer:
             return name
         return f"{name} * {1 / (1 - self.spec.dropout_p) if self.spec.dropout_p < 1 else 0.0!r}"
 
-    def recomputed(self, left: str, right: str, *, masked: bool) -> list[str]:
+    def recomputed(self, left: str, right: str, *, masked: Masked) -> list[str]:
         """p from both matrices and the log-sum-exp."""
         return self.scores(left, right, masked=masked) + self.probabilities()
 
@@ -303,7 +319,7 @@ class Writer:
         lse = "lse2[None, :]" if self.loop == "q" else "lse2[:, None]"
         return [f"p = tl.exp2(s * {self.exponent!r} - {lse})", *self.kept()]
 
-    def softmax(self, *, masked: bool) -> list[str]:
+    def softmax(self, *, masked: bool | Masked) -> list[str]:
         """p from the scores of a tile, and what earlier sums shrink by; `top` moves on. Rows that have seen
         no key yet stay at zero."""
         some = "new_top"

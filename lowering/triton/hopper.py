@@ -10,8 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.triton.attention import (
-    Lists,
     Site,
     Tile,
     described,
@@ -61,14 +61,17 @@ def takes_backward(site: Site, grad: Tensor) -> bool:
 
 def _tile(kernel: str, site: Site) -> Tile:
     """64 queries for each of two or three warpgroups forward, 64 keys for each of two backward; not larger
-    than blocks of lists."""
+    than blocks of lists, and smaller where score changes want more registers than a thread has (heads of 64:
+    with a bias the larger forward tile has 600 instructions for local memory, with a cap the backward one
+    400)."""
     tile = site.tiles.get(kernel) or tile_for(kernel, site.q.shape[3], 2)
-    if site.block is None:
-        return tile
-    queries, keys = site.block
+    outer, inner, spec = tile.outer, tile.inner, site.spec
+    queries, keys = site.block or (outer, inner)
     if kernel == "hopper backward":
-        return Tile(tile.outer, tile.inner if queries % tile.inner == 0 else ROWS, tile.warps, tile.stages)
-    return Tile(2 * ROWS, min(tile.inner, keys), tile.warps, tile.stages)
+        narrow = bool(spec.biases) or spec.softcap is not None or queries % inner != 0
+        return Tile(outer, ROWS if narrow else inner, tile.warps, tile.stages)
+    outer = 2 * ROWS if spec.biases or site.block is not None else outer
+    return Tile(outer, min(inner, keys), tile.warps, tile.stages)
 
 
 def forward(

@@ -32,7 +32,6 @@ from kp_compiler.lowering.triton.hopper_text import (
     chunked,
     constants,
     inside,
-    listed,
     listed_start,
     module,
     number,
@@ -130,7 +129,7 @@ def _each(writer: Writer, body: list[str], outside: list[str]) -> list[str]:
         assert writer.forms is not None
         lines += [*bounds(writer.forms, "q"), "for i in range(low, high):"]
     else:
-        lines += [*listed(writer), "for i in range(0, listed):"]
+        lines += [*writer.listed(), "for i in range(0, listed):"]
     lines += indented([*body, "n += 1"])
     return ["for member in range(0, GROUP):", *indented(lines)]
 
@@ -229,7 +228,7 @@ def _round(writer: Writer) -> list[str]:
     """Tile n: all products but k qᵀ, and that of the next tile."""
     row = "tl.SliceLayout(0, SCORES)"
     edge = _edge(writer)
-    masks = writer.masks()
+    masks = writer.masks("pairs")
     told_start = [f"start = {number('starts.index(stage)')}"]
     lines = [
         "stage, turned = n % STAGES, (n // STAGES) & 1",
@@ -242,7 +241,7 @@ def _round(writer: Writer) -> list[str]:
         "empty = tl.zeros([ROWS, INNER], tl.float32, SCORES)",
         "other = warpgroup_mma(value, grad.permute((1, 0)), empty, use_acc=False, is_async=True)",
         "s = ahead",
-        *writer.changes(masked=False),
+        *writer.changes(masked=""),
     ]
     if masks and edge is not None:
         lines += [f"if {edge}:", *indented(masks)]

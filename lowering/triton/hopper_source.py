@@ -28,7 +28,6 @@ from kp_compiler.lowering.triton.hopper_text import (
     chunked,
     constants,
     inside,
-    listed,
     listed_start,
     module,
     number,
@@ -123,23 +122,25 @@ def _tiles(writer: Writer) -> list[str]:
     if writer.layout.block is None:
         assert writer.forms is not None
         lines = bounds(writer.forms, "k")
-        return [*lines, "end = tl.maximum(high, 1)", "count = tl.maximum(high - low, 1)"]
-    return [*listed(writer), "count = tl.maximum(listed, 1)"]
+        end = "end = tl.minimum(tl.maximum(high, 1), (T + INNER - 1) // INNER)"
+        return [*lines, end, "count = tl.maximum(end - low, 1)"]
+    return [*writer.listed(), "count = tl.maximum(listed, 1)"]
 
 
 def _start(writer: Writer) -> list[str]:
-    """The first key of tile i. Where there are none at all, past the end. Of lists, the producer tells it."""
+    """The first key of tile i; of one that is wholly masked where there are none to visit. Of lists, the
+    producer tells it."""
     if writer.layout.block is None:
         return ["start = (end - 1 - i) * INNER"]
     return listed_start(writer)
 
 
 def _edge(writer: Writer) -> str:
-    """Whether tile i holds pairs that a warpgroup must leave out. Lists don't say which block holds the end,
-    nor that there is no block."""
+    """Whether tile i holds pairs that a warpgroup must leave out. Lists don't say which block holds the end;
+    a line of them may be empty."""
     ragged = "k" not in writer.layout.whole
     if writer.layout.block is not None:
-        return "(i < edges) | (start + INNER > T)"
+        return "(i < edges) | (i >= listed)" + (" | (start + INNER > T)" if ragged else "")
     below, above = sides(writer.forms or (), "k")
     ends = ["(end - 1 - i >= full_high)"] if above or ragged else []
     return " | ".join([*ends, *(["(end - 1 - i < full_low)"] if below else [])])
@@ -271,14 +272,23 @@ def _product(query: str, n: str, stage: str) -> list[str]:
 def _softmax(writer: Writer) -> list[str]:
     """p and shrink from the products of tile i."""
     keys = "k_at = (start + tl.arange(0, INNER, tl.SliceLayout(0, SCORES)))[None, :]"
-    masks, edge = writer.masks(), _edge(writer)
+    masks, edge = _masks(writer), _edge(writer)
     lines = []
     if writer.spec.biases or (masks and edge):
         lines = [keys]
-    lines += writer.changes(masked=False)
+    lines += writer.changes(masked="")
     if masks and edge:
         lines += [f"if {edge}:", *indented(masks)]
     return lines + writer.softmax(masked=bool(masks))
+
+
+def _masks(writer: Writer) -> list[str]:
+    """Of an edge. By lists, some are wholly kept but for their end, and those of an empty line have none."""
+    if writer.layout.block is None:
+        return writer.masks("pairs")
+    kept = [] if writer.keep is None else [f"({writer.keep} | (i >= edges))"]
+    kept.append("(k_at < tl.where(i < listed, T, 0))")
+    return [*writer.formula.inside, f"s = tl.where({' & '.join(kept)}, s, float('-inf'))"]
 
 
 def _round(writer: Writer) -> list[str]:

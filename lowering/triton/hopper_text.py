@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from textwrap import indent
 
-from kp_compiler.lowering.triton.attention_loops import SIZES
-from kp_compiler.lowering.triton.attention_writer import Layout, Writer
+from kp_compiler.lowering.triton.attention_writer import LISTS, Layout, Writer
 from kp_compiler.specs import AttentionSpec
 
 ROWS = 64  # of a warpgroup's products
-LISTS = ("partial_count", "partial", "full_count", "full", "list_b", "list_h", "list_length")
 CHUNKS = ("PAIRS", "CHUNK")
 SHARED = "tl.allocate_shared_memory"
 FLAT = "tl.SwizzledSharedLayout(1, 1, 1, [0])"
@@ -104,27 +102,12 @@ def chunked(tile: str) -> list[str]:
     ]
 
 
-def listed(writer: Writer) -> list[str]:
-    """How many tiles a line of lists has, `listed`, the first `edges` of them partly kept."""
-    _, per = writer.block()
-    return [
-        f"line = {writer.line()}",
-        f"edges = tl.load(partial_count + line) * {per}",
-        f"listed = edges + tl.load(full_count + line) * {per}",
-        "line = line.to(tl.int64) * list_length",
-    ]
-
-
 def listed_start(writer: Writer) -> list[str]:
-    """The first index of tile i of a line; past the end where there is no such tile."""
-    inner, per = writer.block()
+    """The first index of tile i of a line; zero where there is no such tile."""
     return [
-        f"start = ({SIZES[writer.loop]} + INNER - 1) // INNER * INNER",
-        "if i < edges:",
-        f"    start = tl.load(partial + line + i // {per}) * {inner} + i % {per} * INNER",
-        "elif i < listed:",
-        "    behind = i - edges",
-        f"    start = tl.load(full + line + behind // {per}) * {inner} + behind % {per} * INNER",
+        "start = 0",
+        "if i < listed:",
+        f"    start = {writer.listed_start('i')}",
     ]
 
 

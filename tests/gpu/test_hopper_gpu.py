@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from kp_compiler.lowering.attend import Plan, attend
+from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.specs import AttentionSpec, MaskSpec
+from tests.covering import pairwise
 from tests.helpers import relative_error
 
 pytestmark = [
@@ -22,7 +25,7 @@ pytestmark = [
 pytest.importorskip("triton")
 from tests import test_attend as interpreted  # noqa: E402
 
-SHAPES = [(512, 512), (300, 300), (77, 1000), (1, 200), (1500, 700)]
+SHAPES = [(512, 512), (300, 300), (77, 1000), (1, 200), (1500, 640)]
 DIMS = [(64, 64), (128, 128), (96, 96), (256, 256), (192, 128), (40, 24), (128, 64)]
 HEADS = [(4, 2), (3, 1), (2, 2)]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -36,15 +39,14 @@ def site_of(one: interpreted.Case) -> tuple[Any, Any, Any]:
     lists = interpreted.lists(one.keep(), interpreted.BLOCK) if listed else []
     block = interpreted.BLOCK if listed else None
     site = attention.Site(one.spec, one.q, one.k, one.v, one.operands, one.scalars, block=block)
-    by_query, by_key = (attention.Lists(*lists[i : i + 4]) if listed else None for i in (0, 4))
+    by_query, by_key = (Lists(*lists[i : i + 4]) if listed else None for i in (0, 4))
     return site, by_query, by_key
 
 
 def cases(dims: list[tuple[int, int]]) -> list[tuple[Any, ...]]:
-    """Every mask with every score change, the rest in cycles beside them."""
-    turn = zip(*(itertools.cycle(each) for each in (dims, HEADS, SHAPES, DTYPES)), strict=False)
-    pairs = itertools.product(interpreted.MASK_SPECS, interpreted.SCORE_CHANGES)
-    return [(*pair, *rest) for pair, rest in zip(pairs, turn, strict=False)]
+    """Every mask with every score change, the rest beside them, pair by pair."""
+    pairs = list(itertools.product(interpreted.MASK_SPECS, interpreted.SCORE_CHANGES))
+    return pairwise(pairs, dims, HEADS, SHAPES, DTYPES)
 
 
 @pytest.mark.parametrize(("mask", "change", "dims", "heads", "shape", "dtype"), cases(DIMS))
@@ -117,6 +119,62 @@ def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.use_deterministic_algorithms(False)
     assert len(taken) == 1
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(*grads, strict=True))
+
+
+def lists_of_each_head(block: tuple[int, int], shape: tuple[int, int], *, start: bool) -> list[float]:
+    """Errors of out, lse and, where there is a kernel for them, dq, dk and dv: blocks at random for each
+    head, lines without any, in the second half of the lines causal ones; going on from an earlier pass or
+    not."""
+    from kp_compiler.lowering.triton import attention, hopper
+
+    one = interpreted.case("causal", "plain", (4, 2), shape, (64, 64), torch.float16)
+    sizes = tuple(-(-size // unit) for size, unit in zip(shape, block, strict=True))
+    chosen = torch.rand(1, 4, *sizes) > 0.5
+    chosen[:, 1] = chosen[:, :, 0] = False
+    chosen[:, :, :, -1] = False
+    partial = chosen & (torch.arange(sizes[0])[:, None] >= sizes[0] // 2)
+    whole = chosen & ~partial
+    spread = [
+        x.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[..., : shape[0], : shape[1]]
+        for x in (partial, whole)
+    ]
+    keep = (spread[0] & one.keep()) | spread[1]
+    spec = dataclasses.replace(one.spec, mask=MaskSpec("tensor", "", tensors=(0,)))
+    grad, lse_grad = torch.randn(one.q.shape, dtype=one.q.dtype), torch.randn(one.q.shape[:3])
+    want = interpreted.exact(dataclasses.replace(one, spec=spec, operands=[keep]), grad, lse_grad)
+    site = attention.Site(one.spec, one.q, one.k, one.v, (), (), block=block)
+    out = torch.full(one.q.shape, float("nan"), dtype=one.q.dtype)
+    before = (torch.randn(out.shape).to(out.dtype), torch.randn(out.shape[:3])) if start else None
+    assert hopper.takes(site)
+    lse = hopper.forward(site, Lists.of(partial, whole), out, before)
+    dead = ~keep.any(-1)
+    exact_lse = want[1].masked_fill(dead, float("-inf"))
+    if before is not None:
+        both = torch.logaddexp(exact_lse, before[1].double())
+        shares = (torch.exp(x.double() - both).unsqueeze(-1) for x in (exact_lse, before[1]))
+        want[0] = sum(share * x.double() for share, x in zip(shares, (want[0], before[0]), strict=True))
+        exact_lse = both
+    assert torch.equal(torch.isinf(lse), torch.isinf(exact_lse))
+    found, exact = [out, lse.nan_to_num(neginf=0.0)], [want[0], exact_lse.nan_to_num(neginf=0.0)]
+    if before is None and hopper.takes_backward(site, grad):
+        grads = [torch.full_like(x, float("nan")) for x in (one.q, one.k, one.v)]
+        delta = attention.delta_of(grad, out, lse_grad)
+        hopper.gradients(site, Lists.of(partial.mT, whole.mT), grad, lse, delta, *grads)
+        found, exact = found + grads, exact + want[2:5]
+    return [relative_error(mine, theirs) for mine, theirs in zip(found, exact, strict=True)]
+
+
+LISTED_CASES = [
+    (block, shape, start)
+    for block, shape in itertools.product([(128, 128), (128, 64), (256, 128)], [(512, 512), (300, 330)])
+    for start in (False, True)
+]
+
+
+@pytest.mark.parametrize(("block", "shape", "start"), LISTED_CASES)
+def test_lists_of_each_head(block: tuple[int, int], shape: tuple[int, int], start: bool) -> None:
+    with torch.device("cuda"):
+        assert max(lists_of_each_head(block, shape, start=start)) < 4e-3
 
 
 def test_going_on_from_other_keys() -> None:
