@@ -22,6 +22,14 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.attend_checks import (
+    DTYPES,
+    LARGEST_HEAD,
+    check_lists,
+    check_matrices,
+    check_operands,
+    check_start,
+)
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.dead_rows import after_zeros, unkept
 from kp_compiler.lowering.fingerprint import fingerprint
@@ -30,8 +38,6 @@ from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target, detect
 
-_LARGEST_HEAD = 256
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, Tensor[] blocks"
 _FORWARD = (
     f"({_INPUTS}, Tensor? start_out, Tensor? start_lse, Tensor? seed, str plan) -> (Tensor out, Tensor lse)"
@@ -69,12 +75,12 @@ def check(spec: AttentionSpec, shape: AttentionShape, target: Target) -> Rejecti
         return Rejection("device", "kp's kernels need a CUDA device, or Triton's interpreter.")
     if target.device == "cuda" and (target.sm < 80 or not target.has_triton):
         return Rejection("device", "kp's kernels need compute capability 8.0 or newer, and Triton.")
-    if shape.dtype not in _DTYPES:
+    if shape.dtype not in DTYPES:
         return Rejection("dtype", f"kp's kernels take half and float32, this site is {shape.dtype}.")
     sizes = (shape.head_dim, shape.value_dim)
-    if not all(isinstance(size, int) and size <= _LARGEST_HEAD for size in sizes):
+    if not all(isinstance(size, int) and size <= LARGEST_HEAD for size in sizes):
         return Rejection(
-            "head-dim", f"kp's kernels go up to head size {_LARGEST_HEAD}, known at compile time."
+            "head-dim", f"kp's kernels go up to head size {LARGEST_HEAD}, known at compile time."
         )
     if statically_known_true(shape.queries == 1):
         return Rejection("decode", "A single query leaves most of the device idle in kp's kernels.")
@@ -90,7 +96,7 @@ def on_hopper(spec: AttentionSpec, shape: AttentionShape | None, target: Target)
     sizes = (shape.head_dim, shape.value_dim)
     if shape.dtype == torch.float32 or not all(isinstance(n, int) and n % 8 == 0 for n in sizes):
         return False
-    return shape.value_dim <= shape.head_dim <= (128 if shape.training else _LARGEST_HEAD)
+    return shape.value_dim <= shape.head_dim <= (128 if shape.training else LARGEST_HEAD)
 
 
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
@@ -162,7 +168,7 @@ def _forward(
     start_out: Tensor | None, start_lse: Tensor | None, seed: Tensor | None, plan: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
-    _check_start(q, v, start_out, start_lse)
+    check_start(q, v, start_out, start_lse)
     out = _by_row(q, v.shape[-1])
     lists = Lists(*blocks[:4]) if blocks else None
     start = None
@@ -283,9 +289,9 @@ def _site(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The module of the kernels, and what they all read."""
     parsed = Plan.parse(plan)
-    _check_matrices(q, k, v)
-    _check_operands(parsed, operands, scalars, seed)
-    _check_lists(parsed, q, k, blocks)
+    check_matrices(q, k, v)
+    check_operands(parsed.spec, operands, scalars, seed)
+    check_lists(parsed.spec, parsed.block, q, k, blocks)
     from kp_compiler.lowering.triton import attention as kernels
 
     q, k, v = (kernels.readable(x) for x in (q, k, v))
@@ -301,72 +307,3 @@ def _hopper(site: Any) -> Any:
     except ImportError:  # a Triton without Gluon's names
         return None
     return hopper if hopper.takes(site) else None
-
-
-# What the kernels would read wrongly is a ValueError
-
-
-def _check_matrices(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
-        raise ValueError(
-            f"kp::attend: q, k and v need one dtype, half or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    fits = k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
-        shapes = [list(x.shape) for x in (q, k, v)]
-        raise ValueError(f"kp::attend: q [B,H,S,D], k [B,K,T,D], v [B,K,T,E] do not fit: {shapes}")
-    if not (0 < q.shape[3] <= _LARGEST_HEAD and 0 < v.shape[3] <= _LARGEST_HEAD):
-        raise ValueError(
-            f"kp::attend: heads of 1 to {_LARGEST_HEAD} are needed, got {q.shape[3]} and {v.shape[3]}"
-        )
-
-
-def _check_operands(plan: Plan, operands: list[Tensor], scalars: list[Any], seed: Tensor | None) -> None:
-    if max(plan.spec.operands(), default=-1) >= len(operands):
-        raise ValueError(
-            f"kp::attend: the spec reads operands {plan.spec.operands()}, {len(operands)} were given"
-        )
-    if plan.spec.mask.scalars > len(scalars):
-        raise ValueError(
-            f"kp::attend: the mask reads {plan.spec.mask.scalars} numbers, {len(scalars)} were given"
-        )
-    if plan.spec.dropout_p and seed is None:
-        raise ValueError("kp::attend: a spec with dropout needs a seed")
-
-
-def _check_lists(plan: Plan, q: Tensor, k: Tensor, blocks: list[Tensor]) -> None:
-    from kp_compiler.lowering.triton.attention_loops import inequalities
-
-    if plan.block is None:
-        if blocks:
-            raise ValueError(f"kp::attend: {len(blocks)} tensors of lists, but the plan has no blocks")
-        if inequalities(plan.spec.mask) is None:
-            raise ValueError(f"kp::attend: the mask {plan.spec.mask} does not bound loops: it needs lists")
-        return
-    if any(size < 16 or size & (size - 1) for size in plan.block):
-        raise ValueError(f"kp::attend: blocks of lists are powers of two, 16 at least, got {plan.block}")
-    if len(blocks) not in (4, 8):
-        raise ValueError(f"kp::attend: lists are 4 tensors, 8 to train, got {len(blocks)}")
-    for first, size, unit in ((0, q.shape[2], plan.block[0]), (4, k.shape[2], plan.block[1])):
-        for dtype, x in zip((torch.int32, torch.int32, torch.int64), blocks[first : first + 3], strict=False):
-            fits = x.dim() == 3 and all(n in (1, m) for n, m in zip(x.shape[:2], q.shape[:2], strict=True))
-            if x.dtype != dtype or not fits or x.shape[2] != -(-size // unit):
-                raise ValueError(
-                    f"kp::attend: lists by blocks of {unit} of {size} need {dtype} of [B or 1, H or 1, "
-                    f"{-(-size // unit)}], got {x.dtype} of {list(x.shape)}"
-                )
-    if any(x.dtype != torch.int32 or x.dim() != 1 for x in blocks[3::4]):
-        raise ValueError("kp::attend: the blocks of lists are one row of int32")
-
-
-def _check_start(q: Tensor, v: Tensor, start_out: Tensor | None, start_lse: Tensor | None) -> None:
-    if (start_out is None) != (start_lse is None):
-        raise ValueError("kp::attend: start_out and start_lse come together")
-    if start_out is None or start_lse is None:
-        return
-    wanted = [*q.shape[:3], v.shape[3]]
-    if list(start_out.shape) != wanted or start_lse.shape != q.shape[:3] or start_lse.dtype != torch.float32:
-        raise ValueError(
-            f"kp::attend: start_out {wanted} and start_lse {wanted[:3]} in float32 are needed, got "
-            f"{list(start_out.shape)} and {list(start_lse.shape)} in {start_lse.dtype}"
-        )

@@ -201,7 +201,8 @@ def test_against_float64(
     got, want = run(one, weights, lse_weights), exact(one, weights, lse_weights)
     for mine, theirs in zip(got, want, strict=True):
         assert mine.isfinite().all()
-        assert relative_error(mine, theirs) < bound or (mine - theirs).abs().max() < bound * 1e-2
+        slack = 3 if theirs.dim() == 1 else 1  # a sink's gradient is a sum over all rows, of either sign
+        assert relative_error(mine, theirs) < bound * slack or (mine - theirs).abs().max() < bound * 1e-2
 
 
 @pytest.mark.parametrize("change", ["plain", "bias"])
@@ -398,8 +399,26 @@ def test_what_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="kp::attend"):
             attend()(*arguments, plan)
-    with pytest.raises(ValueError, match="block lists"):
-        attend()(q, k, v, [bias], *rest, Plan(one.spec, BLOCK).to_json())
+    listed, start = lists(one.keep(), BLOCK), (q.new_zeros(q.shape), q.new_zeros(q.shape[:3]))
+    for block, given in (
+        (BLOCK, []), (BLOCK, listed[:3]), (None, listed), ((96, 128), listed), ((16, 16), listed),
+        (BLOCK, [listed[0].long(), *listed[1:]]), (BLOCK, [x.unsqueeze(0) for x in listed]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"kp::attend: .*lists"):
+            attend()(q, k, v, [bias], [], given, None, None, None, Plan(one.spec, block).to_json())
+    for out, lse in ((start[0], None), (start[0].mT, start[1]), (start[0], start[1].double())):
+        with pytest.raises(ValueError, match="start_out"):
+            attend()(q, k, v, [bias], [], [], out, lse, None, plan)
+    prefix, offset = (dataclasses.replace(one.spec, mask=MASK_SPECS[name]) for name in ("prefix", "offset"))
+    with pytest.raises(ValueError, match="needs lists"):
+        attend()(q, k, v, [bias], *rest, Plan(prefix).to_json())
+    with pytest.raises(ValueError, match="numbers"):
+        attend()(q, k, v, [bias], *rest, Plan(offset).to_json())
+    few = [x.detach().requires_grad_() for x in (q, k, v)]
+    plan = Plan(one.spec, BLOCK).to_json()
+    out = attend()(*few, [bias], [], listed[:4], None, None, None, plan)[0]
+    with pytest.raises(ValueError, match="lists by blocks of keys"):
+        out.sum().backward()
     dropped = dataclasses.replace(one.spec, dropout_p=0.5)
     with pytest.raises(ValueError, match="seed"):
         attend()(q, k, v, [bias], *rest, Plan(dropped).to_json())
@@ -410,10 +429,12 @@ def test_tiles_fit_the_device() -> None:
     from kp_compiler.lowering.triton.attention import tile_for
 
     for kernel, width, size in itertools.product(("forward", "dq", "dkdv"), (64, 128, 256), (2, 4)):
-        tile = tile_for(kernel, width, size).fitted(kernel, 2 * width, size, 99 * 1024, None)
-        owned = width if kernel == "forward" else 2 * width
-        assert size * (tile.outer * owned + tile.stages * tile.inner * 2 * width) <= 99 * 1024
-        assert min(tile.outer, tile.inner) >= 16
+        for pair in (0, 2 * size):  # two biases
+            tile = tile_for(kernel, width, size).fitted(kernel, (width, width), size, pair, 99 * 1024, None)
+            owned = width if kernel == "forward" else 2 * width
+            rows = size * (tile.outer * owned + tile.stages * tile.inner * 2 * width)
+            assert rows + tile.stages * tile.outer * tile.inner * pair <= 99 * 1024
+            assert min(tile.outer, tile.inner) >= 16
 
 
 def added_to_dead_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -40,18 +40,22 @@ class Tile:
     stages: int
 
     def fitted(
-        self, kernel: str, widths: int, itemsize: int, limit: int, block: tuple[int, int] | None
-    ) -> Tile:
-        """The same or smaller: its tiles, of rows that q and k, and v and out, `widths` in all, have, within
-        `limit` bytes of shared memory, and not larger than the blocks of lists."""
+        self, kernel: str, widths: tuple[int, int], itemsize: int, pair: int, limit: int,
+        block: tuple[int, int] | None,
+    ) -> Tile:  # fmt: skip
+        """The same or smaller: its tiles, of rows as wide as those of q and k, and of v and out, and of
+        `pair` bytes for each pair, within `limit` bytes of shared memory, and not larger than the blocks of
+        lists."""
         outer, inner, stages = self.outer, self.inner, self.stages
         if block is not None:
             rows = reversed(block) if kernel == "dkdv" else block
             outer, inner = (min(pair) for pair in zip((outer, inner), rows, strict=True))
-        owned = widths // 2 if kernel == "forward" else widths  # by the outer index; forward, that is q alone
+        # of rows of the outer index; forward, those of q alone
+        owned = widths[0] if kernel == "forward" else sum(widths)
 
         def bytes_of(outer: int, inner: int, stages: int) -> int:
-            return itemsize * (outer * owned + stages * inner * widths) + 2048
+            rows = itemsize * (outer * owned + stages * inner * sum(widths))
+            return rows + stages * outer * inner * pair + 2048
 
         while bytes_of(outer, inner, stages) > limit and (stages, inner, outer) != (1, 16, 16):
             if stages > 1:
@@ -98,10 +102,13 @@ class Site:
     tiles: dict[str, Tile] = field(default_factory=dict)  # by kernel, in place of `tile_for`'s
 
     def tile(self, kernel: str) -> Tile:
-        widths = [sum(width for _, width in pieces(x.shape[3])) for x in (self.q, self.v)]
+        head, value = (sum(width for _, width in pieces(x.shape[3])) for x in (self.q, self.v))
         size = self.q.element_size()
-        tile = self.tiles.get(kernel) or tile_for(kernel, max(widths), size)
-        return tile.fitted(kernel, sum(widths), size, detect(self.q.device).shared_memory, self.block)
+        tile = self.tiles.get(kernel) or tile_for(kernel, max(head, value), size)
+        streamed = [self.operands[bias.operand] for bias in self.spec.biases]
+        streamed += self.mask_tensors() if self.spec.mask.kind == "tensor" else []
+        pair = sum(x.element_size() for x in streamed)
+        return tile.fitted(kernel, (head, value), size, pair, detect(self.q.device).shared_memory, self.block)
 
     def arguments(self) -> dict[str, Any]:
         """By parameter name."""
