@@ -57,6 +57,28 @@ class BiasSpec:
 
 
 @dataclass(frozen=True)
+class SparseSpec:
+    """Which blocks of pairs a site computes, chosen for each head when it runs: those that `selector` gives
+    most, as many as `density` of the blocks that the mask leaves, or, where `mass` is given, as few as hold
+    this share of the estimated probabilities. The first `sink_blocks` and the last `local_blocks` that the
+    mask leaves a row of blocks are always among them. The mask stays what it is inside of blocks."""
+
+    selector: str
+    density: float = 1.0
+    mass: float | None = None
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    estimate: Literal["pooled", "antidiagonal"] = "pooled"  # what `content` takes for the scores of a block
+    shared: bool = False  # one choice for all query heads of a key head
+    seed: int = 0  # of `random`
+    block: int = 128  # queries, and keys
+
+    def __str__(self) -> str:
+        size = f"{self.density:.0%} of blocks" if self.mass is None else f"{self.mass:.0%} of mass"
+        return f"{self.selector}, {size}"
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """See the module docstring. `dead_rows` says what a query with every key masked returns."""
 

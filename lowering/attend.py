@@ -102,9 +102,8 @@ def on_hopper(spec: AttentionSpec, shape: AttentionShape | None, target: Target)
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """q, k, v [B,H,S,D] to out [B,H,S,E]."""
     from kp_compiler.lowering.block_mask import BLOCK, visit_lists
-    from kp_compiler.lowering.triton.attention_loops import inequalities
 
-    bounded = inequalities(spec.mask) is not None
+    bounded = mask_render.inequalities(spec.mask) is not None
     blocks = [] if bounded else visit_lists(emit, node, spec)
     seed = None
     if spec.dropout_p:
@@ -128,7 +127,7 @@ def attend() -> Any:
     [B,S,H,E], and lse [B,H,S] in float32, the natural logarithm of the sum of exponentials, sink included, −∞
     with zeros in out for rows without a key.
 
-    `blocks` is empty where the mask bounds loops itself (`attention_loops.inequalities`), else holds the four
+    `blocks` is empty where the mask bounds loops itself (`mask_render.inequalities`), else holds the four
     tensors of `block_lists.Lists` by blocks of queries and, if gradients are wanted, the four by blocks of
     keys: only these blocks are visited, the mask is applied in the first ones of each line.
     `start_out` [B,H,S,E], `start_lse` [B,H,S]: what attention over other keys gave, taken into the result.

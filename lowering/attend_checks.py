@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering import mask_render
 from kp_compiler.specs import AttentionSpec
 
 LARGEST_HEAD = 256
@@ -42,12 +43,10 @@ def check_operands(
 def check_lists(
     spec: AttentionSpec, block: tuple[int, int] | None, q: Tensor, k: Tensor, blocks: list[Tensor]
 ) -> None:
-    from kp_compiler.lowering.triton.attention_loops import inequalities
-
     if block is None:
         if blocks:
             raise ValueError(f"kp::attend: {len(blocks)} tensors of lists, but the plan has no blocks")
-        if inequalities(spec.mask) is None:
+        if mask_render.inequalities(spec.mask) is None:
             raise ValueError(f"kp::attend: the mask {spec.mask} does not bound loops: it needs lists")
         return
     if any(size < 16 or size & (size - 1) for size in block):

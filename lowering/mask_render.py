@@ -58,6 +58,29 @@ def at_most_zero(expr: Any) -> set[Any]:
     return {sympy.expand(part.lts - part.gts + int(isinstance(part, strict))) for part in parts}
 
 
+def inequalities(mask: MaskSpec) -> tuple[Any, ...] | None:
+    """Forms in q, k and the scalars n0, … that a mask bounds by zero from above, with q and k taken once,
+    added or subtracted; empty where it keeps everything, None for any other mask."""
+    if mask.kind == "tensor":
+        return None
+    expr = parse(mask.expr)
+    if expr == sympy.true:
+        return ()
+    forms = at_most_zero(expr)
+    if not forms or any(form.atoms(sympy.core.function.AppliedUndef) for form in forms):
+        return None
+    for form in forms:
+        if form.has(_SYMBOLS["b"]) or form.has(_SYMBOLS["h"]) or not form.is_polynomial():
+            return None
+        if not all(number.is_Integer for number in form.atoms(sympy.Rational)):
+            return None
+        if any(form.coeff(_SYMBOLS[name]) not in (-1, 0, 1) for name in "qk"):
+            return None
+        if any(sympy.diff(form, _SYMBOLS[name]).free_symbols for name in "qk"):
+            return None
+    return tuple(sorted(forms, key=str))
+
+
 class Algebra(Protocol):
     """The operations a reader provides on its own values."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import sympy
 
 from kp_compiler.lowering import mask_render
-from kp_compiler.specs import MaskSpec
 
 SIZES = {"q": "S", "k": "T"}
 
@@ -142,30 +141,6 @@ def within(names: frozenset[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- bounds
-
-
-def inequalities(mask: MaskSpec) -> tuple[Any, ...] | None:
-    """Forms in q, k and the scalars n0, … that a mask bounds by zero from above, with q and k taken once,
-    added or subtracted; empty where it keeps everything, None for any other mask."""
-    if mask.kind == "tensor":
-        return None
-    expr = mask_render.parse(mask.expr)
-    if expr == sympy.true:
-        return ()
-    forms = mask_render.at_most_zero(expr)
-    if not forms or any(form.atoms(sympy.core.function.AppliedUndef) for form in forms):
-        return None
-    symbols = {name: mask_render.symbol(name) for name in mask_render.INDEX_NAMES}
-    for form in forms:
-        if form.has(symbols["b"]) or form.has(symbols["h"]) or not form.is_polynomial():
-            return None
-        if not all(number.is_Integer for number in form.atoms(sympy.Rational)):
-            return None
-        if any(form.coeff(symbols[name]) not in (-1, 0, 1) for name in SIZES):
-            return None
-        if any(sympy.diff(form, symbols[name]).free_symbols for name in SIZES):
-            return None
-    return tuple(sorted(forms, key=str))
 
 
 def sides(forms: tuple[Any, ...], loop: str) -> tuple[bool, bool]:

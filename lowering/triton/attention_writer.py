@@ -19,7 +19,6 @@ from kp_compiler.lowering.triton.attention_loops import (
     SIZES,
     Formula,
     bounds,
-    inequalities,
     inside,
     sides,
     within,
@@ -82,7 +81,7 @@ class Writer:
         self.kernel, self.spec, self.layout = kernel, spec, layout
         self.loop = "q" if kernel == "dkdv" else "k"
         self.outer = "k" if kernel == "dkdv" else "q"
-        self.forms = inequalities(spec.mask)
+        self.forms = mask_render.inequalities(spec.mask)
         self.formula = Formula(self.loop, layout.booleans, layout.whole)
         self.keep = self._mask()
         self.head, self.value = pieces(layout.head_dim), pieces(layout.value_dim)

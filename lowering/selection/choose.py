@@ -1,0 +1,52 @@
+"""The blocks of a row that are computed: the best that fit a budget, or that hold a share of the mass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kp_compiler.specs import SparseSpec
+
+_UNIT = 2**20  # densities are counted in parts of this, exact also where sizes are symbolic
+
+
+def budget(sparse: SparseSpec, blocks: int) -> int:
+    """How many of `blocks` a row may compute by its density, rounded down."""
+    return blocks * round(sparse.density * _UNIT) // _UNIT
+
+
+def capacity(sparse: SparseSpec, blocks: int) -> int:
+    """The most that any row computes."""
+    least = sparse.sink_blocks + sparse.local_blocks
+    return torch.sym_min(blocks, torch.sym_max(budget(sparse, blocks), max(least, 1)))
+
+
+def forced(sparse: SparseSpec, kept: Tensor) -> Tensor:
+    """Of the flags `kept` [b,h,rows,blocks] of a mask, the first and the last ones of each row; at least
+    one."""
+    numbers = kept.int()
+    before, after = numbers.cumsum(-1), numbers.flip(-1).cumsum(-1).flip(-1)
+    local = max(sparse.local_blocks, 1 - sparse.sink_blocks)
+    return kept & ((before <= sparse.sink_blocks) | (after <= local))
+
+
+def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor) -> Tensor:
+    """Flags [B,H,rows,blocks] of the blocks to compute, from scores of that shape and flags of the mask.
+
+    Of the same worth, earlier ones come first. A score that is not a number is worth nothing.
+    """
+    must = forced(sparse, kept)
+    allowed = kept.sum(-1, keepdim=True)
+    least = must.sum(-1, keepdim=True)
+    most = torch.maximum(allowed * round(sparse.density * _UNIT) // _UNIT, least)
+    scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
+    worth = scores.masked_fill(~kept, float("-inf")).masked_fill(must, float("inf"))
+    order = torch.argsort(worth, dim=-1, descending=True, stable=True)
+    if sparse.mass is not None:
+        shares = scores.masked_fill(~kept, 0.0).gather(-1, order).cumsum(-1, dtype=torch.float64)
+        enough = (shares < sparse.mass * shares[..., -1:]).sum(-1, keepdim=True) + 1
+        most = torch.minimum(torch.maximum(enough, least), most)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return kept & (rank < most)

@@ -1,0 +1,69 @@
+"""Blocks by what q and k hold: scores between parts of 16 queries and 16 keys stand for those of their pairs.
+
+    pooled          the mean of the 256 scores of two parts: mean(q) · mean(k)
+    antidiagonal    the mean of the 16 on its antidiagonal, which sees what a mean cancels, for 16 times the
+                    arithmetic (Xu et al., XAttention, arXiv:2503.16428)
+
+Softmax over the parts of all keys, then sums over the parts of blocks: estimates of the probabilities that
+blocks hold. In float32: ties that half precision makes favour early blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kp_compiler.lowering.selection.site import Site
+
+PART = 16
+
+
+def scorer(site: Site) -> Callable[[slice], Tensor]:
+    flip = site.sparse.estimate == "antidiagonal"
+    q, k = _parts(site.q, site.sparse.estimate), _parts(site.k, site.sparse.estimate, flip=flip)
+    q = q.unflatten(1, (site.k.shape[1], site.group))
+    per = site.sparse.block // PART
+
+    def score(rows: slice) -> Tensor:
+        parts = slice(rows.start * per, min(rows.stop * per, q.shape[3]))
+        scores = torch.einsum("bkgid,bkjd->bkgij", q[:, :, :, parts], k).flatten(1, 2) * site.spec.scale
+        if site.spec.softcap is not None:
+            scores = site.spec.softcap * torch.tanh(scores / site.spec.softcap)
+        kept = _kept(site, rows, parts, per)
+        probs = torch.softmax(scores.masked_fill(~kept, float("-inf")), -1).nan_to_num(0.0)
+        return _by_block(probs, rows, per, site)
+
+    return score
+
+
+def _parts(x: Tensor, estimate: str, *, flip: bool = False) -> Tensor:
+    """[B,H,N,D] as parts of PART rows: [B,H,parts,D] of means, or [B,H,parts,PART·D] of all rows over PART^½,
+    in either order."""
+    length = x.shape[2]
+    x = F.pad(x.float(), (0, 0, 0, -length % PART)).unflatten(2, (-1, PART))
+    if estimate == "antidiagonal":
+        return (x.flip(3) if flip else x).flatten(3) * PART**-0.5
+    there = torch.full((x.shape[2],), float(PART), device=x.device)
+    there[-1] -= -length % PART
+    return x.sum(3) / there[:, None]
+
+
+def _kept(site: Site, rows: slice, parts: slice, per: int) -> Tensor:
+    """Pairs of parts with anything that the mask keeps; by blocks where only they are known."""
+    if site.forms is not None:
+        partial, whole = site.mask(parts, PART)
+        return partial | whole
+    partial, whole = site.mask(rows)
+    kept = (partial | whole).repeat_interleave(per, 2).repeat_interleave(per, 3)
+    return kept[:, :, : parts.stop - parts.start, : -(-site.k.shape[2] // PART)]
+
+
+def _by_block(probs: Tensor, rows: slice, per: int, site: Site) -> Tensor:
+    """The mean over the parts of each block of queries, the sum over those of each block of keys."""
+    count = rows.stop - rows.start
+    more = (0, site.blocks * per - probs.shape[3], 0, count * per - probs.shape[2])
+    sums = F.pad(probs, more).unflatten(3, (site.blocks, per)).unflatten(2, (count, per)).sum((3, 5))
+    return sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)

@@ -1,0 +1,306 @@
+"""Choosing blocks: against oracles in loops, budgets, masks, planted patterns, lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.selection import ESTIMATING, SELECTORS, choose, lists
+from kp_compiler.lowering.selection.content import PART
+from kp_compiler.lowering.selection.site import Site
+from kp_compiler.specs import AttentionSpec, MaskSpec, SparseSpec
+from tests.helpers import relative_error
+
+MASKS = {
+    "causal": (MaskSpec("causal", "k <= q"), []),
+    "full": (MaskSpec(), []),
+    "window": (MaskSpec("window", "(k <= q) & (q - k <= 150)", window=151), []),
+    "offset": (MaskSpec("causal", "k <= q + n0", scalars=1), [70]),
+}
+
+
+def site(selector: str = "content", mask: str = "causal", queries: int = 300, keys: int = 300,
+         heads: tuple[int, int] = (4, 2), **settings: Any) -> Site:  # fmt: skip
+    spec, scalars = MASKS[mask]
+    q, k = torch.randn(2, heads[0], queries, 16), torch.randn(2, heads[1], keys, 16)
+    sparse = SparseSpec(selector, **{"density": 0.4, "block": 32, **settings})
+    forms = mask_render.inequalities(spec)
+    return Site(AttentionSpec(0.5, spec), sparse, q, k, scalars, forms)
+
+
+def all_rows(here: Site) -> slice:
+    return slice(0, here.rows)
+
+
+def pairs(here: Site) -> Tensor:
+    """The mask [S,T] from its definition."""
+    q, k = torch.arange(here.q.shape[2])[:, None], torch.arange(here.k.shape[2])
+    n0 = here.scalars[0] if here.scalars else 0
+    return {
+        "k <= q": k <= q, "True": (k >= 0) & (q >= 0), "(k <= q) & (q - k <= 150)": (k <= q) & (q - k <= 150),
+        "k <= q + n0": k <= q + n0,
+    }[here.spec.mask.expr]  # fmt: skip
+
+
+def blocks_of(keep: Tensor, size: int) -> list[list[Tensor]]:
+    return [list(row.split(size, 1)) for row in keep.split(size, 0)]
+
+
+# --------------------------------------------------------------------------------------------------- the mask
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (256, 256), (100, 333), (333, 100)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_mask_by_block(mask: str, queries: int, keys: int) -> None:
+    here = site(mask=mask, queries=queries, keys=keys)
+    partial, whole = (x.expand(1, 1, here.rows, here.blocks)[0, 0] for x in here.mask(all_rows(here)))
+    for i, row in enumerate(blocks_of(pairs(here), 32)):
+        for j, block in enumerate(row):
+            assert bool(whole[i, j]) == bool(block.all())
+            assert bool(partial[i, j]) >= bool(block.any() and not block.all())  # never skipped wrongly
+            assert not (partial[i, j] and whole[i, j])
+
+
+def test_mask_by_block_of_flags() -> None:
+    """A mask that is no set of forms comes as flags; the choice is the same."""
+    here = site()
+    flags = here.mask(all_rows(here))
+    given = dataclasses.replace(here, forms=None, flags=flags)
+    for selector in ("structured", "random"):
+        sparse = dataclasses.replace(here.sparse, selector=selector)
+        one, other = (dataclasses.replace(x, sparse=sparse) for x in (here, given))
+        for mine, theirs in zip(lists.by_query(one).tensors(), lists.by_query(other).tensors(), strict=True):
+            assert torch.equal(mine, theirs)
+    for selector in ESTIMATING:  # coarser in blocks on the diagonal: same shape, same rules
+        sparse = dataclasses.replace(here.sparse, selector=selector)
+        partial, whole = lists.flags(dataclasses.replace(given, sparse=sparse), all_rows(here))
+        assert not ((partial | whole) & ~(flags[0] | flags[1])).any()
+
+
+# ------------------------------------------------------------------------------------------------- selectors
+
+
+def content_oracle(here: Site, b: int, h: int, row: int) -> list[float]:
+    """Shares of a row of blocks, part by part in loops."""
+    size, group = here.sparse.block, here.group
+    q, k = here.q[b, h].double(), here.k[b, h // group].double()
+    keep = pairs(here)
+    totals = [0.0] * here.blocks
+    for first in range(row * size, min((row + 1) * size, q.shape[0]), PART):
+        scores = {}
+        for start in range(0, k.shape[0], PART):
+            if not keep[first : first + PART, start : start + PART].any():
+                continue
+            mine, theirs = q[first : first + PART], k[start : start + PART]
+            if here.sparse.estimate == "pooled":
+                score = float(mine.mean(0) @ theirs.mean(0))
+            else:
+                score = (
+                    sum(
+                        float(mine[i] @ theirs[PART - 1 - i])
+                        for i in range(PART)
+                        if i < len(mine) and PART - 1 - i < len(theirs)
+                    )
+                    / PART
+                )
+            scores[start] = math.exp(score * here.spec.scale)
+        for start, score in scores.items():
+            totals[start // size] += score / sum(scores.values())
+    return [total / max(sum(totals), 1e-30) for total in totals]
+
+
+@pytest.mark.parametrize("estimate", ["pooled", "antidiagonal"])
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys"), [("causal", 300, 300), ("offset", 130, 200), ("full", 64, 90)]
+)
+def test_content(mask: str, queries: int, keys: int, estimate: Any) -> None:
+    here = site(mask=mask, queries=queries, keys=keys, estimate=estimate)
+    found = SELECTORS["content"](here)(all_rows(here))
+    for b, h, row in ((0, 0, 0), (1, 3, here.rows - 1), (0, 2, here.rows // 2)):
+        want = torch.tensor(content_oracle(here, b, h, row))
+        assert torch.allclose(found[b, h, row], want, atol=1e-5), (b, h, row)
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys"), [("causal", 300, 300), ("window", 200, 200), ("full", 50, 90)]
+)
+def test_vertical_slash(mask: str, queries: int, keys: int) -> None:
+    here = site("vertical_slash", mask, queries, keys)
+    found = SELECTORS["vertical_slash"](here)(all_rows(here))
+    keep, size = pairs(here), here.sparse.block
+    for b, h in ((0, 1), (1, 2)):
+        scores = here.q[b, h].double() @ here.k[b, h // here.group].double().T * here.spec.scale
+        probs = scores.masked_fill(~keep, -math.inf).softmax(-1).nan_to_num(0.0)
+        vertical, slash = [0.0] * here.blocks, [0.0] * here.blocks
+        for q in range(max(0, queries - 64), queries):
+            for k in range(keys):
+                vertical[k // size] += float(probs[q, k])
+                away = (q + keys - queries) // size - k // size
+                slash[min(max(away, 0), here.blocks - 1)] += float(probs[q, k])
+        for row in (0, here.rows - 1):
+            last = min((row + 1) * size, queries) - 1
+            want = []
+            for block in range(here.blocks):
+                seen = keep[row * size : last + 1, block * size : (block + 1) * size].any()
+                away = (last + keys - queries) // size - block
+                want.append((vertical[block] + (slash[away] if away >= 0 else 0.0)) if seen else 0.0)
+            want = torch.tensor(want) / max(sum(want), 1e-30)
+            assert torch.allclose(found[b, h, row], want, atol=1e-4), (b, h, row)
+
+
+def test_structured_is_near_and_spread() -> None:
+    here = site("structured", queries=4096, keys=4096, density=0.25, sink_blocks=0, local_blocks=1)
+    partial, whole = lists.flags(here, all_rows(here))
+    row = (partial | whole)[0, 0, -1].nonzero().flatten().tolist()
+    near = [j for j in row if j >= 128 - 20]
+    far = [j for j in row if j < 128 - 20]
+    assert len(row) == 32 and len(near) >= 16
+    gaps = [b - a for a, b in zip(far, far[1:], strict=False)]
+    assert max(gaps) <= 2 * min(gaps)
+
+
+def test_random_is_uniform_and_repeats() -> None:
+    here = site("random", queries=2048, keys=2048)
+    scores = SELECTORS["random"](here)(all_rows(here))
+    assert torch.equal(scores, SELECTORS["random"](here)(all_rows(here)))
+    assert torch.equal(scores[:, :, 3:9], SELECTORS["random"](here)(slice(3, 9)))
+    assert abs(float(scores.mean()) - 0.5) < 0.01 and abs(float((scores < 0.1).float().mean()) - 0.1) < 0.01
+    other = dataclasses.replace(here, sparse=dataclasses.replace(here.sparse, seed=1))
+    assert abs(float(torch.corrcoef(torch.stack([scores.flatten(),
+               SELECTORS["random"](other)(all_rows(here)).flatten()]))[0, 1])) < 0.02  # fmt: skip
+    assert not torch.equal(scores[0], scores[1]) and not torch.equal(scores[:, 0], scores[:, 1])
+
+
+def test_planted_needle_is_found() -> None:
+    """One block of keys that a block of queries looks for, far away."""
+    for selector in ESTIMATING:
+        here = site(selector, queries=2048, keys=2048, density=0.2)
+        here.k[:, :, 320:352] = 3.0
+        here.q[:, :, 1984:] = 3.0
+        partial, whole = lists.flags(here, all_rows(here))
+        assert (partial | whole)[:, :, -2:, 10].all(), selector
+
+
+def test_planted_diagonal_is_found() -> None:
+    """Keys that look like the query 640 places later."""
+    here = site("vertical_slash", queries=2048, keys=2048, heads=(2, 2), density=0.2)
+    here.q[:, :, 640:] = here.k[:, :, :-640] * 3
+    partial, whole = lists.flags(here, all_rows(here))
+    for row in range(25, here.rows):
+        assert (partial | whole)[:, :, row, row - 20].all(), row
+
+
+# --------------------------------------------------------------------------------------------------- choosing
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("mask", MASKS)
+def test_budget_and_mask(selector: str, density: float, mask: str) -> None:
+    here = site(selector, mask, queries=700, keys=700, density=density)
+    partial, whole = lists.flags(here, all_rows(here))
+    maybe, surely = here.mask(all_rows(here))
+    kept, found = (maybe | surely).expand_as(partial), partial | whole
+    assert not (found & ~kept).any() and not (whole & ~surely).any() and not (partial & ~maybe).any()
+    must = choose.forced(here.sparse, kept)
+    allowed = kept.sum(-1)
+    budget = torch.maximum((allowed * density).floor(), must.sum(-1))
+    assert (found.sum(-1) <= budget).all() and not (must & ~found).any()
+    assert (found.sum(-1) >= torch.minimum((allowed * density - 1e-6).floor(), allowed)).all()
+    if density == 1.0:
+        assert torch.equal(found, kept)
+
+
+def test_best_are_chosen() -> None:
+    sparse = SparseSpec("content", density=0.5, sink_blocks=1, local_blocks=1)
+    scores, kept = torch.rand(1, 2, 5, 12), torch.rand(1, 1, 5, 12) > 0.2
+    scores[0, 0, 0, :6] = 0.25  # ties: the first ones
+    scores[0, 1, 1, 3] = float("nan")
+    found = choose.chosen(sparse, scores, kept.expand_as(scores))
+    for h in range(2):
+        for row in range(5):
+            there = [j for j in range(12) if kept[0, 0, row, j]]
+            want = {there[0], there[-1]}
+            worth = {j: float(scores[0, h, row, j].nan_to_num(0.0)) for j in there}
+            for j in sorted(there, key=lambda j: (-worth[j], j)):
+                if len(want) < len(there) // 2:
+                    want.add(j)
+            assert set(found[0, h, row].nonzero().flatten().tolist()) == want
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.9, 0.999])
+def test_mass(mass: float) -> None:
+    """As few as hold the share, forced ones among them, and not more than the density allows."""
+    sparse = SparseSpec("content", density=0.75, mass=mass, sink_blocks=1, local_blocks=1)
+    scores = torch.rand(1, 1, 40, 16).pow(6)
+    kept = torch.ones(1, 1, 40, 16, dtype=torch.bool)
+    found = choose.chosen(sparse, scores, kept)
+    for row in range(40):
+        values = scores[0, 0, row].double()
+        chosen = found[0, 0, row]
+        if chosen.sum() < 12:
+            assert values[chosen].sum() >= mass * values.sum() * (1 - 1e-9)
+        last = values[1:-1][chosen[1:-1]]
+        if last.numel():
+            assert values[chosen].sum() - last.min() < mass * values.sum()
+
+
+# ------------------------------------------------------------------------------------------------------ lists
+
+
+def flags_of(found: Lists, others: int) -> tuple[Tensor, Tensor]:
+    kinds = found.visited(others)
+    return kinds == 1, kinds == 2
+
+
+@pytest.mark.parametrize("chunk", [2**24, 100])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_lists(monkeypatch: pytest.MonkeyPatch, selector: str, chunk: int) -> None:
+    """The same whatever is in memory at a time; by keys, the same pairs."""
+    monkeypatch.setattr(lists, "CHUNK", chunk)
+    here = site(selector, queries=500, keys=500)
+    want = lists.flags(here, all_rows(here))
+    mine = lists.by_query(here)
+    assert all(torch.equal(a, b) for a, b in zip(flags_of(mine, here.blocks), want, strict=True))
+    turned = lists.by_key(mine, here.blocks)
+    assert all(torch.equal(a.mT, b) for a, b in zip(flags_of(turned, here.rows), want, strict=True))
+    assert turned.blocks.numel() <= mine.blocks.numel() + 2 * 4
+
+
+def test_one_choice_for_a_group() -> None:
+    here = site(shared=True, queries=900, keys=900)
+    partial, whole = lists.flags(here, all_rows(here))
+    both = (partial | whole).unflatten(1, (2, 2))
+    assert torch.equal(both[:, :, 0], both[:, :, 1]) and not torch.equal(both[:, 0], both[:, 1])
+
+
+@pytest.mark.parametrize("selector", ["content", "random"])
+def test_attention_over_the_chosen(selector: str) -> None:
+    """kp's kernels over the lists are attention under the chosen blocks' mask, gradients too."""
+    from kp_compiler.lowering.attend import Plan, attend
+
+    here = site(selector, queries=200, keys=200)
+    v = torch.randn_like(here.k)
+    partial, whole = lists.flags(here, all_rows(here))
+    spread = (partial | whole).repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :200, :200]
+    keep = spread & pairs(here)
+    leaves = [x.clone().requires_grad_() for x in (here.q, here.k, v)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    k, value = (x.repeat_interleave(2, 1) for x in wide[1:])
+    want = (wide[0] @ k.mT * here.spec.scale).masked_fill(~keep, -math.inf).softmax(-1) @ value
+    mine = lists.by_query(here)
+    given = [*mine.tensors(), *lists.by_key(mine, here.blocks).tensors()]
+    out = attend()(*leaves, [], [], given, None, None, None, Plan(here.spec, (32, 32)).to_json())[0]
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (want * weights).sum().backward()
+    assert relative_error(out, want) < 4e-6
+    for a, b in zip(leaves, wide, strict=True):
+        assert relative_error(a.grad, b.grad) < 4e-6
