@@ -93,6 +93,7 @@ class AttentionSpec:
         "where"  # how a finite fill entered the scores: matters to gradients of dead rows
     )
     form: str = "sdpa"  # the spelling it was raised from
+    sparse: SparseSpec | None = None  # not all pairs that the mask keeps: an approximation
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
@@ -103,6 +104,7 @@ class AttentionSpec:
         data.pop("fingerprint", None)  # there for cache keys
         data["mask"] = MaskSpec(**_tuples(data["mask"]))
         data["biases"] = tuple(BiasSpec(**bias) for bias in data["biases"])
+        data["sparse"] = SparseSpec(**data["sparse"]) if data.get("sparse") else None
         return cls(**data)
 
     def operands(self) -> tuple[int, ...]:
@@ -129,6 +131,8 @@ class AttentionSpec:
             parts.append("sink")
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p:g}")
+        if self.sparse is not None:
+            parts.append(str(self.sparse))
         return ", ".join(parts)
 
 

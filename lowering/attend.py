@@ -10,6 +10,7 @@ another kernel. Gradients reach q, k, v, biases, sinks and what the pass started
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
 from dataclasses import dataclass
@@ -104,18 +105,44 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     from kp_compiler.lowering.block_mask import BLOCK, visit_lists
 
     bounded = mask_render.inequalities(spec.mask) is not None
-    blocks = [] if bounded else visit_lists(emit, node, spec)
+    block: tuple[int, int] | None
+    if spec.sparse is not None:
+        blocks = _selected(emit, node, spec, shape)
+        block = (spec.sparse.block, spec.sparse.block)
+    else:
+        blocks = [] if bounded else visit_lists(emit, node, spec)
+        block = None if bounded else (BLOCK, BLOCK)
     seed = None
     if spec.dropout_p:
         device = value_of(node.args[0]).device
         seed = emit.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
-    plan = Plan(spec, None if bounded else (BLOCK, BLOCK)).to_json()
+    plan = Plan(dataclasses.replace(spec, sparse=None), block).to_json()
     both = emit.call(attend(), *node.args[:5], blocks, None, None, seed, plan)
     out = emit.call(operator.getitem, both, 0)
     if spec.dead_rows not in ("mean", "nan"):
         return out
     column = emit.call(torch.unsqueeze, emit.call(operator.getitem, both, 1), -1)
     return after_zeros(emit, node, spec, shape, out, column)
+
+
+def _selected(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> list[Node]:
+    """Lists of the blocks that a site's selector chooses, by blocks of keys too where it trains."""
+    from kp_compiler.lowering.block_mask import block_flags
+    from kp_compiler.lowering.select import select_blocks, turn_blocks
+
+    assert spec.sparse is not None
+    size = spec.sparse.block
+    q, k = (emit.call(torch.ops.aten.detach.default, x) for x in node.args[:2])
+    flags = (
+        [] if mask_render.inequalities(spec.mask) is not None else list(block_flags(emit, node, spec, size))
+    )
+    text = spec.to_json()[:-1] + f',"fingerprint":"{fingerprint()}"}}'
+    found = emit.call(select_blocks(), q, k, flags, node.args[4], text)
+    lists = [emit.call(operator.getitem, found, i) for i in range(4)]
+    if not shape.training:
+        return lists
+    turned = emit.call(turn_blocks(), *lists, emit.size(k, 2), size)
+    return [*lists, *(emit.call(operator.getitem, turned, i) for i in range(4))]
 
 
 # -------------------------------------------------------------------------------------------------- operators

@@ -76,10 +76,10 @@ def _tensors(node: Node, spec: AttentionSpec) -> tuple[Node, ...]:
     return tuple(operands[index] for index in spec.mask.tensors) if spec.mask.kind != "tensor" else ()
 
 
-def block_flags(emit: Any, node: Node, spec: AttentionSpec) -> tuple[Node, Node]:
+def block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int = BLOCK) -> tuple[Node, Node]:
     """Flags [Bm,1,nQ,nK] of the partly masked and of the full blocks of a site."""
     q, k = node.args[0], node.args[1]
-    grid = _Grid(emit, value_of(q).device, emit.size(q, 2), emit.size(k, 2))
+    grid = _Grid(emit, value_of(q).device, emit.size(q, 2), emit.size(k, 2), block)
     if spec.mask.kind == "tensor":
         maybe, surely = True, False
     else:
@@ -134,8 +134,9 @@ def _laid_out(emit: Any, lists: Node) -> Node:
 class _Grid:
     """The block grid: first and last index of each block, shaped [1,1,nQ,1] and [1,1,1,nK]."""
 
-    def __init__(self, emit: Any, device: Any, queries: Any, keys: Any) -> None:
+    def __init__(self, emit: Any, device: Any, queries: Any, keys: Any, block: int) -> None:
         self.emit = emit
+        self.block = block
         self.device = device
         self.sizes = {"q": queries, "k": keys}
         self.count = {name: self._blocks(size) for name, size in self.sizes.items()}
@@ -143,17 +144,19 @@ class _Grid:
 
     def _blocks(self, size: Any) -> Any:
         if isinstance(size, int):
-            return -(-size // BLOCK)
-        return self.emit.call(operator.floordiv, self.emit.call(operator.add, size, BLOCK - 1), BLOCK)
+            return -(-size // self.block)
+        return self.emit.call(
+            operator.floordiv, self.emit.call(operator.add, size, self.block - 1), self.block
+        )
 
     def _span(self, name: str) -> tuple[Node, Node]:
         call = self.emit.call
-        line = call(torch.mul, call(torch.arange, self.count[name], device=self.device), BLOCK)
+        line = call(torch.mul, call(torch.arange, self.count[name], device=self.device), self.block)
         shape = [1, 1, -1, 1] if name == "q" else [1, 1, 1, -1]
         first = call(torch.ops.aten.reshape.default, line, shape)
         size = self.sizes[name]
         top = size - 1 if isinstance(size, int) else call(operator.sub, size, 1)
-        return first, call(torch.clamp, call(torch.add, first, BLOCK - 1), max=top)
+        return first, call(torch.clamp, call(torch.add, first, self.block - 1), max=top)
 
     def lines(self, name: str) -> tuple[Node, Node]:
         """First and last index of each block of a dimension, flat."""
@@ -229,18 +232,18 @@ class _Intervals:
         )
 
     def _by_block(self, tensor: Node, name: str) -> Node:
-        """[…, N] as […, blocks, BLOCK]; the last block repeats the last element."""
+        """[…, N] as […, blocks, block]; the last block repeats the last element."""
         call, grid = self.emit.call, self.grid
         size = grid.sizes[name]
         count = grid.count[name]
-        total = count * BLOCK if isinstance(count, int) else call(operator.mul, count, BLOCK)
+        total = count * grid.block if isinstance(count, int) else call(operator.mul, count, grid.block)
         width = tensor_of(tensor).shape[-1]  # type: ignore[union-attr]  # may be longer than the mask
         if not (isinstance(total, int) and isinstance(width, int) and total == width == size):
             top = size - 1 if isinstance(size, int) else call(operator.sub, size, 1)
             places = call(torch.clamp, call(torch.arange, total, device=grid.device), max=top)
             tensor = call(torch.index_select, tensor, -1, places)
         lead = [self.emit.size(tensor, 0)] if tensor_of(tensor).dim() == 2 else []  # type: ignore[union-attr]
-        return call(torch.ops.aten.reshape.default, tensor, [*lead, count, BLOCK])
+        return call(torch.ops.aten.reshape.default, tensor, [*lead, count, grid.block])
 
     def add(self, a: Any, b: Any) -> Any:
         a, b = _pair(a), _pair(b)

@@ -31,6 +31,7 @@ def attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec
 ) -> Tensor:
+    chosen = None if spec.sparse is None else _chosen(q, k, operands, scalars, spec)
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -40,11 +41,40 @@ def _attention(
     for bias in spec.biases:
         scores = scores + bias.coeff * operands[bias.operand].to(scores.dtype)
     keep = mask(spec.mask, operands, scalars, scores)
+    if chosen is not None:
+        keep = chosen if keep is None else keep & chosen
     sink = None if spec.sink is None else operands[spec.sink].to(scores.dtype).reshape(1, -1, 1, 1)
     probs = _softmax(scores, keep, sink, spec)
     if spec.dropout_p:
         probs = torch.nn.functional.dropout(probs, spec.dropout_p, training=True)
     return probs @ v
+
+
+def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec) -> Tensor:
+    """The pairs [B,H,S,T] of the blocks that the spec's selector chooses."""
+    from kp_compiler.lowering.select import site_of
+    from kp_compiler.lowering.selection import lists
+
+    assert spec.sparse is not None
+    q, k, size = q.detach(), k.detach(), spec.sparse.block
+    queries, keys = q.shape[2], k.shape[2]
+    flags: list[Tensor] = []
+    if mask_render.inequalities(spec.mask) is None:
+        pairs = q.new_empty(1, 1, 1, 1).expand(q.shape[0], q.shape[1], queries, keys)
+        keep = mask(spec.mask, operands, scalars, pairs)
+        assert keep is not None
+        keep = keep.expand(-1, -1, queries, keys)
+        ends = (0, -keys % size, 0, -queries % size)
+        some, every = (
+            torch.nn.functional.pad(keep, ends, value=value).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+            for value in (False, True)
+        )
+        held, whole = some.any(5).any(3), every.all(5).all(3)
+        flags = [held & ~whole, whole]
+    site = site_of(spec, q, k, flags, scalars)
+    partial, whole = lists.flags(site, slice(0, site.rows))
+    spread = (partial | whole).repeat_interleave(size, 2).repeat_interleave(size, 3)
+    return spread[:, :, :queries, :keys]
 
 
 def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: AttentionSpec) -> Tensor:

@@ -72,6 +72,8 @@ def order(
     documents of 32k tokens), kp's kernels for any GPU come before it."""
     if target.reference:
         return (REFERENCE,)
+    if spec.sparse is not None:
+        return (TRITON,)
     if target.sm < 90:
         return (FLASH, CUDNN, FLEX, EFFICIENT, TRITON)
     band = mask_render.is_band(spec.mask)
@@ -93,6 +95,8 @@ def choose(
     """The implementation for a site. A kernel asked for by name is taken or refused, never replaced."""
     if config.impl != "auto":
         wanted = BY_NAME[config.impl]
+        if spec.sparse is not None and wanted not in (TRITON, REFERENCE):
+            return Rejection("sparse", f"{config.impl} computes all pairs of the mask.", "impl='auto'")
         refused = wanted.check(spec, shape, target)
         return wanted if refused is None else refused
     reasons = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_structured_is_near_and_spread() -> None:
     near = [j for j in row if j >= 128 - 20]
     far = [j for j in row if j < 128 - 20]
     assert len(row) == 32 and len(near) >= 16
-    gaps = [b - a for a, b in zip(far, far[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(far)]
     assert max(gaps) <= 2 * min(gaps)
 
 
@@ -304,3 +305,57 @@ def test_attention_over_the_chosen(selector: str) -> None:
     assert relative_error(out, want) < 4e-6
     for a, b in zip(leaves, wide, strict=True):
         assert relative_error(a.grad, b.grad) < 4e-6
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+CONTENT = [("causal", 300, 300), ("window", 130, 333), ("offset", 100, 200), ("full", 256, 256)]
+
+
+@pytest.mark.parametrize(("mask", "queries", "keys"), CONTENT)
+def test_content_by_kernels(mask: str, queries: int, keys: int) -> None:
+    """In Triton's interpreter."""
+    kernels = pytest.importorskip("kp_compiler.lowering.triton.selection")
+    here = site(mask=mask, queries=queries, keys=keys, heads=(2, 1))
+    spec = dataclasses.replace(here.spec, softcap=2.0 if queries == 300 else None)
+    here = dataclasses.replace(here, spec=spec)
+    assert kernels.takes_content(here)
+    for rows in (all_rows(here), slice(2, 3)):
+        mine, want = kernels.content(here)(rows), SELECTORS["content"](here)(rows)
+        assert torch.allclose(mine, want, atol=1e-5)
+
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("causal", {}), ("window", {"density": 0.1}), ("offset", {"mass": 0.6}), ("full", {"mass": 0.9}),
+    ("causal", {"sink_blocks": 0, "local_blocks": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mask", "settings"), SETTINGS)
+def test_choice_by_kernels(mask: str, settings: dict[str, Any]) -> None:
+    """By numbers and, where scores don't depend on them, by flags."""
+    kernels = pytest.importorskip("kp_compiler.lowering.triton.selection")
+    selectors = ["content"] if "mass" in settings else ["content", "structured"]
+    for selector in selectors:
+        here = site(selector, mask, 260, 260, (2, 1), **settings)
+        ones = [here]
+        if selector == "structured":
+            ones.append(dataclasses.replace(here, forms=None, flags=here.mask(all_rows(here))))
+        for one in ones:
+            mine = kernels.choose(one, SELECTORS[selector](one), 50)
+            want = lists.by_query(one)
+            for a, b in zip(mine.tensors()[:3], want.tensors()[:3], strict=True):
+                assert torch.equal(a, b)
+            assert torch.equal(mine.visited(one.blocks), want.visited(one.blocks))
+
+
+def test_ties_by_kernels() -> None:
+    kernels = pytest.importorskip("kp_compiler.lowering.triton.selection")
+    here = site(queries=400, keys=400, heads=(2, 1))
+    scores = torch.randint(0, 3, (2, 2, here.rows, here.blocks)).float()
+    scores[0, 0, :, 5] = float("nan")
+    kept = torch.logical_or(*here.mask(all_rows(here))).expand_as(scores)
+    want = choose.chosen(here.sparse, scores, kept)
+    mine = kernels.choose(here, lambda rows: scores[:, :, rows], 2**20)
+    assert torch.equal(mine.visited(here.blocks) > 0, want)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from kp_compiler.specs import SparseSpec
 
-_UNIT = 2**20  # densities are counted in parts of this, exact also where sizes are symbolic
+UNIT = 2**20  # densities are counted in parts of this, exact also where sizes are symbolic
 
 
 def budget(sparse: SparseSpec, blocks: int) -> int:
     """How many of `blocks` a row may compute by its density, rounded down."""
-    return blocks * round(sparse.density * _UNIT) // _UNIT
+    return blocks * round(sparse.density * UNIT) // UNIT
 
 
 def capacity(sparse: SparseSpec, blocks: int) -> int:
@@ -38,7 +38,7 @@ def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor) -> Tensor:
     must = forced(sparse, kept)
     allowed = kept.sum(-1, keepdim=True)
     least = must.sum(-1, keepdim=True)
-    most = torch.maximum(allowed * round(sparse.density * _UNIT) // _UNIT, least)
+    most = torch.maximum(allowed * round(sparse.density * UNIT) // UNIT, least)
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
     worth = scores.masked_fill(~kept, float("-inf")).masked_fill(must, float("inf"))
     order = torch.argsort(worth, dim=-1, descending=True, stable=True)

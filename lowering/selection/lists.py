@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.selection import SELECTORS
+from kp_compiler.lowering.selection import SELECTORS, Scorer
 from kp_compiler.lowering.selection.choose import capacity, chosen
 from kp_compiler.lowering.selection.site import Site
 
-CHUNK = 2**24  # elements of the scores that are in memory at a time
+KERNEL_CHUNK = 2**26  # the same where kernels work: 256 MiB
+CHUNK = 2**18  # scores of blocks in memory at a time; `content` has 64 of parts for each
 
 
 def flags(site: Site, rows: slice) -> tuple[Tensor, Tensor]:
@@ -18,9 +19,9 @@ def flags(site: Site, rows: slice) -> tuple[Tensor, Tensor]:
     return _flags(site, SELECTORS[site.sparse.selector](site), rows)
 
 
-def _flags(site: Site, scorer: object, rows: slice) -> tuple[Tensor, Tensor]:
+def _flags(site: Site, scorer: Scorer, rows: slice) -> tuple[Tensor, Tensor]:
     partial, whole = site.mask(rows)
-    scores = scorer(rows)  # type: ignore[operator]
+    scores = scorer(rows)
     if site.sparse.shared and site.group > 1:
         scores = (
             scores.unflatten(1, (-1, site.group)).mean(2, keepdim=True).expand(-1, -1, site.group, -1, -1)
@@ -32,14 +33,25 @@ def _flags(site: Site, scorer: object, rows: slice) -> tuple[Tensor, Tensor]:
 
 
 def by_query(site: Site) -> Lists:
-    """Lines are blocks of queries."""
+    """Lines are blocks of queries. On a GPU by kernels, as far as they go."""
+    scorer = SELECTORS[site.sparse.selector](site)
+    if site.q.is_cuda and not (site.sparse.shared and site.group > 1):
+        from kp_compiler.lowering.triton import selection as kernels
+
+        if site.sparse.selector == "content" and kernels.takes_content(site):
+            scorer = kernels.content(site)
+        if kernels.takes(site):
+            return kernels.choose(site, scorer, KERNEL_CHUNK)
+    return _by_query(site, scorer)
+
+
+def _by_query(site: Site, scorer: Scorer) -> Lists:
     batch, heads = site.q.shape[:2]
     most = capacity(site.sparse, site.blocks)
     edges, count = (
         torch.empty(batch, heads, site.rows, dtype=torch.int32, device=site.q.device) for _ in "ec"
     )
     blocks = torch.empty(batch, heads, site.rows, most, dtype=torch.int32, device=site.q.device)
-    scorer = SELECTORS[site.sparse.selector](site)
     step = max(1, CHUNK // max(1, batch * heads * site.blocks))
     for first in range(0, site.rows, step):
         rows = slice(first, min(first + step, site.rows))
@@ -72,9 +84,8 @@ def by_key(lists: Lists, blocks: int) -> Lists:
     found = torch.zeros(batch, heads, most + 1, dtype=torch.int32, device=lists.at.device)
     for b in range(batch):
         for h in range(heads):
-            one = Lists(
-                *(x[b : b + 1, h : h + 1] for x in (lists.edges, lists.count, lists.at)), lists.blocks
-            )
+            edge, number, first = (x[b : b + 1, h : h + 1] for x in (lists.edges, lists.count, lists.at))
+            one = Lists(edge, number, first, lists.blocks)
             kinds = one.visited(blocks)[0, 0].mT  # blocks of keys, then of queries
             partial, whole = kinds == 1, kinds > 1
             edges[b, h], count[b, h] = partial.sum(-1), (kinds > 0).sum(-1)

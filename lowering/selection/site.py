@@ -51,21 +51,26 @@ class Site:
         keys = _ends(0, -(-self.k.shape[2] // size), size, self.k.shape[2], self.q.device)
         maybe = torch.ones(1, 1, queries[0].numel(), keys[0].numel(), dtype=torch.bool, device=self.q.device)
         surely = maybe.clone()
-        for form in self.forms:
-            least, most = self._range(form, queries, keys)
+        for index in range(len(self.forms)):
+            least, most = self._range(index, queries, keys)
             maybe, surely = maybe & (least <= 0), surely & (most <= 0)
         return maybe & ~surely, surely
 
+    def linear(self, index: int) -> tuple[tuple[int, int], int]:
+        """A form's slopes along q and k, and the rest of it."""
+        form = sympy.sympify(self.forms[index])  # type: ignore[index]
+        names = [mask_render.symbol(name) for name in "qk"]
+        numbers = {sympy.Symbol(f"n{i}", integer=True): n for i, n in enumerate(self.scalars)}
+        rest = int(form.subs({**numbers, **dict.fromkeys(names, 0)}))
+        return (int(form.coeff(names[0])), int(form.coeff(names[1]))), rest
+
     def _range(
-        self, form: Any, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+        self, index: int, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of a form in each block."""
-        names = {name: mask_render.symbol(name) for name in "qk"}
-        numbers = {sympy.Symbol(f"n{i}", integer=True): n for i, n in enumerate(self.scalars)}
-        rest = int(sympy.sympify(form).subs({**numbers, names["q"]: 0, names["k"]: 0}))
+        slopes, rest = self.linear(index)
         ends = []
-        for name, (first, last) in (("q", queries), ("k", keys)):
-            slope = int(form.coeff(names[name]))
+        for slope, (first, last) in zip(slopes, (queries, keys), strict=True):
             pair = (slope * first, slope * last)
             ends.append((torch.minimum(*pair), torch.maximum(*pair)))
         return tuple(q[:, None] + k + rest for q, k in zip(*ends, strict=True))  # type: ignore[return-value]

@@ -1,0 +1,267 @@
+"""Kernels for choosing blocks: what `selection.content` and `selection.choose` say, without their memory.
+
+    parts     means of 16 rows of q and k, one pass over both
+    shares    scores of parts by tensor cores, twice: for each row's maximum and sum, then for the shares of
+              blocks; nothing but these is written
+    choose    one program a row: a budget's threshold by bisection over the bits of its scores, then indices
+
+A mask of inequalities comes as numbers: slopes along q and k, and the rest of each form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.selection.choose import UNIT, capacity
+from kp_compiler.lowering.selection.content import PART
+from kp_compiler.lowering.selection.site import Site
+
+LARGEST = 2**13  # blocks of a row that a program holds
+_ROWS = 8  # blocks of queries of a program of `shares`
+
+
+@triton.jit
+def _mean(x, out, x_b, x_h, x_s, H, N, P, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+          TILE: tl.constexpr):  # fmt: skip
+    tiles = (P + TILE - 1) // TILE
+    tile, pair = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    x += pair // H * x_b + pair % H * x_h
+    row = tile * TILE * PART + tl.arange(0, TILE * PART)
+    column = tl.arange(0, WIDTH)
+    there = (row < N)[:, None] & (column < D)[None, :]
+    value = tl.load(x + row.to(tl.int64)[:, None] * x_s + column[None, :], mask=there, other=0.0)
+    total = tl.sum(tl.reshape(value.to(tl.float32), [TILE, PART, WIDTH]), 1)
+    part = tile * TILE + tl.arange(0, TILE)
+    count = tl.minimum(tl.maximum(N - part * PART, 1), PART).to(tl.float32)
+    place = out + (pair * P + part)[:, None] * D + column[None, :]
+    mean = (total / count[:, None]).to(out.dtype.element_ty)
+    tl.store(place, mean, mask=(part < P)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _least(first, last, SLOPE: tl.constexpr):
+    """The smallest of SLOPE·x for x from first to last."""
+    if SLOPE >= 0:
+        return SLOPE * first
+    return SLOPE * last
+
+
+@triton.jit
+def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, rest2, D: tl.constexpr,
+            WIDTH: tl.constexpr, INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr,
+            K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
+            FORMS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+    """Scores [rows,INNER] of parts in exponents of two, −∞ where the mask keeps no pair."""
+    column = tl.arange(0, WIDTH)
+    part = start + tl.arange(0, INNER)
+    there = (part < PARTS)[:, None] & (column < D)[None, :]
+    key = tl.load(keys + part[:, None] * D + column[None, :], mask=there, other=0.0)
+    s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if CAP:
+        s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
+    q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
+    q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
+    keep = (q_part * PART < S)[:, None] & (part < PARTS)[None, :]
+    if FORMS > 0:
+        keep &= _least(q_first, q_last, Q0) + _least(k_first, k_last, K0) + rest0 <= 0
+    if FORMS > 1:
+        keep &= _least(q_first, q_last, Q1) + _least(k_first, k_last, K1) + rest1 <= 0
+    if FORMS > 2:
+        keep &= _least(q_first, q_last, Q2) + _least(k_first, k_last, K2) + rest2 <= 0
+    return tl.where(keep, s * 1.4426950408889634, float("-inf"))
+
+
+@triton.jit
+def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap, rest0, rest1, rest2,
+            D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PER: tl.constexpr,
+            INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr, K0: tl.constexpr,
+            Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr, FORMS: tl.constexpr,
+            CAP: tl.constexpr):  # fmt: skip
+    """Shares [pairs,COUNT,BLOCKS] of rows of blocks from FIRST on, from parts q [pairs,QP,D], k [pairs of
+    key heads,KP,D]."""
+    tiles = (COUNT + ROWS - 1) // ROWS
+    tile, pair = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    keys = k + (pair // H * (H // GROUP) + pair % H // GROUP) * KP * D
+    column = tl.arange(0, WIDTH)
+    q_part = (FIRST + tile * ROWS) * PER + tl.arange(0, ROWS * PER)
+    there = (q_part < QP)[:, None] & (column < D)[None, :]
+    query = tl.load(q + (pair * QP + q_part)[:, None] * D + column[None, :], mask=there, other=0.0)
+    top = tl.full([ROWS * PER], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS * PER], tl.float32)
+    for start in range(0, KP, INNER):
+        s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
+                    PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP)  # fmt: skip
+        above = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        top = above
+    base = tl.where(total > 0.0, top + tl.log2(total), 0.0)
+    alive = tl.sum(tl.reshape((total > 0.0).to(tl.float32), [ROWS, PER]), 1)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    for start in range(0, KP, INNER):
+        s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
+                    PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP)  # fmt: skip
+        p = tl.reshape(tl.exp2(s - base[:, None]), [ROWS, PER, INNER // PER, PER])
+        share = tl.sum(tl.sum(p, 3), 1) / tl.maximum(alive, 1.0)[:, None]
+        block = start // PER + tl.arange(0, INNER // PER)
+        place = out + (pair * COUNT + row)[:, None] * BLOCKS + block[None, :]
+        tl.store(place, share, mask=(row < COUNT)[:, None] & (block < BLOCKS)[None, :])
+
+
+@triton.jit
+def _range(q_first, q_last, k_first, k_last, rest, SQ: tl.constexpr, SK: tl.constexpr):
+    least = _least(q_first, q_last, SQ) + _least(k_first, k_last, SK) + rest
+    most = -(_least(q_first, q_last, -SQ) + _least(k_first, k_last, -SK)) + rest
+    return least <= 0, most <= 0
+
+
+@triton.jit
+def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS, S, T, kind_b, kind_h, H,
+            MOST, unit, mass, sinks, local, rest0, rest1, rest2, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+            Q0: tl.constexpr, K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr,
+            K2: tl.constexpr, FORMS: tl.constexpr, FLAGS: tl.constexpr, MASS: tl.constexpr,
+            UNIT: tl.constexpr):  # fmt: skip
+    """Of a row of blocks: which, as indices, those first that the mask keeps partly."""
+    row, pair = FIRST + tl.program_id(0) % COUNT, (tl.program_id(0) // COUNT).to(tl.int64)
+    block = tl.arange(0, WIDTH)
+    inside = block < BLOCKS
+    if FLAGS:
+        at = pair // H * kind_b + pair % H * kind_h + row.to(tl.int64) * BLOCKS
+        kind = tl.load(kinds + at + block, mask=inside, other=0)
+        maybe, surely = kind > 0, kind > 1
+    else:
+        q_first, k_first = row * SIZE, block * SIZE
+        q_last, k_last = tl.minimum(q_first + SIZE, S) - 1, tl.minimum(k_first + SIZE, T) - 1
+        maybe, surely = inside, inside
+        if FORMS > 0:
+            some, every = _range(q_first, q_last, k_first, k_last, rest0, Q0, K0)
+            maybe, surely = maybe & some, surely & every
+        if FORMS > 1:
+            some, every = _range(q_first, q_last, k_first, k_last, rest1, Q1, K1)
+            maybe, surely = maybe & some, surely & every
+        if FORMS > 2:
+            some, every = _range(q_first, q_last, k_first, k_last, rest2, Q2, K2)
+            maybe, surely = maybe & some, surely & every
+    allowed = tl.sum(maybe.to(tl.int32), 0)
+    before = tl.cumsum(maybe.to(tl.int32), 0)
+    must = maybe & ((before <= sinks) | (before > allowed - local))
+    value = tl.load(scores + (pair * COUNT + row - FIRST) * BLOCKS + block, mask=inside, other=0.0)
+    value = tl.where(value == value, value, 0.0)
+    bits = value.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the numbers
+    free = maybe & (must == 0)
+    least = tl.sum(must.to(tl.int32), 0)
+    most = tl.maximum((allowed.to(tl.int64) * unit // UNIT).to(tl.int32), least) - least
+    share = tl.where(maybe, value, 0.0)
+    missing = mass * tl.sum(share, 0) - tl.sum(tl.where(must, share, 0.0), 0)
+    low, high = tl.min(tl.where(free, key, 0x7FFFFFFF), 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1
+    # the largest threshold at which there are enough: low has enough or nothing has, high has not
+    for _ in range(33):
+        middle = (low + high) >> 1
+        above = free & (key >= middle)
+        enough = tl.sum(above.to(tl.int32), 0) >= most
+        if MASS:
+            enough |= tl.sum(tl.where(above, share, 0.0), 0) >= missing
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    above, tied = free & (key > low), free & (key == low)
+    left = most - tl.sum(above.to(tl.int32), 0)
+    ranks = tl.cumsum(tied.to(tl.int32), 0)
+    take = tied & (ranks <= left)
+    if MASS:
+        held = tl.sum(tl.where(above, share, 0.0), 0)
+        take &= held + (ranks - 1).to(tl.float32) * share < missing
+    chosen = must | above | take
+    partly, wholly = chosen & (surely == 0), chosen & surely
+    edge = tl.sum(partly.to(tl.int32), 0)
+    place = tl.where(partly, tl.cumsum(partly.to(tl.int32), 0), edge + tl.cumsum(wholly.to(tl.int32), 0)) - 1
+    line = pair * ROWS_ALL + row
+    tl.store(blocks + line * MOST + place, block, mask=chosen)
+    tl.store(edges + line, edge)
+    tl.store(count + line, tl.sum(chosen.to(tl.int32), 0))
+
+
+def takes(site: Site) -> bool:
+    """Whether these kernels choose for a site: rows that a program holds, forms that it is told."""
+    return site.blocks <= LARGEST and (site.forms is None or len(site.forms) <= 3)
+
+
+def takes_content(site: Site) -> bool:
+    """Whether `content` is among them: parts by their means, under a mask of inequalities."""
+    plain = site.sparse.estimate == "pooled" and site.forms is not None
+    return takes(site) and plain and site.q.stride(3) == site.k.stride(3) == 1 and site.q.shape[3] <= 256
+
+
+def _mask(site: Site) -> dict[str, Any]:
+    """A mask's forms, by parameter name."""
+    found: dict[str, Any] = {"FORMS": len(site.forms or ())}
+    for i in range(3):
+        slopes, rest = site.linear(i) if i < found["FORMS"] else ((0, 0), 0)
+        found |= {f"Q{i}": slopes[0], f"K{i}": slopes[1], f"rest{i}": rest}
+    return found
+
+
+def _means(x: Tensor) -> Tensor:
+    """[B,H,N,D] to [B,H,parts,D] in x's dtype."""
+    batch, heads, length, width = x.shape
+    parts = -(-length // PART)
+    out = torch.empty(batch, heads, parts, width, dtype=x.dtype, device=x.device)
+    tile = 8
+    _mean[(-(-parts // tile) * batch * heads,)](
+        x, out, *x.stride()[:3], heads, length, parts, D=width, WIDTH=triton.next_power_of_2(width),
+        PART=PART, TILE=tile,
+    )  # fmt: skip
+    return out
+
+
+def content(site: Site) -> Callable[[slice], Tensor]:
+    """As `selection.content.scorer`."""
+    q, k = _means(site.q), _means(site.k)
+    batch, heads, parts, width = q.shape
+    mask, cap = _mask(site), site.spec.softcap
+
+    def score(rows: slice) -> Tensor:
+        count = rows.stop - rows.start
+        out = torch.empty(batch, heads, count, site.blocks, dtype=torch.float32, device=q.device)
+        per = site.sparse.block // PART
+        _shares[(-(-count // _ROWS) * batch * heads,)](
+            q, k, out, heads, site.group, site.q.shape[2], site.k.shape[2], parts, k.shape[2], rows.start,
+            count, site.blocks, site.spec.scale, cap or 1.0, D=width, WIDTH=max(16, triton.next_power_of_2(width)),
+            ROWS=_ROWS, PER=per, INNER=max(16, 16 * per), PART=PART, CAP=cap is not None, **mask,
+        )  # fmt: skip
+        return out
+
+    return score
+
+
+def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
+    """As `selection.lists.by_query`, `chunk` scores at a time."""
+    batch, heads = site.q.shape[:2]
+    most, sparse, device = capacity(site.sparse, site.blocks), site.sparse, site.q.device
+    lines = (batch, heads, site.rows)
+    edges, count = (torch.empty(lines, dtype=torch.int32, device=device) for _ in range(2))
+    blocks = torch.zeros(*lines, most, dtype=torch.int32, device=device)
+    kinds = edges
+    if site.flags is not None:
+        kinds = (site.flags[0].to(torch.int8) + 2 * site.flags[1].to(torch.int8)).contiguous()
+    many = [0 if kinds.shape[dim] == 1 else kinds.stride(dim) for dim in (0, 1)]
+    step = max(1, chunk // max(1, batch * heads * site.blocks))
+    for first in range(0, site.rows, step):
+        rows = slice(first, min(first + step, site.rows))
+        scores = scorer(rows).contiguous()
+        size = rows.stop - first
+        _choose[(size * batch * heads,)](
+            scores, kinds, edges, count, blocks, site.rows, first, size, site.blocks, site.q.shape[2],
+            site.k.shape[2], *many, heads, most, round(sparse.density * UNIT), sparse.mass or 1.0,
+            sparse.sink_blocks, max(sparse.local_blocks, 1 - sparse.sink_blocks), SIZE=sparse.block,
+            WIDTH=triton.next_power_of_2(site.blocks), FLAGS=site.forms is None, MASS=sparse.mass is not None,
+            UNIT=UNIT, **_mask(site),
+        )  # fmt: skip
+    at = torch.arange(edges.numel(), device=device).view(edges.shape) * most
+    return Lists(edges, count, at, blocks.flatten())

@@ -1,0 +1,70 @@
+"""Choosing blocks on the device: kernels against the same in PyTorch, and attention over what they chose."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from kp_compiler.lowering.attend import Plan, attend
+from kp_compiler.lowering.selection import SELECTORS, lists
+from tests import test_selection as selection
+from tests.helpers import relative_error
+
+pytestmark = pytest.mark.gpu
+
+
+def on_device(dtype: torch.dtype, *args: Any, **settings: Any) -> Any:
+    here = selection.site(*args, block=128, **settings)
+    return dataclasses.replace(here, q=here.q.cuda().to(dtype), k=here.k.cuda().to(dtype))
+
+
+@pytest.mark.parametrize("length", [2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", selection.MASKS)
+def test_content(mask: str, dtype: torch.dtype, length: int) -> None:
+    from kp_compiler.lowering.triton import selection as kernels
+
+    here = on_device(dtype, "content", mask, length, length)
+    rows = slice(0, here.rows)
+    mine, want = kernels.content(here)(rows), SELECTORS["content"](here)(rows)
+    assert relative_error(mine, want) < 1e-2  # means are rounded to the dtype
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("mask", selection.MASKS)
+def test_choice(mask: str, selector: str) -> None:
+    from kp_compiler.lowering.triton import selection as kernels
+
+    settings: list[dict[str, Any]] = [{}, {"density": 0.1}]
+    settings += [{"mass": 0.8}] if selector in selection.ESTIMATING else []
+    for more in settings:
+        here = on_device(torch.bfloat16, selector, mask, 5000, 5000, **more)
+        scorer = SELECTORS[selector](here)
+        mine, want = kernels.choose(here, scorer, 10_000), lists._by_query(here, scorer)
+        off = (mine.visited(here.blocks) != want.visited(here.blocks)).sum()
+        assert off <= (here.rows * 8 // 50 if "mass" in more else 0)  # sums in another order
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_attention_over_the_chosen(selector: str) -> None:
+    here = on_device(torch.bfloat16, selector, "causal", 3000, 3000, density=0.3)
+    found = lists.by_query(here)
+    turned = lists.by_key(found, here.blocks)
+    assert torch.equal(found.visited(here.blocks), turned.visited(here.rows).mT)
+    v = torch.randn_like(here.k)
+    leaves = [x.clone().requires_grad_() for x in (here.q, here.k, v)]
+    given = [*found.tensors(), *turned.tensors()]
+    out = attend()(*leaves, [], [], given, None, None, None, Plan(here.spec, (128, 128)).to_json())[0]
+    spread = (found.visited(here.blocks) > 0).repeat_interleave(128, 2).repeat_interleave(128, 3)
+    keep = spread[..., :3000, :3000] & selection.pairs(here).cuda()
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    k, value = (x.repeat_interleave(2, 1) for x in wide[1:])
+    want = (wide[0] @ k.mT * here.spec.scale).masked_fill(~keep, float("-inf")).softmax(-1) @ value
+    grad = torch.randn_like(want)
+    out.backward(grad.to(out.dtype))
+    want.backward(grad)
+    assert relative_error(out, want) < 1e-2
+    assert all(relative_error(a.grad, b.grad) < 1.5e-2 for a, b in zip(leaves, wide, strict=True))
