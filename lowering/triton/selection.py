@@ -232,8 +232,9 @@ def content(site: Site) -> Callable[[slice], Tensor]:
         per = site.sparse.block // PART
         _shares[(-(-count // _ROWS) * batch * heads,)](
             q, k, out, heads, site.group, site.q.shape[2], site.k.shape[2], parts, k.shape[2], rows.start,
-            count, site.blocks, site.spec.scale, cap or 1.0, D=width, WIDTH=max(16, triton.next_power_of_2(width)),
-            ROWS=_ROWS, PER=per, INNER=max(16, 16 * per), PART=PART, CAP=cap is not None, **mask,
+            count, site.blocks, site.spec.scale, cap or 1.0, D=width,
+            WIDTH=max(16, triton.next_power_of_2(width)), ROWS=_ROWS, PER=per, INNER=max(16, 16 * per),
+            PART=PART, CAP=cap is not None, **mask,
         )  # fmt: skip
         return out
 
