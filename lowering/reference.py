@@ -63,7 +63,7 @@ def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], sp
         pairs = q.new_empty(1, 1, 1, 1).expand(q.shape[0], q.shape[1], queries, keys)
         keep = mask(spec.mask, operands, scalars, pairs)
         assert keep is not None
-        keep = keep.expand(-1, -1, queries, keys)
+        keep = keep[(None,) * (4 - keep.dim())].expand(-1, -1, queries, keys)
         ends = (0, -keys % size, 0, -queries % size)
         some, every = (
             torch.nn.functional.pad(keep, ends, value=value).unflatten(3, (-1, size)).unflatten(2, (-1, size))

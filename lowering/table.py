@@ -93,6 +93,8 @@ def choose(
     spec: AttentionSpec, shape: AttentionShape, target: Target, config: AttentionConfig
 ) -> Implementation | Rejection:
     """The implementation for a site. A kernel asked for by name is taken or refused, never replaced."""
+    if spec.sparse is not None and spec.mask.kind == "tensor":
+        return Rejection("mask-unproved", "Blocks are chosen under masks that are proved only.")
     if config.impl != "auto":
         wanted = BY_NAME[config.impl]
         if spec.sparse is not None and wanted not in (TRITON, REFERENCE):

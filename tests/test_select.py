@@ -80,6 +80,19 @@ def test_table_has_no_dense_kernel_for_it() -> None:
     assert [each.name for each in table.order(target, spec, shape)] == ["triton"]
     refused = table.choose(spec, shape, target, AttentionConfig(impl="cudnn"))
     assert isinstance(refused, Rejection) and refused.code == "sparse"
+    unproved = dataclasses.replace(spec, mask=LISTED["tensor"])
+    refused = table.choose(unproved, shape, target, AttentionConfig())
+    assert isinstance(refused, Rejection) and refused.code == "mask-unproved"
+
+
+def test_masks_of_fewer_dimensions() -> None:
+    q, k, v = inputs(100, 100)
+    keep = torch.ones(100, 100, dtype=torch.bool).tril()
+    spec = sparse_spec(MaskSpec("tensor", "", tensors=(0,)), "structured")
+    mine = reference.attention(q, k, v, [keep], [], spec.to_json())
+    assert torch.equal(
+        mine, reference.attention(q, k, v, [], [], sparse_spec(CAUSAL, "structured").to_json())
+    )
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

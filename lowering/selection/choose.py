@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,14 @@ from kp_compiler.specs import SparseSpec
 UNIT = 2**20  # densities are counted in parts of this, exact also where sizes are symbolic
 
 
+def density(sparse: SparseSpec) -> int:
+    """In parts of UNIT, and not below: two of ten blocks are a fifth of them."""
+    return math.ceil(sparse.density * UNIT - 1e-6)
+
+
 def budget(sparse: SparseSpec, blocks: int) -> int:
     """How many of `blocks` a row may compute by its density, rounded down."""
-    return blocks * round(sparse.density * UNIT) // UNIT
+    return blocks * density(sparse) // UNIT
 
 
 def capacity(sparse: SparseSpec, blocks: int) -> int:
@@ -38,7 +45,7 @@ def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor) -> Tensor:
     must = forced(sparse, kept)
     allowed = kept.sum(-1, keepdim=True)
     least = must.sum(-1, keepdim=True)
-    most = torch.maximum(allowed * round(sparse.density * UNIT) // UNIT, least)
+    most = torch.maximum(allowed * density(sparse) // UNIT, least)
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
     worth = scores.masked_fill(~kept, float("-inf")).masked_fill(must, float("inf"))
     order = torch.argsort(worth, dim=-1, descending=True, stable=True)

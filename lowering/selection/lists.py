@@ -34,15 +34,14 @@ def _flags(site: Site, scorer: Scorer, rows: slice) -> tuple[Tensor, Tensor]:
 
 def by_query(site: Site) -> Lists:
     """Lines are blocks of queries. On a GPU by kernels, as far as they go."""
-    scorer = SELECTORS[site.sparse.selector](site)
     if site.q.is_cuda and not (site.sparse.shared and site.group > 1):
         from kp_compiler.lowering.triton import selection as kernels
 
         if site.sparse.selector == "content" and kernels.takes_content(site):
-            scorer = kernels.content(site)
+            return kernels.choose(site, kernels.content(site), KERNEL_CHUNK)
         if kernels.takes(site):
-            return kernels.choose(site, scorer, KERNEL_CHUNK)
-    return _by_query(site, scorer)
+            return kernels.choose(site, SELECTORS[site.sparse.selector](site), CHUNK)
+    return _by_query(site, SELECTORS[site.sparse.selector](site))
 
 
 def _by_query(site: Site, scorer: Scorer) -> Lists:

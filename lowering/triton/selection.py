@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.selection.choose import UNIT, capacity
+from kp_compiler.lowering.selection.choose import UNIT, capacity, density
 from kp_compiler.lowering.selection.content import PART
 from kp_compiler.lowering.selection.site import Site
 
@@ -213,10 +213,11 @@ def _means(x: Tensor) -> Tensor:
     parts = -(-length // PART)
     out = torch.empty(batch, heads, parts, width, dtype=x.dtype, device=x.device)
     tile = 8
-    _mean[(-(-parts // tile) * batch * heads,)](
-        x, out, *x.stride()[:3], heads, length, parts, D=width, WIDTH=triton.next_power_of_2(width),
-        PART=PART, TILE=tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _mean[(-(-parts // tile) * batch * heads,)](
+            x, out, *x.stride()[:3], heads, length, parts, D=width, WIDTH=triton.next_power_of_2(width),
+            PART=PART, TILE=tile,
+        )  # fmt: skip
     return out
 
 
@@ -230,12 +231,13 @@ def content(site: Site) -> Callable[[slice], Tensor]:
         count = rows.stop - rows.start
         out = torch.empty(batch, heads, count, site.blocks, dtype=torch.float32, device=q.device)
         per = site.sparse.block // PART
-        _shares[(-(-count // _ROWS) * batch * heads,)](
-            q, k, out, heads, site.group, site.q.shape[2], site.k.shape[2], parts, k.shape[2], rows.start,
-            count, site.blocks, site.spec.scale, cap or 1.0, D=width,
-            WIDTH=max(16, triton.next_power_of_2(width)), ROWS=_ROWS, PER=per, INNER=max(16, 16 * per),
-            PART=PART, CAP=cap is not None, **mask,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _shares[(-(-count // _ROWS) * batch * heads,)](
+                q, k, out, heads, site.group, site.q.shape[2], site.k.shape[2], parts, k.shape[2], rows.start,
+                count, site.blocks, site.spec.scale, cap or 1.0, D=width,
+                WIDTH=max(16, triton.next_power_of_2(width)), ROWS=_ROWS, PER=per, INNER=max(16, 16 * per),
+                PART=PART, CAP=cap is not None, **mask,
+            )  # fmt: skip
         return out
 
     return score
@@ -244,7 +246,8 @@ def content(site: Site) -> Callable[[slice], Tensor]:
 def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
     """As `selection.lists.by_query`, `chunk` scores at a time."""
     batch, heads = site.q.shape[:2]
-    most, sparse, device = capacity(site.sparse, site.blocks), site.sparse, site.q.device
+    sparse, mass, device = site.sparse, site.sparse.mass, site.q.device
+    most = capacity(sparse, site.blocks)
     lines = (batch, heads, site.rows)
     edges, count = (torch.empty(lines, dtype=torch.int32, device=device) for _ in range(2))
     blocks = torch.zeros(*lines, most, dtype=torch.int32, device=device)
@@ -257,12 +260,13 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
         rows = slice(first, min(first + step, site.rows))
         scores = scorer(rows).contiguous()
         size = rows.stop - first
-        _choose[(size * batch * heads,)](
-            scores, kinds, edges, count, blocks, site.rows, first, size, site.blocks, site.q.shape[2],
-            site.k.shape[2], *many, heads, most, round(sparse.density * UNIT), sparse.mass or 1.0,
-            sparse.sink_blocks, max(sparse.local_blocks, 1 - sparse.sink_blocks), SIZE=sparse.block,
-            WIDTH=triton.next_power_of_2(site.blocks), FLAGS=site.forms is None, MASS=sparse.mass is not None,
-            UNIT=UNIT, **_mask(site),
-        )  # fmt: skip
+        with torch.cuda.device_of(site.q):
+            _choose[(size * batch * heads,)](
+                scores, kinds, edges, count, blocks, site.rows, first, size, site.blocks, site.q.shape[2],
+                site.k.shape[2], *many, heads, most, density(sparse), 1.0 if mass is None else mass,
+                sparse.sink_blocks, max(sparse.local_blocks, 1 - sparse.sink_blocks), SIZE=sparse.block,
+                WIDTH=triton.next_power_of_2(site.blocks), FLAGS=site.forms is None, MASS=mass is not None,
+                UNIT=UNIT, **_mask(site),
+            )  # fmt: skip
     at = torch.arange(edges.numel(), device=device).view(edges.shape) * most
     return Lists(edges, count, at, blocks.flatten())
