@@ -33,7 +33,7 @@ from kp_compiler.lowering.attend_checks import (
 )
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.dead_rows import after_zeros, unkept
-from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.fingerprint import fingerprint, stamped
 from kp_compiler.metadata import value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -107,7 +107,7 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     bounded = mask_render.inequalities(spec.mask) is not None
     block: tuple[int, int] | None
     if spec.sparse is not None:
-        blocks = _selected(emit, node, spec, shape)
+        blocks = _selected(emit, node, spec, shape, bounded=bounded)
         block = (spec.sparse.block, spec.sparse.block)
     else:
         blocks = [] if bounded else visit_lists(emit, node, spec)
@@ -125,7 +125,9 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
     return after_zeros(emit, node, spec, shape, out, column)
 
 
-def _selected(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> list[Node]:
+def _selected(
+    emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, *, bounded: bool
+) -> list[Node]:
     """Lists of the blocks that a site's selector chooses, by blocks of keys too where it trains."""
     from kp_compiler.lowering.block_mask import block_flags
     from kp_compiler.lowering.select import select_blocks, turn_blocks
@@ -133,11 +135,8 @@ def _selected(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape)
     assert spec.sparse is not None
     size = spec.sparse.block
     q, k = (emit.call(torch.ops.aten.detach.default, x) for x in node.args[:2])
-    flags = (
-        [] if mask_render.inequalities(spec.mask) is not None else list(block_flags(emit, node, spec, size))
-    )
-    text = spec.to_json()[:-1] + f',"fingerprint":"{fingerprint()}"}}'
-    found = emit.call(select_blocks(), q, k, flags, node.args[4], text)
+    flags = [] if bounded else list(block_flags(emit, node, spec, size))
+    found = emit.call(select_blocks(), q, k, flags, node.args[4], stamped(spec))
     lists = [emit.call(operator.getitem, found, i) for i in range(4)]
     if not shape.training:
         return lists

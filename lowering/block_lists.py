@@ -32,7 +32,12 @@ class Lists:
         edges, count = (x.sum(-1, dtype=torch.int32) for x in (partial, partial | whole))
         kinds = partial.to(torch.int8) * 2 + whole.to(torch.int8)
         blocks = torch.argsort(kinds, dim=-1, descending=True, stable=True).int()
-        at = torch.arange(edges.numel(), device=edges.device).view(edges.shape) * partial.shape[-1]
+        return Lists.even(edges, count, blocks)
+
+    @staticmethod
+    def even(edges: Tensor, count: Tensor, blocks: Tensor) -> Lists:
+        """Lines of one length in memory: blocks [b,h,lines,length]."""
+        at = torch.arange(edges.numel(), device=edges.device).view(edges.shape) * blocks.shape[-1]
         return Lists(edges, count, at, blocks.flatten())
 
     def tensors(self) -> list[Tensor]:

@@ -9,6 +9,7 @@ the tensors hold. The work is O((S/128) · (T/128)) on the device, once per dist
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,36 +40,40 @@ class BlockLists:
 
 def block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
     """The block lists of a site's mask, once per distinct mask and graph."""
-    memo = emit.graph.__dict__.setdefault("kp_block_lists", {})
-    key = _key(node, spec)
-    if key not in memo:
+
+    def make() -> BlockLists:
         partial, whole = block_flags(emit, node, spec)
-        memo[key] = BlockLists(
+        return BlockLists(
             *_ordered(emit, partial),
             *_ordered(emit, whole),
             *_ordered(emit, partial, flip=True),
             *_ordered(emit, whole, flip=True),
         )
-    return memo[key]
+
+    return _once(emit, node, spec, "flex", make)
 
 
 def visit_lists(emit: Any, node: Node, spec: AttentionSpec) -> list[Node]:
     """The same as `block_lists.Lists` has it, by blocks of queries and by blocks of keys."""
-    memo = emit.graph.__dict__.setdefault("kp_visit_lists", {})
-    key = _key(node, spec)
-    if key not in memo:
-        partial, whole = block_flags(emit, node, spec)
-        flipped = (emit.call(torch.transpose, flags, -2, -1) for flags in (partial, whole))
-        memo[key] = [*_visits(emit, partial, whole), *_visits(emit, *flipped)]
-    return memo[key]
+
+    def make() -> list[Node]:
+        flags = block_flags(emit, node, spec)
+        flipped = (emit.call(torch.transpose, each, -2, -1) for each in flags)
+        return [*_visits(emit, *flags), *_visits(emit, *flipped)]
+
+    return _once(emit, node, spec, "visits", make)
 
 
-def _key(node: Node, spec: AttentionSpec) -> tuple[Any, ...]:
-    """What the lists of a site depend on."""
+def _once(emit: Any, node: Node, spec: AttentionSpec, what: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives for a site's mask, made once for all sites of a graph that have the same."""
+    memo = emit.graph.__dict__.setdefault("kp_block_masks", {})
     q, k = tensor_of(node.args[0]), tensor_of(node.args[1])
     assert q is not None and k is not None
     sizes = (str(q.shape[0]), str(q.shape[2]), str(k.shape[2]))
-    return (spec.mask.expr, _tensors(node, spec), tuple(node.args[4]), *sizes)  # type: ignore[arg-type]
+    key = (what, spec.mask.expr, _tensors(node, spec), tuple(node.args[4]), *sizes)  # type: ignore[arg-type]
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
 
 
 def _tensors(node: Node, spec: AttentionSpec) -> tuple[Node, ...]:
@@ -78,6 +83,10 @@ def _tensors(node: Node, spec: AttentionSpec) -> tuple[Node, ...]:
 
 def block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int = BLOCK) -> tuple[Node, Node]:
     """Flags [Bm,1,nQ,nK] of the partly masked and of the full blocks of a site."""
+    return _once(emit, node, spec, block, lambda: _block_flags(emit, node, spec, block))
+
+
+def _block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int) -> tuple[Node, Node]:
     q, k = node.args[0], node.args[1]
     grid = _Grid(emit, value_of(q).device, emit.size(q, 2), emit.size(k, 2), block)
     if spec.mask.kind == "tensor":

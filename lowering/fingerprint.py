@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import kp_compiler
 
@@ -21,6 +22,11 @@ def fingerprint() -> str:
                 digest.update(f"{package}/{path.relative_to(folder)} {len(content)} ".encode())
                 digest.update(content)
     return digest.hexdigest()[:16]
+
+
+def stamped(spec: Any) -> str:
+    """A spec's JSON with the fingerprint in it."""
+    return spec.to_json()[:-1] + f',"fingerprint":"{fingerprint()}"}}'
 
 
 def _folders(package: str) -> list[Path]:

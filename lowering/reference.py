@@ -54,6 +54,7 @@ def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], sp
     """The pairs [B,H,S,T] of the blocks that the spec's selector chooses."""
     from kp_compiler.lowering.select import site_of
     from kp_compiler.lowering.selection import lists
+    from kp_compiler.lowering.selection.site import spread
 
     assert spec.sparse is not None
     q, k, size = q.detach(), k.detach(), spec.sparse.block
@@ -73,8 +74,7 @@ def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], sp
         flags = [held & ~whole, whole]
     site = site_of(spec, q, k, flags, scalars)
     partial, whole = lists.flags(site, slice(0, site.rows))
-    spread = (partial | whole).repeat_interleave(size, 2).repeat_interleave(size, 3)
-    return spread[:, :, :queries, :keys]
+    return spread(partial | whole, size)[:, :, :queries, :keys]
 
 
 def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: AttentionSpec) -> Tensor:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.selection import choose
+from kp_compiler.lowering.ops import parse_spec
+from kp_compiler.lowering.selection import choose, lists
 from kp_compiler.lowering.selection.site import Site
 from kp_compiler.specs import AttentionSpec
 
 _FOUR = "(Tensor edges, Tensor count, Tensor at, Tensor blocks)"
 _SELECT = f"(Tensor q, Tensor k, Tensor[] flags, SymInt[] scalars, str spec) -> {_FOUR}"
-_TURN = f"{_FOUR[:-1]}, SymInt keys, int block) -> (Tensor edges, Tensor count, Tensor at, Tensor blocks)"
+_TURN = f"{_FOUR[:-1]}, SymInt keys, int block) -> {_FOUR}"
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -60,16 +61,11 @@ def site_of(spec: AttentionSpec, q: Tensor, k: Tensor, flags: list[Tensor], scal
 
 
 def _select(q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any], spec: str) -> Four:
-    from kp_compiler.lowering.ops import parse_spec
-    from kp_compiler.lowering.selection import lists
-
     found = lists.by_query(site_of(parse_spec(spec), q, k, flags, scalars))
     return found.edges, found.count, found.at, found.blocks
 
 
 def _select_fake(q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any], spec: str) -> Four:
-    from kp_compiler.lowering.ops import parse_spec
-
     sparse = parse_spec(spec).sparse
     assert sparse is not None
     rows, blocks = ((x.shape[2] + sparse.block - 1) // sparse.block for x in (q, k))
@@ -79,8 +75,6 @@ def _select_fake(q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any], 
 
 
 def _turn(edges: Tensor, count: Tensor, at: Tensor, blocks: Tensor, keys: int, block: int) -> Four:
-    from kp_compiler.lowering.selection import lists
-
     found = lists.by_key(Lists(edges, count, at, blocks), -(-keys // block))
     return found.edges, found.count, found.at, found.blocks
 

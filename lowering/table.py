@@ -39,11 +39,10 @@ def _check_reference(spec: AttentionSpec, shape: AttentionShape, target: Target)
 
 
 def _emit_reference(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
-    from kp_compiler.lowering.fingerprint import fingerprint
+    from kp_compiler.lowering.fingerprint import stamped
     from kp_compiler.lowering.ops import reference_attention
 
-    text = spec.to_json()[:-1] + f',"fingerprint":"{fingerprint()}"}}'
-    return emit.call(reference_attention(), *node.args[:5], text)
+    return emit.call(reference_attention(), *node.args[:5], stamped(spec))
 
 
 FA4 = Implementation("fa4", fa4.check, fa4.emit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,20 @@ def density(sparse: SparseSpec) -> int:
     return math.ceil(sparse.density * UNIT - 1e-6)
 
 
-def budget(sparse: SparseSpec, blocks: int) -> int:
-    """How many of `blocks` a row may compute by its density, rounded down."""
+def budget(sparse: SparseSpec, blocks: Any) -> Any:
+    """How many of `blocks`, a number or numbers, a row may compute by its density, rounded down."""
     return blocks * density(sparse) // UNIT
 
 
 def capacity(sparse: SparseSpec, blocks: int) -> int:
     """The most that any row computes."""
-    least = sparse.sink_blocks + sparse.local_blocks
-    return torch.sym_min(blocks, torch.sym_max(budget(sparse, blocks), max(least, 1)))
+    least = sparse.sink_blocks + local(sparse)
+    return torch.sym_min(blocks, torch.sym_max(budget(sparse, blocks), least))
+
+
+def local(sparse: SparseSpec) -> int:
+    """The last blocks of a row that are always computed: one where there would be none at all."""
+    return max(sparse.local_blocks, 1 - sparse.sink_blocks)
 
 
 def forced(sparse: SparseSpec, kept: Tensor) -> Tensor:
@@ -33,8 +39,7 @@ def forced(sparse: SparseSpec, kept: Tensor) -> Tensor:
     one."""
     numbers = kept.int()
     before, after = numbers.cumsum(-1), numbers.flip(-1).cumsum(-1).flip(-1)
-    local = max(sparse.local_blocks, 1 - sparse.sink_blocks)
-    return kept & ((before <= sparse.sink_blocks) | (after <= local))
+    return kept & ((before <= sparse.sink_blocks) | (after <= local(sparse)))
 
 
 def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor) -> Tensor:
     must = forced(sparse, kept)
     allowed = kept.sum(-1, keepdim=True)
     least = must.sum(-1, keepdim=True)
-    most = torch.maximum(allowed * density(sparse) // UNIT, least)
+    most = torch.maximum(budget(sparse, allowed), least)
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
     worth = scores.masked_fill(~kept, float("-inf")).masked_fill(must, float("inf"))
     order = torch.argsort(worth, dim=-1, descending=True, stable=True)

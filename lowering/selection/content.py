@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kp_compiler.lowering.selection.site import Site
+from kp_compiler.lowering.selection.site import Site, spread
 
 PART = 16
 
@@ -24,16 +24,11 @@ PART = 16
 def scorer(site: Site) -> Callable[[slice], Tensor]:
     flip = site.sparse.estimate == "antidiagonal"
     q, k = _parts(site.q, site.sparse.estimate), _parts(site.k, site.sparse.estimate, flip=flip)
-    q = q.unflatten(1, (site.k.shape[1], site.group))
     per = site.sparse.block // PART
 
     def score(rows: slice) -> Tensor:
-        parts = slice(rows.start * per, min(rows.stop * per, q.shape[3]))
-        scores = torch.einsum("bkgid,bkjd->bkgij", q[:, :, :, parts], k).flatten(1, 2) * site.spec.scale
-        if site.spec.softcap is not None:
-            scores = site.spec.softcap * torch.tanh(scores / site.spec.softcap)
-        kept = _kept(site, rows, parts, per)
-        probs = torch.softmax(scores.masked_fill(~kept, float("-inf")), -1).nan_to_num(0.0)
+        parts = slice(rows.start * per, min(rows.stop * per, q.shape[2]))
+        probs = site.probabilities(q[:, :, parts], k, _kept(site, rows, parts, per))
         return _by_block(probs, rows, per, site)
 
     return score
@@ -54,10 +49,8 @@ def _parts(x: Tensor, estimate: str, *, flip: bool = False) -> Tensor:
 def _kept(site: Site, rows: slice, parts: slice, per: int) -> Tensor:
     """Pairs of parts with anything that the mask keeps; by blocks where only they are known."""
     if site.forms is not None:
-        partial, whole = site.mask(parts, PART)
-        return partial | whole
-    partial, whole = site.mask(rows)
-    kept = (partial | whole).repeat_interleave(per, 2).repeat_interleave(per, 3)
+        return torch.logical_or(*site.mask(parts, PART))
+    kept = spread(torch.logical_or(*site.mask(rows)), per)
     return kept[:, :, : parts.stop - parts.start, : -(-site.k.shape[2] // PART)]
 
 

@@ -10,8 +10,8 @@ from kp_compiler.lowering.selection import SELECTORS, Scorer
 from kp_compiler.lowering.selection.choose import capacity, chosen
 from kp_compiler.lowering.selection.site import Site
 
-KERNEL_CHUNK = 2**26  # the same where kernels work: 256 MiB
 CHUNK = 2**18  # scores of blocks in memory at a time; `content` has 64 of parts for each
+KERNEL_CHUNK = 2**26  # the same where kernels work: 256 MiB
 
 
 def flags(site: Site, rows: slice) -> tuple[Tensor, Tensor]:
@@ -23,10 +23,7 @@ def _flags(site: Site, scorer: Scorer, rows: slice) -> tuple[Tensor, Tensor]:
     partial, whole = site.mask(rows)
     scores = scorer(rows)
     if site.sparse.shared and site.group > 1:
-        scores = (
-            scores.unflatten(1, (-1, site.group)).mean(2, keepdim=True).expand(-1, -1, site.group, -1, -1)
-        )
-        scores = scores.flatten(1, 2)
+        scores = scores.unflatten(1, (-1, site.group)).mean(2).repeat_interleave(site.group, 1)
     kept = (partial | whole).expand(scores.shape)
     found = chosen(site.sparse, scores, kept)
     return found & partial, found & whole
@@ -57,18 +54,21 @@ def _by_query(site: Site, scorer: Scorer) -> Lists:
         partial, whole = _flags(site, scorer, rows)
         edges[:, :, rows], count[:, :, rows] = partial.sum(-1), (partial | whole).sum(-1)
         blocks[:, :, rows] = _placed(partial, whole, most)
-    at = torch.arange(edges.numel(), device=edges.device).view(edges.shape) * most
-    return Lists(edges, count, at, blocks.flatten())
+    return Lists.even(edges, count, blocks)
 
 
 def _placed(partial: Tensor, whole: Tensor, most: int) -> Tensor:
     """Indices of flagged blocks, partial ones first, [.., rows, most]; what is past the count is zero."""
-    edges = partial.sum(-1, keepdim=True)
-    place = torch.where(partial, partial.cumsum(-1) - 1, edges + whole.cumsum(-1) - 1)
-    place = torch.where(partial | whole, place, most)
+    place = torch.where(partial | whole, _places(partial, whole), most)
     index = torch.arange(partial.shape[-1], dtype=torch.int32, device=partial.device).expand(place.shape)
     found = torch.zeros(*place.shape[:-1], most + 1, dtype=torch.int32, device=place.device)
     return found.scatter_(-1, place, index)[..., :most]
+
+
+def _places(partial: Tensor, whole: Tensor) -> Tensor:
+    """Where a flagged block stands in its line, partial ones first."""
+    edges = partial.sum(-1, keepdim=True)
+    return torch.where(partial, partial.cumsum(-1) - 1, edges + whole.cumsum(-1) - 1)
 
 
 def by_key(lists: Lists, blocks: int) -> Lists:
@@ -90,8 +90,7 @@ def by_key(lists: Lists, blocks: int) -> Lists:
             edges[b, h], count[b, h] = partial.sum(-1), (kinds > 0).sum(-1)
             line = count[b, h].cumsum(0) - count[b, h]
             at[b, h] = line + (b * heads + h) * (most + 1)
-            place = torch.where(partial, partial.cumsum(-1) - 1, edges[b, h, :, None] + whole.cumsum(-1) - 1)
-            place = torch.where(kinds > 0, line[:, None] + place, most)
+            place = torch.where(kinds > 0, line[:, None] + _places(partial, whole), most)
             index = torch.arange(rows, dtype=torch.int32, device=place.device).expand(place.shape)
             found[b, h].scatter_(0, place.flatten(), index.flatten())
     return Lists(edges, count, at, found.flatten())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -51,29 +52,54 @@ class Site:
         keys = _ends(0, -(-self.k.shape[2] // size), size, self.k.shape[2], self.q.device)
         maybe = torch.ones(1, 1, queries[0].numel(), keys[0].numel(), dtype=torch.bool, device=self.q.device)
         surely = maybe.clone()
-        for index in range(len(self.forms)):
-            least, most = self._range(index, queries, keys)
+        for slopes, rest in self.lines:
+            least, most = _range(slopes, rest, queries, keys)
             maybe, surely = maybe & (least <= 0), surely & (most <= 0)
         return maybe & ~surely, surely
 
-    def linear(self, index: int) -> tuple[tuple[int, int], int]:
-        """A form's slopes along q and k, and the rest of it."""
-        form = sympy.sympify(self.forms[index])  # type: ignore[index]
+    @cached_property
+    def lines(self) -> tuple[tuple[tuple[int, int], int], ...]:
+        """Of each form, the slopes along q and k, and the rest of it."""
         names = [mask_render.symbol(name) for name in "qk"]
         numbers = {sympy.Symbol(f"n{i}", integer=True): n for i, n in enumerate(self.scalars)}
-        rest = int(form.subs({**numbers, **dict.fromkeys(names, 0)}))
-        return (int(form.coeff(names[0])), int(form.coeff(names[1]))), rest
+        found = []
+        for form in map(sympy.sympify, self.forms or ()):
+            rest = int(form.subs({**numbers, **dict.fromkeys(names, 0)}))
+            found.append(((int(form.coeff(names[0])), int(form.coeff(names[1]))), rest))
+        return tuple(found)
 
-    def _range(
-        self, index: int, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest value of a form in each block."""
-        slopes, rest = self.linear(index)
-        ends = []
-        for slope, (first, last) in zip(slopes, (queries, keys), strict=True):
-            pair = (slope * first, slope * last)
-            ends.append((torch.minimum(*pair), torch.maximum(*pair)))
-        return tuple(q[:, None] + k + rest for q, k in zip(*ends, strict=True))  # type: ignore[return-value]
+    def distance(self, rows: slice) -> Tensor:
+        """How many blocks [rows,blocks] of keys the last query of a row of blocks is away from a block, where
+        the last query stands at the last key."""
+        size, queries, keys = self.sparse.block, self.q.shape[2], self.k.shape[2]
+        row = torch.arange(rows.start, rows.stop, device=self.q.device)
+        place = (((row + 1) * size).clamp(max=queries) - 1 + keys - queries) // size
+        return place[:, None] - torch.arange(self.blocks, device=self.q.device)
+
+    def probabilities(self, q: Tensor, k: Tensor, kept: Tensor) -> Tensor:
+        """Softmax [B,H,n,m] of the scores of some q [B,H,n,D] and k [B,K,m,D] in float32; zeros where nothing
+        is kept."""
+        grouped = q.unflatten(1, (self.k.shape[1], self.group))
+        scores = torch.einsum("bkgid,bkjd->bkgij", grouped, k).flatten(1, 2) * self.spec.scale
+        if self.spec.softcap is not None:
+            scores = self.spec.softcap * torch.tanh(scores / self.spec.softcap)
+        return torch.softmax(scores.masked_fill(~kept, float("-inf")), -1).nan_to_num(0.0)
+
+
+def spread(flags: Tensor, size: int) -> Tensor:
+    """Flags [b,h,rows,blocks] of blocks as those of the `size` rows and columns that each has."""
+    return flags.repeat_interleave(size, 2).repeat_interleave(size, 3)
+
+
+def _range(
+    slopes: tuple[int, int], rest: int, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of a form in each block."""
+    ends = []
+    for slope, (first, last) in zip(slopes, (queries, keys), strict=True):
+        pair = (slope * first, slope * last)
+        ends.append((torch.minimum(*pair), torch.maximum(*pair)))
+    return tuple(q[:, None] + k + rest for q, k in zip(*ends, strict=True))  # type: ignore[return-value]
 
 
 def _ends(start: int, stop: int, size: int, length: int, device: Any) -> tuple[Tensor, Tensor]:

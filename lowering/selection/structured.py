@@ -15,20 +15,16 @@ from kp_compiler.lowering.selection.site import Site
 
 
 def scorer(site: Site) -> Callable[[slice], Tensor]:
-    size, blocks = site.sparse.block, site.blocks
+    blocks = site.blocks
     column = torch.arange(blocks, device=site.q.device)
     turned = torch.zeros_like(column)
     bits = max(1, (blocks - 1).bit_length())
     for bit in range(bits):
         turned |= ((column >> bit) & 1) << (bits - 1 - bit)
     spread = torch.argsort(torch.argsort(turned))
-    behind = site.k.shape[2] - site.q.shape[2]
 
     def score(rows: slice) -> Tensor:
-        row = torch.arange(rows.start, rows.stop, device=column.device)
-        place = (((row + 1) * size).clamp(max=site.q.shape[2]) - 1 + behind) // size
-        distance = (place[:, None] - column).abs()
-        rank = torch.minimum(2 * distance, 2 * spread + 1)
+        rank = torch.minimum(2 * site.distance(rows).abs(), 2 * spread + 1)
         return (-rank.float()).expand(*site.q.shape[:2], -1, -1)
 
     return score

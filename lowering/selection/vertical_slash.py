@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kp_compiler.lowering.selection.site import Site
+from kp_compiler.lowering.selection.site import Site, spread
 
 QUERIES = 64
 
@@ -30,12 +30,9 @@ def scorer(site: Site) -> Callable[[slice], Tensor]:
     slash = torch.zeros_like(vertical).index_add_(2, distance, probs.flatten(2))
 
     def score(rows: slice) -> Tensor:
-        row = torch.arange(rows.start, rows.stop, device=key.device)
-        place = (((row + 1) * size).clamp(max=queries) - 1 + keys - queries) // size
-        away = place[:, None] - torch.arange(blocks, device=key.device)
-        partial, whole = site.mask(rows)
+        away = site.distance(rows)
         found = vertical[:, :, None] + torch.where(away >= 0, slash[:, :, away.clamp(min=0)], 0.0)
-        found = torch.where(partial | whole, found, 0.0)
+        found = torch.where(torch.logical_or(*site.mask(rows)), found, 0.0)
         return found / found.sum(-1, keepdim=True).clamp_min(1e-30)
 
     return score
@@ -44,17 +41,11 @@ def scorer(site: Site) -> Callable[[slice], Tensor]:
 def _last_rows(site: Site) -> Tensor:
     """Probabilities [B,H,QUERIES,T] of the last queries, under the mask as far as blocks tell it."""
     first = max(0, site.q.shape[2] - QUERIES)
-    q = site.q[:, :, first:].float().unflatten(1, (site.k.shape[1], site.group))
-    scores = torch.einsum("bkgid,bkjd->bkgij", q, site.k.float()).flatten(1, 2) * site.spec.scale
-    if site.spec.softcap is not None:
-        scores = site.spec.softcap * torch.tanh(scores / site.spec.softcap)
     if site.forms is not None:
-        partial, whole = site.mask(slice(first, site.q.shape[2]), 1)
-        kept = partial | whole
+        kept = torch.logical_or(*site.mask(slice(first, site.q.shape[2]), 1))
     else:
         size = site.sparse.block
         rows = slice(first // size, site.rows)
-        flags = torch.logical_or(*site.mask(rows)).repeat_interleave(size, 2).repeat_interleave(size, 3)
-        skipped = first - rows.start * size
-        kept = flags[:, :, skipped : skipped + q.shape[3], : site.k.shape[2]]
-    return torch.softmax(scores.masked_fill(~kept, float("-inf")), -1).nan_to_num(0.0)
+        kept = spread(torch.logical_or(*site.mask(rows)), size)
+        kept = kept[:, :, first - rows.start * size :][:, :, : site.q.shape[2] - first, : site.k.shape[2]]
+    return site.probabilities(site.q[:, :, first:].float(), site.k.float(), kept)

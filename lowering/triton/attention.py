@@ -49,7 +49,7 @@ class Tile:
         outer, inner, stages = self.outer, self.inner, self.stages
         if block is not None:
             rows = reversed(block) if kernel == "dkdv" else block
-            outer, inner = (min(pair) for pair in zip((outer, inner), rows, strict=True))
+            outer, inner = map(min, (outer, inner), rows)
         # of rows of the outer index; forward, those of q alone
         owned = widths[0] if kernel == "forward" else sum(widths)
 
@@ -275,15 +275,16 @@ def _launch(
     if 0 in grid:
         return
     text, names = source(kernel, site.spec, layout), parameters(kernel, site.spec, layout)
-    run(site, f"kp_attention_{kernel}", text, {name: found[name] for name in names}, grid, tile.warps)
+    run(site, f"kp_attention_{kernel}", text, names, found, grid, tile.warps)
 
 
 def run(
-    site: Site, name: str, text: str, arguments: dict[str, Any], grid: tuple[int, ...], warps: int
-) -> None:
-    """Launch a kernel of a module's text on the site's device."""
+    site: Site, function: str, text: str, names: Iterable[str], found: dict[str, Any],
+    grid: tuple[int, ...], warps: int,
+) -> None:  # fmt: skip
+    """Launch a kernel of a module's text on the site's device, with those of `found` that it names."""
     with torch.cuda.device_of(site.q):
-        compiled(name, text)[grid](**arguments, num_warps=warps)
+        compiled(function, text)[grid](**{name: found[name] for name in names}, num_warps=warps)
 
 
 # The matrices whose tiles a loop goes through

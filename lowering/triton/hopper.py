@@ -91,8 +91,7 @@ def forward(
     found["taken"] = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
     programs = min(tiles * batch * heads, detect(site.q.device).multiprocessors)
     text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
-    arguments = {name: found[name] for name in names}
-    run(site, "kp_attention_hopper", text, arguments, (programs,), tile.warps)
+    run(site, "kp_attention_hopper", text, names, found, (programs,), tile.warps)
     return found["lse"]
 
 
@@ -125,8 +124,7 @@ def gradients(
     found |= _chunks(site, batch * heads, tiles, size, _BACKWARD)
     programs = tiles * batch * heads
     text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
-    arguments = {name: found[name] for name in names}
-    run(site, "kp_attention_hopper_backward", text, arguments, (programs,), tile.warps)
+    run(site, "kp_attention_hopper_backward", text, names, found, (programs,), tile.warps)
     torch.mul(total, site.spec.scale, out=dq)
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.selection.choose import UNIT, capacity, density
+from kp_compiler.lowering.selection.choose import UNIT, capacity, density, local
 from kp_compiler.lowering.selection.content import PART
 from kp_compiler.lowering.selection.site import Site
 
@@ -54,6 +54,32 @@ def _least(first, last, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _range(q_first, q_last, k_first, k_last, rest, SQ: tl.constexpr, SK: tl.constexpr):
+    least = _least(q_first, q_last, SQ) + _least(k_first, k_last, SK) + rest
+    most = -(_least(q_first, q_last, -SQ) + _least(k_first, k_last, -SK)) + rest
+    return least <= 0, most <= 0
+
+
+@triton.jit
+def _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0: tl.constexpr, K0: tl.constexpr,
+          Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
+          FORMS: tl.constexpr):  # fmt: skip
+    """Whether the forms keep some pair of a block, and whether all."""
+    some = q_first + k_first >= 0
+    every = some
+    if FORMS > 0:
+        can, must = _range(q_first, q_last, k_first, k_last, rest0, Q0, K0)
+        some, every = some & can, every & must
+    if FORMS > 1:
+        can, must = _range(q_first, q_last, k_first, k_last, rest1, Q1, K1)
+        some, every = some & can, every & must
+    if FORMS > 2:
+        can, must = _range(q_first, q_last, k_first, k_last, rest2, Q2, K2)
+        some, every = some & can, every & must
+    return some, every
+
+
+@triton.jit
 def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, rest2, D: tl.constexpr,
             WIDTH: tl.constexpr, INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr,
             K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
@@ -68,13 +94,8 @@ def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, r
         s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
     q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
     q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
-    keep = (q_part * PART < S)[:, None] & (part < PARTS)[None, :]
-    if FORMS > 0:
-        keep &= _least(q_first, q_last, Q0) + _least(k_first, k_last, K0) + rest0 <= 0
-    if FORMS > 1:
-        keep &= _least(q_first, q_last, Q1) + _least(k_first, k_last, K1) + rest1 <= 0
-    if FORMS > 2:
-        keep &= _least(q_first, q_last, Q2) + _least(k_first, k_last, K2) + rest2 <= 0
+    some, _ = _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2, FORMS)
+    keep = (q_part * PART < S)[:, None] & (part < PARTS)[None, :] & some
     return tl.where(keep, s * 1.4426950408889634, float("-inf"))
 
 
@@ -116,13 +137,6 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
 
 
 @triton.jit
-def _range(q_first, q_last, k_first, k_last, rest, SQ: tl.constexpr, SK: tl.constexpr):
-    least = _least(q_first, q_last, SQ) + _least(k_first, k_last, SK) + rest
-    most = -(_least(q_first, q_last, -SQ) + _least(k_first, k_last, -SK)) + rest
-    return least <= 0, most <= 0
-
-
-@triton.jit
 def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS, S, T, kind_b, kind_h, H,
             MOST, unit, mass, sinks, local, rest0, rest1, rest2, SIZE: tl.constexpr, WIDTH: tl.constexpr,
             Q0: tl.constexpr, K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr,
@@ -139,16 +153,9 @@ def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS,
     else:
         q_first, k_first = row * SIZE, block * SIZE
         q_last, k_last = tl.minimum(q_first + SIZE, S) - 1, tl.minimum(k_first + SIZE, T) - 1
-        maybe, surely = inside, inside
-        if FORMS > 0:
-            some, every = _range(q_first, q_last, k_first, k_last, rest0, Q0, K0)
-            maybe, surely = maybe & some, surely & every
-        if FORMS > 1:
-            some, every = _range(q_first, q_last, k_first, k_last, rest1, Q1, K1)
-            maybe, surely = maybe & some, surely & every
-        if FORMS > 2:
-            some, every = _range(q_first, q_last, k_first, k_last, rest2, Q2, K2)
-            maybe, surely = maybe & some, surely & every
+        some, every = _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2,
+                            FORMS)  # fmt: skip
+        maybe, surely = inside & some, inside & every
     allowed = tl.sum(maybe.to(tl.int32), 0)
     before = tl.cumsum(maybe.to(tl.int32), 0)
     must = maybe & ((before <= sinks) | (before > allowed - local))
@@ -200,9 +207,9 @@ def takes_content(site: Site) -> bool:
 
 def _mask(site: Site) -> dict[str, Any]:
     """A mask's forms, by parameter name."""
-    found: dict[str, Any] = {"FORMS": len(site.forms or ())}
+    found: dict[str, Any] = {"FORMS": len(site.lines)}
     for i in range(3):
-        slopes, rest = site.linear(i) if i < found["FORMS"] else ((0, 0), 0)
+        slopes, rest = site.lines[i] if i < len(site.lines) else ((0, 0), 0)
         found |= {f"Q{i}": slopes[0], f"K{i}": slopes[1], f"rest{i}": rest}
     return found
 
@@ -264,9 +271,8 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
             _choose[(size * batch * heads,)](
                 scores, kinds, edges, count, blocks, site.rows, first, size, site.blocks, site.q.shape[2],
                 site.k.shape[2], *many, heads, most, density(sparse), 1.0 if mass is None else mass,
-                sparse.sink_blocks, max(sparse.local_blocks, 1 - sparse.sink_blocks), SIZE=sparse.block,
+                sparse.sink_blocks, local(sparse), SIZE=sparse.block,
                 WIDTH=triton.next_power_of_2(site.blocks), FLAGS=site.forms is None, MASS=mass is not None,
                 UNIT=UNIT, **_mask(site),
             )  # fmt: skip
-    at = torch.arange(edges.numel(), device=device).view(edges.shape) * most
-    return Lists(edges, count, at, blocks.flatten())
+    return Lists.even(edges, count, blocks)
