@@ -70,11 +70,11 @@ def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], sp
             torch.nn.functional.pad(keep, ends, value=value).unflatten(3, (-1, size)).unflatten(2, (-1, size))
             for value in (False, True)
         )
-        held, whole = some.any(5).any(3), every.all(5).all(3)
+        held, whole = some.any(5).any(3).any(1, keepdim=True), every.all(5).all(3).all(1, keepdim=True)
         flags = [held & ~whole, whole]
     site = site_of(spec, q, k, flags, scalars)
-    partial, whole = lists.flags(site, slice(0, site.rows))
-    return spread(partial | whole, size)[:, :, :queries, :keys]
+    chosen = torch.logical_or(*lists.flags(site, slice(0, site.rows)))
+    return spread(chosen.repeat_interleave(q.shape[1] // site.choices, 1), size)[:, :, :queries, :keys]
 
 
 def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: AttentionSpec) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -139,19 +140,18 @@ def test_vertical_slash(mask: str, queries: int, keys: int) -> None:
     for b, h in ((0, 1), (1, 2)):
         scores = here.q[b, h].double() @ here.k[b, h // here.group].double().T * here.spec.scale
         probs = scores.masked_fill(~keep, -math.inf).softmax(-1).nan_to_num(0.0)
-        vertical, slash = [0.0] * here.blocks, [0.0] * here.blocks
+        vertical, slash = [0.0] * here.blocks, collections.Counter[int]()
         for q in range(max(0, queries - 64), queries):
             for k in range(keys):
                 vertical[k // size] += float(probs[q, k])
-                away = (q + keys - queries) // size - k // size
-                slash[min(max(away, 0), here.blocks - 1)] += float(probs[q, k])
+                slash[(q + keys - queries) // size - k // size] += float(probs[q, k])
         for row in (0, here.rows - 1):
             last = min((row + 1) * size, queries) - 1
             want = []
             for block in range(here.blocks):
                 seen = keep[row * size : last + 1, block * size : (block + 1) * size].any()
                 away = (last + keys - queries) // size - block
-                want.append((vertical[block] + (slash[away] if away >= 0 else 0.0)) if seen else 0.0)
+                want.append(vertical[block] + slash[away] if seen else 0.0)
             want = torch.tensor(want) / max(sum(want), 1e-30)
             assert torch.allclose(found[b, h, row], want, atol=1e-4), (b, h, row)
 
@@ -210,9 +210,9 @@ def test_budget_and_mask(selector: str, density: float, mask: str) -> None:
     maybe, surely = here.mask(all_rows(here))
     kept, found = (maybe | surely).expand_as(partial), partial | whole
     assert not (found & ~kept).any() and not (whole & ~surely).any() and not (partial & ~maybe).any()
-    must = choose.forced(here.sparse, kept)
+    must = choose.forced(here, all_rows(here), kept)
     allowed = kept.sum(-1)
-    budget = torch.maximum((allowed * density + 1e-6).floor(), must.sum(-1))
+    budget = torch.maximum((allowed * density + 1e-6).floor(), must.sum(-1).clamp(min=1))
     assert (found.sum(-1) <= budget).all() and not (must & ~found).any()
     assert (found.sum(-1) >= (allowed * density + 1e-6).floor()).all()
     if density == 1.0:
@@ -224,11 +224,12 @@ def test_best_are_chosen() -> None:
     scores, kept = torch.rand(1, 2, 5, 12), torch.rand(1, 1, 5, 12) > 0.2
     scores[0, 0, 0, :6] = 0.25  # ties: the first ones
     scores[0, 1, 1, 3] = float("nan")
-    found = choose.chosen(sparse, scores, kept.expand_as(scores))
+    must = torch.rand(1, 2, 5, 12) > 0.8
+    found = choose.chosen(sparse, scores, kept.expand_as(scores), must & kept)
     for h in range(2):
         for row in range(5):
             there = [j for j in range(12) if kept[0, 0, row, j]]
-            want = {there[0], there[-1]}
+            want = {j for j in there if must[0, h, row, j]}
             worth = {j: float(scores[0, h, row, j].nan_to_num(0.0)) for j in there}
             for j in sorted(there, key=lambda j: (-worth[j], j)):
                 if len(want) < len(there) // 2:
@@ -242,7 +243,9 @@ def test_mass(mass: float) -> None:
     sparse = SparseSpec("content", density=0.75, mass=mass, sink_blocks=1, local_blocks=1)
     scores = torch.rand(1, 1, 40, 16).pow(6)
     kept = torch.ones(1, 1, 40, 16, dtype=torch.bool)
-    found = choose.chosen(sparse, scores, kept)
+    must = torch.zeros_like(kept)
+    must[..., [0, -1]] = True
+    found = choose.chosen(sparse, scores, kept, must)
     for row in range(40):
         values = scores[0, 0, row].double()
         chosen = found[0, 0, row]
@@ -276,10 +279,23 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, selector: str, chunk: int) -> No
 
 
 def test_one_choice_for_a_group() -> None:
+    """By the mean of what its heads score."""
     here = site(shared=True, queries=900, keys=900)
-    partial, whole = lists.flags(here, all_rows(here))
-    both = (partial | whole).unflatten(1, (2, 2))
-    assert torch.equal(both[:, :, 0], both[:, :, 1]) and not torch.equal(both[:, 0], both[:, 1])
+    found = lists.by_query(here)
+    assert found.count.shape == (2, 2, here.rows)
+    scores = SELECTORS["content"](here)(all_rows(here)).unflatten(1, (2, 2)).mean(2)
+    kept = torch.logical_or(*here.mask(all_rows(here))).expand_as(scores)
+    want = choose.chosen(here.sparse, scores, kept, choose.forced(here, all_rows(here), kept))
+    assert torch.equal(found.visited(here.blocks) > 0, want)
+
+
+def test_no_query_is_left_without_keys() -> None:
+    """Where its own key is left, whatever else is not chosen: windows, offsets, future keys."""
+    for mask, queries, keys in (("window", 300, 300), ("offset", 200, 270), ("full", 300, 300)):
+        here = site("random", mask, queries, keys, density=0.01, sink_blocks=0, local_blocks=1)
+        partial, whole = lists.flags(here, all_rows(here))
+        spread = (partial | whole).repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :queries, :keys]
+        assert (spread & pairs(here)).any(-1).all()
 
 
 @pytest.mark.parametrize("selector", ["content", "random"])
@@ -328,7 +344,7 @@ def test_content_by_kernels(mask: str, queries: int, keys: int) -> None:
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("causal", {}), ("window", {"density": 0.1}), ("offset", {"mass": 0.6}), ("full", {"mass": 0.9}),
-    ("causal", {"sink_blocks": 0, "local_blocks": 0}),
+    ("causal", {"sink_blocks": 0, "local_blocks": 1}), ("full", {"shared": True}),
 ]  # fmt: skip
 
 
@@ -356,6 +372,6 @@ def test_ties_by_kernels() -> None:
     scores = torch.randint(0, 3, (2, 2, here.rows, here.blocks)).float()
     scores[0, 0, :, 5] = float("nan")
     kept = torch.logical_or(*here.mask(all_rows(here))).expand_as(scores)
-    want = choose.chosen(here.sparse, scores, kept)
+    want = choose.chosen(here.sparse, scores, kept, choose.forced(here, all_rows(here), kept))
     mine = kernels.choose(here, lambda rows: scores[:, :, rows], 2**20)
     assert torch.equal(mine.visited(here.blocks) > 0, want)

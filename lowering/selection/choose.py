@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering.selection.site import Site
 from kp_compiler.specs import SparseSpec
 
 UNIT = 2**20  # densities are counted in parts of this, exact also where sizes are symbolic
@@ -25,32 +26,29 @@ def budget(sparse: SparseSpec, blocks: Any) -> Any:
 
 def capacity(sparse: SparseSpec, blocks: int) -> int:
     """The most that any row computes."""
-    least = sparse.sink_blocks + local(sparse)
+    least = sparse.sink_blocks + sparse.local_blocks + 1
     return torch.sym_min(blocks, torch.sym_max(budget(sparse, blocks), least))
 
 
-def local(sparse: SparseSpec) -> int:
-    """The last blocks of a row that are always computed: one where there would be none at all."""
-    return max(sparse.local_blocks, 1 - sparse.sink_blocks)
+def forced(site: Site, rows: slice, kept: Tensor) -> Tensor:
+    """Of the flags `kept` [b,h,rows,blocks] of a mask, those that are always computed: the first ones of each
+    row, and the ones where its queries stand, which leave no query without a key that had its own, with
+    those right before."""
+    first, last = site.home(rows)
+    block = torch.arange(kept.shape[-1], device=kept.device)
+    near = (block > first[:, None] - site.sparse.local_blocks) & (block <= last[:, None])
+    return kept & ((kept.int().cumsum(-1) <= site.sparse.sink_blocks) | near)
 
 
-def forced(sparse: SparseSpec, kept: Tensor) -> Tensor:
-    """Of the flags `kept` [b,h,rows,blocks] of a mask, the first and the last ones of each row; at least
-    one."""
-    numbers = kept.int()
-    before, after = numbers.cumsum(-1), numbers.flip(-1).cumsum(-1).flip(-1)
-    return kept & ((before <= sparse.sink_blocks) | (after <= local(sparse)))
-
-
-def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor) -> Tensor:
-    """Flags [B,H,rows,blocks] of the blocks to compute, from scores of that shape and flags of the mask.
+def chosen(sparse: SparseSpec, scores: Tensor, kept: Tensor, must: Tensor) -> Tensor:
+    """Flags [B,H,rows,blocks] of the blocks to compute, one at least where the mask keeps any, from scores
+    of that shape, flags of the mask, and those of the blocks that are computed whatever they score.
 
     Of the same worth, earlier ones come first. A score that is not a number is worth nothing.
     """
-    must = forced(sparse, kept)
     allowed = kept.sum(-1, keepdim=True)
     least = must.sum(-1, keepdim=True)
-    most = torch.maximum(budget(sparse, allowed), least)
+    most = torch.maximum(budget(sparse, allowed), least.clamp(min=1))
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max)
     worth = scores.masked_fill(~kept, float("-inf")).masked_fill(must, float("inf"))
     order = torch.argsort(worth, dim=-1, descending=True, stable=True)

@@ -28,7 +28,8 @@ def scorer(site: Site) -> Callable[[slice], Tensor]:
 
     def score(rows: slice) -> Tensor:
         parts = slice(rows.start * per, min(rows.stop * per, q.shape[2]))
-        probs = site.probabilities(q[:, :, parts], k, _kept(site, rows, parts, per))
+        scores = site.scores(q[:, :, parts], k, _kept(site, rows, parts, per))
+        probs = torch.softmax(scores, -1).nan_to_num(0.0)
         return _by_block(probs, rows, per, site)
 
     return score

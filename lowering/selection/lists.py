@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.selection import SELECTORS, Scorer
-from kp_compiler.lowering.selection.choose import capacity, chosen
+from kp_compiler.lowering.selection.choose import capacity, chosen, forced
 from kp_compiler.lowering.selection.site import Site
 
 CHUNK = 2**18  # scores of blocks in memory at a time; `content` has 64 of parts for each
@@ -22,16 +22,17 @@ def flags(site: Site, rows: slice) -> tuple[Tensor, Tensor]:
 def _flags(site: Site, scorer: Scorer, rows: slice) -> tuple[Tensor, Tensor]:
     partial, whole = site.mask(rows)
     scores = scorer(rows)
-    if site.sparse.shared and site.group > 1:
-        scores = scores.unflatten(1, (-1, site.group)).mean(2).repeat_interleave(site.group, 1)
+    if site.choices < scores.shape[1]:
+        scores = scores.unflatten(1, (site.choices, -1)).mean(2)
     kept = (partial | whole).expand(scores.shape)
-    found = chosen(site.sparse, scores, kept)
+    found = chosen(site.sparse, scores, kept, forced(site, rows, kept))
     return found & partial, found & whole
 
 
 def by_query(site: Site) -> Lists:
-    """Lines are blocks of queries. On a GPU by kernels, as far as they go."""
-    if site.q.is_cuda and not (site.sparse.shared and site.group > 1):
+    """Lines are blocks of queries, of as many heads as choose for themselves. On a GPU by kernels, as far as
+    they go."""
+    if site.q.is_cuda:
         from kp_compiler.lowering.triton import selection as kernels
 
         if site.sparse.selector == "content" and kernels.takes_content(site):
@@ -42,7 +43,7 @@ def by_query(site: Site) -> Lists:
 
 
 def _by_query(site: Site, scorer: Scorer) -> Lists:
-    batch, heads = site.q.shape[:2]
+    batch, heads = site.q.shape[0], site.choices
     most = capacity(site.sparse, site.blocks)
     edges, count = (
         torch.empty(batch, heads, site.rows, dtype=torch.int32, device=site.q.device) for _ in "ec"

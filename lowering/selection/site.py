@@ -41,15 +41,23 @@ class Site:
     def group(self) -> int:
         return self.q.shape[1] // self.k.shape[1]
 
-    def mask(self, rows: slice, size: int | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def choices(self) -> int:
+        """How many heads choose for themselves."""
+        return self.k.shape[1] if self.sparse.shared else self.q.shape[1]
+
+    def mask(
+        self, rows: slice, size: int | None = None, columns: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Flags [b,h,rows,blocks] of blocks that the mask keeps partly and wholly. With another `size` of
-        blocks, rows of those; only forms tell them."""
+        blocks, rows and columns of those; only forms tell them."""
         if self.forms is None:
-            assert self.flags is not None and size is None
+            assert self.flags is not None and size is None and columns is None
             return self.flags[0][:, :, rows], self.flags[1][:, :, rows]
         size = size or self.sparse.block
+        columns = columns or slice(0, -(-self.k.shape[2] // size))
         queries = _ends(rows.start, rows.stop, size, self.q.shape[2], self.q.device)
-        keys = _ends(0, -(-self.k.shape[2] // size), size, self.k.shape[2], self.q.device)
+        keys = _ends(columns.start, columns.stop, size, self.k.shape[2], self.q.device)
         maybe = torch.ones(1, 1, queries[0].numel(), keys[0].numel(), dtype=torch.bool, device=self.q.device)
         surely = maybe.clone()
         for slopes, rest in self.lines:
@@ -68,22 +76,30 @@ class Site:
             found.append(((int(form.coeff(names[0])), int(form.coeff(names[1]))), rest))
         return tuple(found)
 
-    def distance(self, rows: slice) -> Tensor:
-        """How many blocks [rows,blocks] of keys the last query of a row of blocks is away from a block, where
+    @property
+    def offset(self) -> int:
+        """The key that stands where query 0 does: the last one that it sees, where the mask says so, else
         the last query stands at the last key."""
-        size, queries, keys = self.sparse.block, self.q.shape[2], self.k.shape[2]
-        row = torch.arange(rows.start, rows.stop, device=self.q.device)
-        place = (((row + 1) * size).clamp(max=queries) - 1 + keys - queries) // size
-        return place[:, None] - torch.arange(self.blocks, device=self.q.device)
+        ends = [-rest for slopes, rest in self.lines if slopes == (-1, 1)]
+        return min(ends) if ends else self.k.shape[2] - self.q.shape[2]
 
-    def probabilities(self, q: Tensor, k: Tensor, kept: Tensor) -> Tensor:
-        """Softmax [B,H,n,m] of the scores of some q [B,H,n,D] and k [B,K,m,D] in float32; zeros where nothing
-        is kept."""
+    def home(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The blocks [rows] of keys where the first and the last query of a row of blocks stand."""
+        size = self.sparse.block
+        first, last = _ends(rows.start, rows.stop, size, self.q.shape[2], self.q.device)
+        return (first + self.offset) // size, (last + self.offset) // size
+
+    def distance(self, rows: slice) -> Tensor:
+        """How many blocks [rows,blocks] of keys the last query of a row of blocks is away from a block."""
+        return self.home(rows)[1][:, None] - torch.arange(self.blocks, device=self.q.device)
+
+    def scores(self, q: Tensor, k: Tensor, kept: Tensor) -> Tensor:
+        """Those [B,H,n,m] of some q [B,H,n,D] and k [B,K,m,D] in float32; −∞ where nothing is kept."""
         grouped = q.unflatten(1, (self.k.shape[1], self.group))
         scores = torch.einsum("bkgid,bkjd->bkgij", grouped, k).flatten(1, 2) * self.spec.scale
         if self.spec.softcap is not None:
             scores = self.spec.softcap * torch.tanh(scores / self.spec.softcap)
-        return torch.softmax(scores.masked_fill(~kept, float("-inf")), -1).nan_to_num(0.0)
+        return scores.masked_fill(~kept, float("-inf"))
 
 
 def spread(flags: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.selection.choose import UNIT, capacity, density, local
+from kp_compiler.lowering.selection.choose import UNIT, capacity, density
 from kp_compiler.lowering.selection.content import PART
 from kp_compiler.lowering.selection.site import Site
 
@@ -28,17 +28,17 @@ _ROWS = 8  # blocks of queries of a program of `shares`
 
 
 @triton.jit
-def _mean(x, out, x_b, x_h, x_s, H, N, P, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+def _mean(x, out, x_b, x_h, x_s, H, PAIRS, N, P, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
           TILE: tl.constexpr):  # fmt: skip
-    tiles = (P + TILE - 1) // TILE
-    tile, pair = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    tile, pair = tl.program_id(0) // PAIRS, (tl.program_id(0) % PAIRS).to(tl.int64)  # heads lie side by side
     x += pair // H * x_b + pair % H * x_h
-    row = tile * TILE * PART + tl.arange(0, TILE * PART)
-    column = tl.arange(0, WIDTH)
-    there = (row < N)[:, None] & (column < D)[None, :]
-    value = tl.load(x + row.to(tl.int64)[:, None] * x_s + column[None, :], mask=there, other=0.0)
-    total = tl.sum(tl.reshape(value.to(tl.float32), [TILE, PART, WIDTH]), 1)
-    part = tile * TILE + tl.arange(0, TILE)
+    part, column = tile * TILE + tl.arange(0, TILE), tl.arange(0, WIDTH)
+    total = tl.zeros([TILE, WIDTH], tl.float32)
+    for i in tl.static_range(PART):
+        row = part * PART + i
+        there = (row < N)[:, None] & (column < D)[None, :]
+        place = row.to(tl.int64)[:, None] * x_s + column[None, :]
+        total += tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     count = tl.minimum(tl.maximum(N - part * PART, 1), PART).to(tl.float32)
     place = out + (pair * P + part)[:, None] * D + column[None, :]
     mean = (total / count[:, None]).to(out.dtype.element_ty)
@@ -80,6 +80,17 @@ def _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0: tl.constexp
 
 
 @triton.jit
+def _span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
+    """The keys from `begin` to `end` that a form can keep for some of the queries, and perhaps some more."""
+    reach = -rest - _least(q_first, q_last, SQ)  # SK·k is at most this
+    if SK > 0:
+        end = tl.minimum(end, reach // SK + 1)
+    if SK < 0:
+        begin = tl.maximum(begin, -reach // -SK)
+    return begin, end
+
+
+@triton.jit
 def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, rest2, D: tl.constexpr,
             WIDTH: tl.constexpr, INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr,
             K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
@@ -106,7 +117,7 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
             Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr, FORMS: tl.constexpr,
             CAP: tl.constexpr):  # fmt: skip
     """Shares [pairs,COUNT,BLOCKS] of rows of blocks from FIRST on, from parts q [pairs,QP,D], k [pairs of
-    key heads,KP,D]."""
+    key heads,KP,D]. Blocks that the forms leave no pair of are not written."""
     tiles = (COUNT + ROWS - 1) // ROWS
     tile, pair = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     keys = k + (pair // H * (H // GROUP) + pair % H // GROUP) * KP * D
@@ -116,7 +127,16 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     query = tl.load(q + (pair * QP + q_part)[:, None] * D + column[None, :], mask=there, other=0.0)
     top = tl.full([ROWS * PER], float("-inf"), tl.float32)
     total = tl.zeros([ROWS * PER], tl.float32)
-    for start in range(0, KP, INNER):
+    q_first = (FIRST + tile * ROWS) * PER * PART
+    q_last, begin, end = tl.minimum(q_first + ROWS * PER * PART, S) - 1, 0, T
+    if FORMS > 0:
+        begin, end = _span(q_first, q_last, begin, end, rest0, Q0, K0)
+    if FORMS > 1:
+        begin, end = _span(q_first, q_last, begin, end, rest1, Q1, K1)
+    if FORMS > 2:
+        begin, end = _span(q_first, q_last, begin, end, rest2, Q2, K2)
+    begin, end = begin // (INNER * PART) * INNER, (end + PART - 1) // PART
+    for start in range(begin, end, INNER):
         s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
                     PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP)  # fmt: skip
         above = tl.maximum(top, tl.max(s, 1))
@@ -126,7 +146,7 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     base = tl.where(total > 0.0, top + tl.log2(total), 0.0)
     alive = tl.sum(tl.reshape((total > 0.0).to(tl.float32), [ROWS, PER]), 1)
     row = tile * ROWS + tl.arange(0, ROWS)
-    for start in range(0, KP, INNER):
+    for start in range(begin, end, INNER):
         s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
                     PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP)  # fmt: skip
         p = tl.reshape(tl.exp2(s - base[:, None]), [ROWS, PER, INNER // PER, PER])
@@ -138,7 +158,7 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
 
 @triton.jit
 def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS, S, T, kind_b, kind_h, H,
-            MOST, unit, mass, sinks, local, rest0, rest1, rest2, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+            MOST, unit, mass, sinks, local, offset, rest0, rest1, rest2, SIZE: tl.constexpr, WIDTH: tl.constexpr,
             Q0: tl.constexpr, K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr,
             K2: tl.constexpr, FORMS: tl.constexpr, FLAGS: tl.constexpr, MASS: tl.constexpr,
             UNIT: tl.constexpr):  # fmt: skip
@@ -158,14 +178,16 @@ def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS,
         maybe, surely = inside & some, inside & every
     allowed = tl.sum(maybe.to(tl.int32), 0)
     before = tl.cumsum(maybe.to(tl.int32), 0)
-    must = maybe & ((before <= sinks) | (before > allowed - local))
-    value = tl.load(scores + (pair * COUNT + row - FIRST) * BLOCKS + block, mask=inside, other=0.0)
+    home, away = row * SIZE + offset, tl.minimum(row * SIZE + SIZE, S) - 1 + offset
+    near = (block * SIZE + SIZE * local > home) & (block * SIZE <= away)
+    must = maybe & ((before <= sinks) | near)
+    value = tl.load(scores + (pair * COUNT + row - FIRST) * BLOCKS + block, mask=maybe, other=0.0)
     value = tl.where(value == value, value, 0.0)
     bits = value.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the numbers
     free = maybe & (must == 0)
     least = tl.sum(must.to(tl.int32), 0)
-    most = tl.maximum((allowed.to(tl.int64) * unit // UNIT).to(tl.int32), least) - least
+    most = tl.maximum((allowed.to(tl.int64) * unit // UNIT).to(tl.int32), tl.maximum(least, 1)) - least
     share = tl.where(maybe, value, 0.0)
     missing = mass * tl.sum(share, 0) - tl.sum(tl.where(must, share, 0.0), 0)
     low, high = tl.min(tl.where(free, key, 0x7FFFFFFF), 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1
@@ -222,8 +244,8 @@ def _means(x: Tensor) -> Tensor:
     tile = 8
     with torch.cuda.device_of(x):
         _mean[(-(-parts // tile) * batch * heads,)](
-            x, out, *x.stride()[:3], heads, length, parts, D=width, WIDTH=triton.next_power_of_2(width),
-            PART=PART, TILE=tile,
+            x, out, *x.stride()[:3], heads, batch * heads, length, parts, D=width,
+            WIDTH=triton.next_power_of_2(width), PART=PART, TILE=tile,
         )  # fmt: skip
     return out
 
@@ -252,7 +274,7 @@ def content(site: Site) -> Callable[[slice], Tensor]:
 
 def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
     """As `selection.lists.by_query`, `chunk` scores at a time."""
-    batch, heads = site.q.shape[:2]
+    batch, heads = site.q.shape[0], site.choices
     sparse, mass, device = site.sparse, site.sparse.mass, site.q.device
     most = capacity(sparse, site.blocks)
     lines = (batch, heads, site.rows)
@@ -265,13 +287,16 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
     step = max(1, chunk // max(1, batch * heads * site.blocks))
     for first in range(0, site.rows, step):
         rows = slice(first, min(first + step, site.rows))
-        scores = scorer(rows).contiguous()
+        scores = scorer(rows)
+        if heads < scores.shape[1]:
+            scores = scores.unflatten(1, (heads, -1)).mean(2)
+        scores = scores.contiguous()
         size = rows.stop - first
         with torch.cuda.device_of(site.q):
             _choose[(size * batch * heads,)](
                 scores, kinds, edges, count, blocks, site.rows, first, size, site.blocks, site.q.shape[2],
                 site.k.shape[2], *many, heads, most, density(sparse), 1.0 if mass is None else mass,
-                sparse.sink_blocks, local(sparse), SIZE=sparse.block,
+                sparse.sink_blocks, sparse.local_blocks, site.offset, SIZE=sparse.block,
                 WIDTH=triton.next_power_of_2(site.blocks), FLAGS=site.forms is None, MASS=mass is not None,
                 UNIT=UNIT, **_mask(site),
             )  # fmt: skip
