@@ -8,10 +8,12 @@ D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 time
 documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
 FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
 FlexAttention and kp's kernels read the same block lists, which are made before anything is timed;
-FlexAttention is measured with D128 and at two lengths, as it compiles for ten seconds at each. `portable` is
-kp's forward kernel for any GPU, where `kp` takes the one for Hopper. A product of 8192³ is timed
-before and after: what the device gives that day. `--add` keeps the rows of another file of the same day and
-device: a table of all masks takes longer than a machine may be had for.
+All run as
+CUDA graphs, the backward pass as both passes less the forward. FlexAttention is measured with D128 and at two
+lengths, as it compiles for ten seconds at each. `portable` is kp's forward kernel for any GPU, where `kp`
+takes the one for Hopper. A product of 8192³ is timed before and after: what the device gives that day.
+`--add` keeps the rows of another file of the same day and device: a table of all masks takes longer than a
+machine may be had for.
 
 `--sparse`: 32 query and 8 key heads, D128, blocks of 128 x 128 drawn at random for each head under a causal
 mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAttention with the same lists.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from attention_models import packed_positions
-from harness import RESULTS, bar, installed, time_interleaved, warm, write
+from harness import RESULTS, Step, bar, installed, recorded, time_interleaved, warm, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -71,6 +74,8 @@ class Setting:
 
 def documents(setting: Setting) -> Tensor:
     """Which document each token belongs to, [B,N]."""
+    if setting.mask != "packed":
+        return torch.zeros(setting.batch, setting.length, dtype=torch.int64, device="cuda")
     return (packed_positions(setting.length) == 0).cumsum(-1).expand(setting.batch, -1).contiguous()
 
 
@@ -202,10 +207,18 @@ def tensors(setting: Setting) -> tuple[Tensor, ...]:
     return one(setting.heads), one(setting.kv_heads), one(setting.kv_heads), one(setting.heads)
 
 
+def captured(name: str, step: Step) -> Step:
+    try:
+        return recorded(step)
+    except RuntimeError as error:
+        print(f"  {name}: times are the host's, too; no CUDA graph: {error}", file=sys.stderr)
+        return step
+
+
 def steps_of(
     found: dict[str, Call], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
 ) -> dict[tuple[str, str], Any]:
-    """By provider and mode; the backward pass alone, over a graph that is kept."""
+    """By provider and mode, forward alone and both passes, as CUDA graphs: kernels, not what starts them."""
     steps: dict[tuple[str, str], Any] = {}
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     for name, call in found.items():
@@ -216,16 +229,15 @@ def steps_of(
 
         if not warm(name, forward):
             continue
-        steps[name, "forward"] = forward
+        steps[name, "forward"] = captured(name, forward)
         if name == "portable":
             continue
-        out = call(*leaves)
 
-        def backward(out: Tensor = out) -> None:
-            torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        def both(call: Call = call) -> None:
+            torch.autograd.grad(call(*leaves), leaves, grad)
 
-        if warm(name, backward):
-            steps[name, "backward"] = backward
+        if warm(name, both):
+            steps[name, "backward"] = captured(name, both)
     return steps
 
 
@@ -244,6 +256,8 @@ def timed(
     rows = []
     for name, mode in steps:
         ms = times[f"{name}/{mode}"]
+        if mode == "backward":  # both passes were timed
+            ms -= times[f"{name}/forward"]
         tflops = work * (1.0 if mode == "forward" else 2.5) / ms / 1e9
         rows.append({"setting": str(setting), **vars(setting), "mode": mode, "provider": name,
                      "ms": round(ms, 4), "tflops": round(tflops, 1)})  # fmt: skip
@@ -428,7 +442,8 @@ def main() -> None:
         for share in (0.1, 1.0) if length <= 32768 else (0.1,):
             rows += sparse(length, share, options.repeats, options.providers)
     for mask, width in itertools.product(("causal", "full"), (64, 128)):
-        rows += errors(mask, width)
+        if mask in options.masks and width in options.dims:
+            rows += errors(mask, width)
     rows.append({"setting": "product 8192³, after", "provider": "cuBLAS", "tflops": round(product(), 1)})
     if options.add:
         rows = json.loads(options.add.read_text())["rows"] + rows

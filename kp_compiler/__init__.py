@@ -12,18 +12,21 @@ from __future__ import annotations
 from kp_compiler.backend import kp
 from kp_compiler.capture import capture_reports, explain, plan
 from kp_compiler.config import options
+from kp_compiler.efficiency import Efficiency, attention_efficiency
 from kp_compiler.errors import KPConfigError, KPError, KPRequirementError
 from kp_compiler.lowering.fp8.state import load_state_dict, state_dict
 from kp_compiler.report import Rejection, Report, SiteRecord
 
 __version__ = "0.1.0"
 __all__ = [
+    "Efficiency",
     "KPConfigError",
     "KPError",
     "KPRequirementError",
     "Rejection",
     "Report",
     "SiteRecord",
+    "attention_efficiency",
     "capture_reports",
     "explain",
     "kp",

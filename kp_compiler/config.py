@@ -16,7 +16,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,6 +25,7 @@ from kp_compiler.errors import KPConfigError
 Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "triton", "reference"]
+Selector = Literal["content", "vertical_slash", "structured", "random"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 Fp8Impl = Literal["auto", "scaled_mm", "te"]
 Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]
@@ -52,6 +53,25 @@ class ProveMasksConfig(PassConfig):
     """Proving masks."""
 
     fill_threshold: float = -1e8  # a finite fill at or below this counts as "left out" where no row is dead
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionConfig(PassConfig):
+    """Computing the blocks of attention that hold most of it."""
+
+    mode: Mode = "off"
+    selector: Selector = "content"  # what blocks are chosen by
+    # share of the blocks under the mask that is left out; 0.9 where `mass` is not given
+    sparsity: float | None = None
+    mass: float | None = None  # the fewest blocks that hold this share of the estimated probabilities
+    error: float | None = None  # relative error of a head's output above which it computes everything
+    estimate: Literal["pooled", "antidiagonal"] = "pooled"  # of a block's scores, by `content`
+    sink_blocks: int = 1  # first blocks of each row, always computed
+    local_blocks: int = 2  # blocks of a query's own key and before it, always computed
+    min_tokens: int = 8192  # keys from which on blocks are chosen
+    dense_heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module path (substrings)
+    shared: bool = False  # one choice for all query heads of a key head
+    seed: int = 0  # of `random`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +117,7 @@ class Config:
 
     raise_attention: RaiseAttentionConfig = field(default_factory=RaiseAttentionConfig)
     prove_masks: ProveMasksConfig = field(default_factory=ProveMasksConfig)
+    sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     raise_linear: RaiseLinearConfig = field(default_factory=RaiseLinearConfig)
     fp8_linear: Fp8LinearConfig = field(default_factory=Fp8LinearConfig)
@@ -124,6 +145,7 @@ class Config:
 PASS_CONFIGS: dict[str, type[PassConfig]] = {
     "raise_attention": RaiseAttentionConfig,
     "prove_masks": ProveMasksConfig,
+    "sparse_attention": SparseAttentionConfig,
     "attention": AttentionConfig,
     "raise_linear": RaiseLinearConfig,
     "fp8_linear": Fp8LinearConfig,
@@ -186,7 +208,8 @@ def resolve(
 def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
     """A pass that must fire needs the ones it builds on."""
     for finder, users in (
-        ("raise_attention", ("prove_masks", "attention")),
+        ("raise_attention", ("prove_masks", "sparse_attention", "attention")),
+        ("attention", ("sparse_attention",)),
         ("raise_linear", ("fp8_linear",)),
     ):
         if getattr(values.get(finder), "mode", "auto") != "off":
@@ -228,18 +251,28 @@ def _pass_settings(name: str, value: Any) -> dict[str, Any]:
         if key not in hints:
             raise KPConfigError(_unknown(f"{name} setting", key, tuple(hints)))
     given = {key: _checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()}
-    if (given.get("expect") or 0) < 0:
-        raise KPConfigError(f"{name}.expect: got {given['expect']}, expected a number of sites")
-    if given.get("amax_history", 1) < 1:
-        raise KPConfigError(f"{name}.amax_history: got {given['amax_history']}, expected at least one step")
+    for key, (fits, expected) in _RANGES.items():
+        if given.get(key) is not None and not fits(given[key]):
+            raise KPConfigError(f"{name}.{key}: got {given[key]:g}, expected {expected}")
     for product in given.get("fast_accum", ()):
         if product not in PRODUCTS:
             raise KPConfigError(_unexpected(f"{name}.fast_accum", product, PRODUCTS))
-    if given.get("fill_threshold", -1.0) >= 0.0:
-        raise KPConfigError(f"{name}.fill_threshold: got {given['fill_threshold']:g}, expected less than 0")
     if value and "mode" not in given and given.get("expect") is not None:
         given["mode"] = "require"
     return given
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "expect": (lambda x: x >= 0, "a number of sites"),
+    "amax_history": (lambda x: x >= 1, "at least one step"),
+    "fill_threshold": (lambda x: x < 0, "less than 0"),
+    "sparsity": (lambda x: 0 <= x < 1, "a share of blocks, 0 or more and less than 1"),
+    "mass": (lambda x: 0 < x <= 1, "a share of the probabilities, more than 0 and at most 1"),
+    "error": (lambda x: x >= 0, "0 or more"),
+    "sink_blocks": (lambda x: x >= 0, "0 or more"),
+    "local_blocks": (lambda x: x >= 1, "at least the block of a query's own key"),
+    "min_tokens": (lambda x: x >= 0, "0 or more"),
+}
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -257,10 +290,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             return None
         return _checked(name, value, next(arg for arg in args if arg is not type(None)))
     if origin is tuple:
-        items = (value,) if isinstance(value, str) else value
-        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+        items = (value,) if isinstance(value, args[0]) else value
+        if isinstance(items, list | tuple) and all(type(item) is args[0] for item in items):
             return tuple(items)
-        raise KPConfigError(f"{name}: got {value!r}, expected a string or a list of strings")
+        what = {str: "a string or a list of strings", int: "a whole number or a list of them"}[args[0]]
+        raise KPConfigError(f"{name}: got {value!r}, expected {what}")
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(value, Mapping):
             return {

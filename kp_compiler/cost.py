@@ -59,13 +59,33 @@ class Cost:
         longest = max(float(flops) / rate, float(moved) / bandwidth(target), float(steps) * FP8_STEP)
         return longest + self.kernels * KERNEL
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.kernels + other.kernels)
+
 
 def attention(spec: AttentionSpec, width: int = 2) -> Cost:
     """The floor of one forward: each input read once, the output written once, only unmasked pairs
-    computed."""
-    return Cost(
-        2 * SB * SH * area(spec) * (SD + SE), width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE))
+    computed, of these only the chosen share where blocks are chosen, which is counted in."""
+    share = 1 if spec.sparse is None else sympy.Rational(spec.sparse.density).limit_denominator(10**6)
+    whole = Cost(
+        2 * SB * SH * area(spec) * share * (SD + SE),
+        width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE)),
     )
+    return whole if spec.sparse is None else whole + selection(spec, width)
+
+
+def selection(spec: AttentionSpec, width: int = 2) -> Cost:
+    """Choosing blocks: scores between parts of 16, twice (`content`), or of 64 queries with all keys, twice
+    (`vertical_slash`), and a float32 score of each block, written and read."""
+    sparse = spec.sparse
+    assert sparse is not None
+    scores = Cost(sympy.S.Zero, 8 * SB * SH * area(spec) / sparse.block**2, 2)
+    if sparse.selector == "content":
+        each = 256 if sparse.estimate == "pooled" else 16
+        return scores + Cost(4 * SB * SH * area(spec) * SD / each, width * SB * (SH * SQ + SK * ST) * SD, 2)
+    if sparse.selector == "vertical_slash":
+        return scores + Cost(4 * SB * SH * 64 * ST * SD, 2 * width * SB * SK * ST * SD, 2)
+    return scores
 
 
 def area(spec: AttentionSpec) -> sympy.Expr:
@@ -96,9 +116,12 @@ def _kernel_before(spec: AttentionSpec) -> str:
 
 
 def predict(spec: AttentionSpec, shape: AttentionShape, impl: str, target: Target) -> dict[str, Any] | None:
-    """Forward milliseconds before and after, or None where the target or the sizes are not known."""
+    """Forward milliseconds before and after, or None where the target, the sizes or the share of blocks that
+    is computed are not known."""
     if target.device != "cuda" or impl not in RATES:
         return None
+    if spec.sparse is not None and (spec.sparse.mass is not None or spec.sparse.error is not None):
+        return None  # how much is computed depends on what q and k hold
     sizes = dict(
         zip(
             (SB, SH, SK, SQ, ST, SD, SE),

@@ -60,22 +60,30 @@ class BiasSpec:
 class SparseSpec:
     """Which blocks of pairs a site computes, chosen for each head when it runs: those that `selector` gives
     most, as many as `density` of the blocks that the mask leaves, or, where `mass` is given, as few as hold
-    this share of the estimated probabilities. The first `sink_blocks` and the last `local_blocks` that the
-    mask leaves a row of blocks are always among them. The mask stays what it is inside of blocks."""
+    this share of the estimated probabilities. Always among them are the first `sink_blocks` that the mask
+    leaves a row of blocks, and `local_blocks`, one at least: that of the queries' own keys and those before.
+    Heads in `dense`, and heads whose output is off by more than `error`, as sampled rows show it, compute
+    all. The mask stays what it is inside of blocks."""
 
     selector: str
     density: float = 1.0
     mass: float | None = None
+    error: float | None = None
     sink_blocks: int = 1
     local_blocks: int = 2
+    dense: tuple[int, ...] = ()
     estimate: Literal["pooled", "antidiagonal"] = "pooled"  # what `content` takes for the scores of a block
     shared: bool = False  # one choice for all query heads of a key head
     seed: int = 0  # of `random`
     block: int = 128  # queries, and keys
 
     def __str__(self) -> str:
-        size = f"{self.density:.0%} of blocks" if self.mass is None else f"{self.mass:.0%} of mass"
-        return f"{self.selector}, {size}"
+        parts = [f"{self.density:.0%} of blocks" if self.mass is None else f"{self.mass:.0%} of mass"]
+        if self.error is not None:
+            parts.append(f"error below {self.error:g}")
+        if self.dense:
+            parts.append(f"{len(self.dense)} head{'s' * (len(self.dense) > 1)} dense")
+        return ", ".join([self.selector, *parts])
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class AttentionSpec:
         data.pop("fingerprint", None)  # there for cache keys
         data["mask"] = MaskSpec(**_tuples(data["mask"]))
         data["biases"] = tuple(BiasSpec(**bias) for bias in data["biases"])
-        data["sparse"] = SparseSpec(**data["sparse"]) if data.get("sparse") else None
+        data["sparse"] = SparseSpec(**_tuples(data["sparse"])) if data.get("sparse") else None
         return cls(**data)
 
     def operands(self) -> tuple[int, ...]:

@@ -33,7 +33,8 @@ from kp_compiler.lowering.attend_checks import (
 )
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.dead_rows import after_zeros, unkept
-from kp_compiler.lowering.fingerprint import fingerprint, stamped
+from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.ops import fragment
 from kp_compiler.metadata import value_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -103,19 +104,19 @@ def on_hopper(spec: AttentionSpec, shape: AttentionShape | None, target: Target)
 def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> Node:
     """q, k, v [B,H,S,D] to out [B,H,S,E]."""
     from kp_compiler.lowering.block_mask import BLOCK, visit_lists
+    from kp_compiler.lowering.select import emit_lists
 
-    bounded = mask_render.inequalities(spec.mask) is not None
-    block: tuple[int, int] | None
+    blocks: list[Node] = []
+    size = None
     if spec.sparse is not None:
-        blocks = _selected(emit, node, spec, shape, bounded=bounded)
-        block = (spec.sparse.block, spec.sparse.block)
-    else:
-        blocks = [] if bounded else visit_lists(emit, node, spec)
-        block = None if bounded else (BLOCK, BLOCK)
+        blocks, size = emit_lists(emit, node, spec, shape), spec.sparse.block
+    elif mask_render.inequalities(spec.mask) is None:
+        blocks, size = visit_lists(emit, node, spec), BLOCK
     seed = None
     if spec.dropout_p:
         device = value_of(node.args[0]).device
         seed = emit.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
+    block = None if size is None else (size, size)
     plan = Plan(dataclasses.replace(spec, sparse=None), block).to_json()
     both = emit.call(attend(), *node.args[:5], blocks, None, None, seed, plan)
     out = emit.call(operator.getitem, both, 0)
@@ -123,25 +124,6 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
         return out
     column = emit.call(torch.unsqueeze, emit.call(operator.getitem, both, 1), -1)
     return after_zeros(emit, node, spec, shape, out, column)
-
-
-def _selected(
-    emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape, *, bounded: bool
-) -> list[Node]:
-    """Lists of the blocks that a site's selector chooses, by blocks of keys too where it trains."""
-    from kp_compiler.lowering.block_mask import block_flags
-    from kp_compiler.lowering.select import select_blocks, turn_blocks
-
-    assert spec.sparse is not None
-    size = spec.sparse.block
-    q, k = (emit.call(torch.ops.aten.detach.default, x) for x in node.args[:2])
-    flags = [] if bounded else list(block_flags(emit, node, spec, size))
-    found = emit.call(select_blocks(), q, k, flags, node.args[4], stamped(spec))
-    lists = [emit.call(operator.getitem, found, i) for i in range(4)]
-    if not shape.training:
-        return lists
-    turned = emit.call(turn_blocks(), *lists, emit.size(k, 2), size)
-    return [*lists, *(emit.call(operator.getitem, turned, i) for i in range(4))]
 
 
 # -------------------------------------------------------------------------------------------------- operators
@@ -173,12 +155,9 @@ def attend_backward() -> Any:
 @cache
 def _operators() -> tuple[Any, Any]:
     """Define both operators, once."""
-    make = torch.library.custom_op
-    run = make("kp::attend", _forward, mutates_args=(), schema=_FORWARD)
-    run.register_fake(_forward_fake)
-    run.register_autograd(_gradients, setup_context=_save)
-    back = make("kp::attend_backward", _backward, mutates_args=(), schema=_BACKWARD)
-    back.register_fake(_backward_fake)
+    run = fragment("attend", _FORWARD, {"CompositeExplicitAutograd": _forward}, _forward_fake)
+    back = fragment("attend_backward", _BACKWARD, {"CompositeExplicitAutograd": _backward}, _backward_fake)
+    torch.library.register_autograd("kp::attend", _gradients, setup_context=_save, lib=run)
     return run, back
 
 

@@ -53,15 +53,15 @@ def block_lists(emit: Any, node: Node, spec: AttentionSpec) -> BlockLists:
     return _once(emit, node, spec, "flex", make)
 
 
-def visit_lists(emit: Any, node: Node, spec: AttentionSpec) -> list[Node]:
+def visit_lists(emit: Any, node: Node, spec: AttentionSpec, block: int = BLOCK) -> list[Node]:
     """The same as `block_lists.Lists` has it, by blocks of queries and by blocks of keys."""
 
     def make() -> list[Node]:
-        flags = block_flags(emit, node, spec)
+        flags = block_flags(emit, node, spec, block)
         flipped = (emit.call(torch.transpose, each, -2, -1) for each in flags)
         return [*_visits(emit, *flags), *_visits(emit, *flipped)]
 
-    return _once(emit, node, spec, "visits", make)
+    return _once(emit, node, spec, ("visits", block), make)
 
 
 def _once(emit: Any, node: Node, spec: AttentionSpec, what: Any, make: Callable[[], Any]) -> Any:

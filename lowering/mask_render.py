@@ -58,6 +58,7 @@ def at_most_zero(expr: Any) -> set[Any]:
     return {sympy.expand(part.lts - part.gts + int(isinstance(part, strict))) for part in parts}
 
 
+@lru_cache(maxsize=1024)
 def inequalities(mask: MaskSpec) -> tuple[Any, ...] | None:
     """Forms in q, k and the scalars n0, … that a mask bounds by zero from above, with q and k taken once,
     added or subtracted; empty where it keeps everything, None for any other mask."""

@@ -4,6 +4,7 @@ and the kernel on a CPU. O(S·T) memory."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec
 ) -> Tensor:
-    chosen = None if spec.sparse is None else _chosen(q, k, operands, scalars, spec)
+    chosen = None if spec.sparse is None else _chosen(q, k, v, operands, scalars, spec)
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -50,10 +51,12 @@ def _attention(
     return probs @ v
 
 
-def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec) -> Tensor:
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec
+) -> Tensor:
     """The pairs [B,H,S,T] of the blocks that the spec's selector chooses."""
     from kp_compiler.lowering.select import site_of
-    from kp_compiler.lowering.selection import lists
+    from kp_compiler.lowering.selection import lists, measure
     from kp_compiler.lowering.selection.site import spread
 
     assert spec.sparse is not None
@@ -74,7 +77,10 @@ def _chosen(q: Tensor, k: Tensor, operands: list[Tensor], scalars: list[Any], sp
         flags = [held & ~whole, whole]
     site = site_of(spec, q, k, flags, scalars)
     chosen = torch.logical_or(*lists.flags(site, slice(0, site.rows)))
-    return spread(chosen.repeat_interleave(q.shape[1] // site.choices, 1), size)[:, :, :queries, :keys]
+    line = measure.rows(site) // size
+    heads = measure.dense_heads(site, v.detach(), lambda: chosen[:, :, line], operands, None)
+    chosen = chosen.repeat_interleave(q.shape[1] // site.choices, 1)
+    return (spread(chosen, size) | heads[:, :, None, None])[:, :, :queries, :keys]
 
 
 def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: AttentionSpec) -> Tensor:
@@ -109,8 +115,15 @@ def _softmax(scores: Tensor, keep: Tensor | None, sink: Tensor | None, spec: Att
     return probs if dead is None else probs.masked_fill(dead, 0.0)
 
 
-def mask(spec: MaskSpec, operands: list[Tensor], scalars: list[Any], scores: Tensor) -> Tensor | None:
-    """The mask as a boolean tensor that broadcasts to [B, H, S, T], or None where everything is kept."""
+def mask(
+    spec: MaskSpec,
+    operands: Sequence[Tensor],
+    scalars: Sequence[Any],
+    scores: Tensor,
+    rows: Tensor | None = None,
+) -> Tensor | None:
+    """The mask as a boolean tensor that broadcasts to scores [B,H,S,T], or None where everything is kept.
+    `rows` [S]: the queries that these are, if not the first ones."""
     if spec.kind == "tensor":
         out = operands[spec.tensors[0]]
         for index in spec.tensors[1:]:
@@ -119,13 +132,20 @@ def mask(spec: MaskSpec, operands: list[Tensor], scalars: list[Any], scores: Ten
     expr = mask_render.parse(spec.expr)
     if expr == True:  # noqa: E712  (a sympy atom)
         return None
-    return mask_render.render(expr, Indices(spec, operands, scalars, scores))
+    return mask_render.render(expr, Indices(spec, operands, scalars, scores, rows))
 
 
 class Indices:
     """The algebra of index tensors, broadcast over [B, H, S, T]."""
 
-    def __init__(self, spec: MaskSpec, operands: list[Tensor], scalars: list[Any], scores: Tensor) -> None:
+    def __init__(
+        self,
+        spec: MaskSpec,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+        scores: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
         self.tensors = [operands[index] for index in spec.tensors]
         self.scalars = scalars
         self.device = scores.device
@@ -134,6 +154,8 @@ class Indices:
             shape = [1, 1, 1, 1]
             shape[dim] = -1
             self.index[name] = torch.arange(scores.shape[dim], device=scores.device).view(shape)
+        if rows is not None:
+            self.index["q"] = rows.view(1, 1, -1, 1)
 
     def integer(self, value: int) -> Any:
         return value

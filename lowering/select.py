@@ -1,29 +1,38 @@
 """Choosing blocks as operators: lists for `kp::attend` from q, k and the mask.
 
     blocks = kp.select_blocks(q, k, flags, scalars, spec)          by blocks of queries
-           + kp.turn_blocks(*blocks, keys, block)                  by blocks of keys, to train
+    heads  = kp.dense_heads(q, k, v, …, *blocks, spec)             flags of those that compute everything
+    blocks + kp.turn_blocks(*blocks, keys, block)                  by blocks of keys, to train
 
-Neither has a gradient: it is that of attention over the blocks that were chosen.
+None has a gradient: it is that of attention over the blocks that were chosen. Heads that share a choice share
+its list; heads that compute everything share one list of everything.
 """
 
 from __future__ import annotations
 
+import operator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.ops import parse_spec
-from kp_compiler.lowering.selection import choose, lists
+from kp_compiler.lowering.fingerprint import stamped
+from kp_compiler.lowering.ops import fragment, parse_spec
+from kp_compiler.lowering.selection import ESTIMATING, choose, lists, measure
 from kp_compiler.lowering.selection.site import Site
-from kp_compiler.specs import AttentionSpec
+from kp_compiler.report import Rejection
+from kp_compiler.specs import AttentionShape, AttentionSpec, SparseSpec
 
 _FOUR = "(Tensor edges, Tensor count, Tensor at, Tensor blocks)"
 _SELECT = f"(Tensor q, Tensor k, Tensor[] flags, SymInt[] scalars, str spec) -> {_FOUR}"
 _TURN = f"{_FOUR[:-1]}, SymInt keys, int block) -> {_FOUR}"
+_HEADS = (
+    f"(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, {_FOUR[1:-1]}, str spec) -> Tensor"
+)
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -41,14 +50,22 @@ def turn_blocks() -> Any:
     return torch.ops.kp.turn_blocks.default
 
 
+def dense_heads() -> Any:
+    """`kp::dense_heads`: flags [B,H] of the heads that compute all blocks: the spec's `dense`, and those
+    whose output over the chosen blocks is further off than its `error` (`selection.measure`)."""
+    _operators()
+    return torch.ops.kp.dense_heads.default
+
+
 @cache
-def _operators() -> tuple[Any, Any]:
-    """Define both operators, once."""
-    select = torch.library.custom_op("kp::select_blocks", _select, mutates_args=(), schema=_SELECT)
-    select.register_fake(_select_fake)
-    turn = torch.library.custom_op("kp::turn_blocks", _turn, mutates_args=(), schema=_TURN)
-    turn.register_fake(_turn_fake)
-    return select, turn
+def _operators() -> tuple[Any, ...]:
+    """Define the operators, once."""
+    key = "CompositeExplicitAutograd"
+    return (
+        fragment("select_blocks", _SELECT, {key: _select}, _select_fake),
+        fragment("turn_blocks", _TURN, {key: _turn}, _turn_fake),
+        fragment("dense_heads", _HEADS, {key: _dense}, _dense_fake),
+    )
 
 
 def site_of(spec: AttentionSpec, q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any]) -> Site:
@@ -69,7 +86,7 @@ def _select_fake(q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any], 
     sparse = parse_spec(spec).sparse
     assert sparse is not None
     rows, blocks = ((x.shape[2] + sparse.block - 1) // sparse.block for x in (q, k))
-    batch, heads = q.shape[:2]
+    batch, heads = q.shape[0], (k if sparse.shared else q).shape[1]
     size = batch * heads * rows * choose.capacity(sparse, blocks)
     return _four(q, (batch, heads, rows), size)
 
@@ -84,7 +101,92 @@ def _turn_fake(edges: Tensor, count: Tensor, at: Tensor, blocks: Tensor, keys: A
     return _four(edges, (batch, heads, (keys + block - 1) // block), blocks.shape[0] + batch * heads)
 
 
+def _dense(q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], *rest: Any) -> Tensor:
+    *lists, text = rest
+    spec = parse_spec(text)
+    assert spec.sparse is not None
+    site = Site(spec, spec.sparse, q, k, scalars, None)
+    found = measure.dense_heads(site, v, lambda: measure.sampled(site, Lists(*lists)), operands)
+    return found.expand(q.shape[:2]).contiguous()
+
+
+def _dense_fake(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.bool)
+
+
 def _four(like: Tensor, lines: tuple[Any, ...], size: Any) -> Four:
     edges, count = (like.new_empty(lines, dtype=torch.int32) for _ in range(2))
     at = like.new_empty(lines, dtype=torch.int64)
     return edges, count, at, like.new_empty((size,), dtype=torch.int32)
+
+
+# --------------------------------------------------------------------------------------------------- lowering
+
+
+def refused(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
+    """Why a site's blocks can't be chosen as its spec says."""
+    sparse = spec.sparse
+    assert sparse is not None
+    if spec.mask.kind == "tensor":
+        return Rejection("mask-unproved", "Blocks are chosen under masks that are proved only.")
+    if spec.dead_rows in ("mean", "nan"):
+        return Rejection(
+            "dead-rows", "Queries without a key would be taken for those that no chosen block has a key for."
+        )
+    if spec.biases and sparse.selector in ESTIMATING:
+        return Rejection(
+            "bias", f"{sparse.selector} estimates probabilities from q and k; a bias shifts them."
+        )
+    if spec.biases and sparse.error is not None:
+        return Rejection("bias", "Errors are measured for scores of q and k; a bias shifts them.")
+    if sparse.selector == "vertical_slash" and "padding" in (spec.mask.kind, *spec.mask.parts):
+        return Rejection("padding", "vertical_slash asks the last queries, which may be padding.")
+    if any(not 0 <= head < shape.heads for head in sparse.dense):
+        return Rejection("heads", f"Heads {list(sparse.dense)} are to be dense, there are {shape.heads}.")
+    return None
+
+
+def emit_lists(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> list[Node]:
+    """Lists of the blocks that a `kp.attention` node's selector chooses, by blocks of keys too where it
+    trains."""
+    from kp_compiler.lowering.block_mask import block_flags, visit_lists
+
+    sparse = spec.sparse
+    assert sparse is not None
+    q, k, v = (emit.call(torch.ops.aten.detach.default, x) for x in node.args[:3])
+    bounded = mask_render.inequalities(spec.mask) is not None
+    flags = [] if bounded else list(block_flags(emit, node, spec, sparse.block))
+    text = stamped(spec)
+    found = _items(emit, emit.call(select_blocks(), q, k, flags, node.args[4], text))
+    both = [found]
+    if shape.training:
+        both.append(_items(emit, emit.call(turn_blocks(), *found, emit.size(k, 2), sparse.block)))
+    if not sparse.dense and sparse.error is None:
+        return [x for each in both for x in _for_group(emit, sparse, shape, each)]
+    heads = emit.call(dense_heads(), q, k, v, node.args[3], node.args[4], *found, text)
+    everything = visit_lists(emit, node, spec, sparse.block)
+    lists: list[Node] = []
+    for each, whole in zip(both, (everything[:4], everything[4:]), strict=False):
+        lists += _replaced(emit, heads, _for_group(emit, sparse, shape, each), whole)
+    return lists
+
+
+def _items(emit: Any, four: Node) -> list[Node]:
+    return [emit.call(operator.getitem, four, i) for i in range(4)]
+
+
+def _for_group(emit: Any, sparse: SparseSpec, shape: AttentionShape, lists: list[Node]) -> list[Node]:
+    """Lists of key heads as those of all their query heads: the same blocks in memory."""
+    group = shape.heads // shape.kv_heads
+    if not sparse.shared or group == 1:
+        return lists
+    return [*(emit.call(torch.repeat_interleave, x, group, dim=1) for x in lists[:3]), lists[3]]
+
+
+def _replaced(emit: Any, heads: Node, lists: list[Node], whole: list[Node]) -> list[Node]:
+    """Lists in which some heads [B,H] have those of `whole`."""
+    call = emit.call
+    heads = call(torch.unsqueeze, heads, -1)
+    at = call(torch.add, whole[2], emit.size(lists[3], 0))
+    lines = [call(torch.where, heads, a, b) for a, b in zip((*whole[:2], at), lists[:3], strict=True)]
+    return [*lines, call(torch.cat, [lists[3], whole[3]])]

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from kp_compiler.config import AttentionConfig
-from kp_compiler.lowering import aten, attend, fa4, flex, mask_render
+from kp_compiler.lowering import aten, attend, fa4, flex, mask_render, select
 from kp_compiler.metadata import tensor_of
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -92,8 +92,8 @@ def choose(
     spec: AttentionSpec, shape: AttentionShape, target: Target, config: AttentionConfig
 ) -> Implementation | Rejection:
     """The implementation for a site. A kernel asked for by name is taken or refused, never replaced."""
-    if spec.sparse is not None and spec.mask.kind == "tensor":
-        return Rejection("mask-unproved", "Blocks are chosen under masks that are proved only.")
+    if spec.sparse is not None and (refused := select.refused(spec, shape)) is not None:
+        return refused
     if config.impl != "auto":
         wanted = BY_NAME[config.impl]
         if spec.sparse is not None and wanted not in (TRITON, REFERENCE):

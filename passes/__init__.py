@@ -8,10 +8,12 @@ from kp_compiler.passes.fp8_linear import Fp8Linear
 from kp_compiler.passes.prove_masks import ProveMasks
 from kp_compiler.passes.raise_attention import RaiseAttention
 from kp_compiler.passes.raise_linear import RaiseLinear
+from kp_compiler.passes.sparse_attention import SparseAttention
 
 ALL_PASSES: tuple[Pass, ...] = (
     RaiseAttention(),
     ProveMasks(),
+    SparseAttention(),
     Attention(),
     RaiseLinear(),
     Fp8Linear(),

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from kp_compiler import cost
 from kp_compiler.lowering import ops, table
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, not_on_cpu
 from kp_compiler.specs import AttentionShape
 from kp_compiler.writes import erase_orphans
 
@@ -33,11 +33,7 @@ class Attention:
     serves: tuple[str, ...] = ()
 
     def applies(self, ctx: Context) -> Rejection | None:
-        if ctx.target.device == "cpu" and not ctx.target.reference and not ctx.target.assumed:
-            return Rejection(
-                "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
-            )
-        return None
+        return not_on_cpu(ctx)
 
     def sites(self, graph: Graph) -> Iterator[Node]:
         yield from (node for node in graph.nodes if ops.is_attention(node))

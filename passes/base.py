@@ -79,6 +79,15 @@ class Pass(Protocol):
         """Edit; returns the node that now stands for the site."""
 
 
+def not_on_cpu(ctx: Context) -> Rejection | None:
+    """What a pass that chooses kernels says of CPU graphs."""
+    if ctx.target.device == "cpu" and not ctx.target.reference and not ctx.target.assumed:
+        return Rejection(
+            "cpu", "CPU graphs are not rewritten.", "options={'cpu_rewrites': True} does it anyway."
+        )
+    return None
+
+
 def settings(ctx: Context, name: str) -> PassConfig:
     return getattr(ctx.config, name)
 

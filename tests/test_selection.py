@@ -278,6 +278,19 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, selector: str, chunk: int) -> No
     assert turned.blocks.numel() <= mine.blocks.numel() + 2 * 4
 
 
+@pytest.mark.parametrize("size", [2**28, 300])
+def test_turned_by_kernels(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Some heads at a time, too."""
+    kernels = pytest.importorskip("kp_compiler.lowering.triton.turn_lists")
+    monkeypatch.setattr(kernels, "BYTES", size)
+    here = site("random", queries=300, keys=500, mask="full")
+    found = lists.by_query(here)
+    mine, want = kernels.turn(found, here.blocks), lists.by_key(found, here.blocks)
+    assert torch.equal(mine.visited(here.rows), want.visited(here.rows))
+    assert all(torch.equal(a, b) for a, b in zip(mine.tensors()[:3], want.tensors()[:3], strict=True))
+    assert mine.blocks.shape == want.blocks.shape
+
+
 def test_one_choice_for_a_group() -> None:
     """By the mean of what its heads score."""
     here = site(shared=True, queries=900, keys=900)

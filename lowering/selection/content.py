@@ -27,7 +27,7 @@ def scorer(site: Site) -> Callable[[slice], Tensor]:
     per = site.sparse.block // PART
 
     def score(rows: slice) -> Tensor:
-        parts = slice(rows.start * per, min(rows.stop * per, q.shape[2]))
+        parts = slice(rows.start * per, torch.sym_min(rows.stop * per, q.shape[2]))
         scores = site.scores(q[:, :, parts], k, _kept(site, rows, parts, per))
         probs = torch.softmax(scores, -1).nan_to_num(0.0)
         return _by_block(probs, rows, per, site)

@@ -74,7 +74,11 @@ def _places(partial: Tensor, whole: Tensor) -> Tensor:
 
 def by_key(lists: Lists, blocks: int) -> Lists:
     """The same with blocks of keys as lines, one head at a time. Lines lie one after the other: as many
-    blocks in all, whatever a line has."""
+    blocks in all, whatever a line has. On a GPU by kernels."""
+    if lists.at.is_cuda:
+        from kp_compiler.lowering.triton import turn_lists
+
+        return turn_lists.turn(lists, blocks)
     batch, heads, rows = lists.count.shape
     edges, count = (
         torch.empty(batch, heads, blocks, dtype=torch.int32, device=lists.at.device) for _ in "ec"

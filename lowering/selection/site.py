@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -68,13 +68,7 @@ class Site:
     @cached_property
     def lines(self) -> tuple[tuple[tuple[int, int], int], ...]:
         """Of each form, the slopes along q and k, and the rest of it."""
-        names = [mask_render.symbol(name) for name in "qk"]
-        numbers = {sympy.Symbol(f"n{i}", integer=True): n for i, n in enumerate(self.scalars)}
-        found = []
-        for form in map(sympy.sympify, self.forms or ()):
-            rest = int(form.subs({**numbers, **dict.fromkeys(names, 0)}))
-            found.append(((int(form.coeff(names[0])), int(form.coeff(names[1]))), rest))
-        return tuple(found)
+        return _lines(self.forms or (), tuple(self.scalars))
 
     @property
     def offset(self) -> int:
@@ -95,11 +89,22 @@ class Site:
 
     def scores(self, q: Tensor, k: Tensor, kept: Tensor) -> Tensor:
         """Those [B,H,n,m] of some q [B,H,n,D] and k [B,K,m,D] in float32; −∞ where nothing is kept."""
-        grouped = q.unflatten(1, (self.k.shape[1], self.group))
+        grouped = q.unflatten(1, (k.shape[1], self.group))
         scores = torch.einsum("bkgid,bkjd->bkgij", grouped, k).flatten(1, 2) * self.spec.scale
         if self.spec.softcap is not None:
             scores = self.spec.softcap * torch.tanh(scores / self.spec.softcap)
         return scores.masked_fill(~kept, float("-inf"))
+
+
+@lru_cache(maxsize=1024)
+def _lines(forms: tuple[Any, ...], scalars: tuple[int, ...]) -> tuple[tuple[tuple[int, int], int], ...]:
+    names = [mask_render.symbol(name) for name in "qk"]
+    numbers = {sympy.Symbol(f"n{i}", integer=True): n for i, n in enumerate(scalars)}
+    found = []
+    for form in map(sympy.sympify, forms):
+        rest = int(form.subs({**numbers, **dict.fromkeys(names, 0)}))
+        found.append(((int(form.coeff(names[0])), int(form.coeff(names[1]))), rest))
+    return tuple(found)
 
 
 def spread(flags: Tensor, size: int) -> Tensor:

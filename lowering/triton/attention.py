@@ -218,6 +218,19 @@ def bias_gradient(
     return out.reshape(bias.shape)
 
 
+def scaled(x: Tensor, scale: float, out: Tensor) -> None:
+    """out = x · scale in out's dtype: two dense tensors of the same sizes and strides."""
+    with torch.cuda.device_of(x):
+        _scaled[(triton.cdiv(x.numel(), 4096),)](x, out, scale, x.numel(), BLOCK=4096, num_warps=8)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def _scaled(x, out, scale, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + place, mask=place < count)
+    tl.store(out + place, (value * scale).to(out.dtype.element_ty), mask=place < count)
+
+
 def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """rowsum(grad ∘ out) - grad_lse, [B,H,S] in float32."""
     batch, heads, rows, width = out.shape

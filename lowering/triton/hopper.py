@@ -17,6 +17,7 @@ from kp_compiler.lowering.triton.attention import (
     described,
     forward_arguments,
     run,
+    scaled,
     strided,
     tile_for,
 )
@@ -125,7 +126,7 @@ def gradients(
     programs = tiles * batch * heads
     text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
     run(site, "kp_attention_hopper_backward", text, names, found, (programs,), tile.warps)
-    torch.mul(total, site.spec.scale, out=dq)
+    scaled(total, site.spec.scale, dq)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:

@@ -27,7 +27,7 @@ LARGEST = 2**13  # blocks of a row that a program holds
 _ROWS = 8  # blocks of queries of a program of `shares`
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PAIRS", "N", "P"])
 def _mean(x, out, x_b, x_h, x_s, H, PAIRS, N, P, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
           TILE: tl.constexpr):  # fmt: skip
     tile, pair = tl.program_id(0) // PAIRS, (tl.program_id(0) % PAIRS).to(tl.int64)  # heads lie side by side
@@ -110,7 +110,7 @@ def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, r
     return tl.where(keep, s * 1.4426950408889634, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "QP", "KP", "FIRST", "COUNT", "BLOCKS", "rest0", "rest1", "rest2"])
 def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap, rest0, rest1, rest2,
             D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PER: tl.constexpr,
             INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr, K0: tl.constexpr,
@@ -156,12 +156,13 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
         tl.store(place, share, mask=(row < COUNT)[:, None] & (block < BLOCKS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS_ALL", "FIRST", "COUNT", "BLOCKS", "S", "T", "kind_b", "kind_h", "MOST",
+                               "unit", "sinks", "local", "offset", "rest0", "rest1", "rest2"])  # fmt: skip
 def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS, S, T, kind_b, kind_h, H,
-            MOST, unit, mass, sinks, local, offset, rest0, rest1, rest2, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-            Q0: tl.constexpr, K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr,
-            K2: tl.constexpr, FORMS: tl.constexpr, FLAGS: tl.constexpr, MASS: tl.constexpr,
-            UNIT: tl.constexpr):  # fmt: skip
+            MOST, unit, mass, sinks, local, offset, rest0, rest1, rest2, SIZE: tl.constexpr,
+            WIDTH: tl.constexpr, Q0: tl.constexpr, K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr,
+            Q2: tl.constexpr, K2: tl.constexpr, FORMS: tl.constexpr, FLAGS: tl.constexpr,
+            MASS: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """Of a row of blocks: which, as indices, those first that the mask keeps partly."""
     row, pair = FIRST + tl.program_id(0) % COUNT, (tl.program_id(0) // COUNT).to(tl.int64)
     block = tl.arange(0, WIDTH)
@@ -264,12 +265,23 @@ def content(site: Site) -> Callable[[slice], Tensor]:
             _shares[(-(-count // _ROWS) * batch * heads,)](
                 q, k, out, heads, site.group, site.q.shape[2], site.k.shape[2], parts, k.shape[2], rows.start,
                 count, site.blocks, site.spec.scale, cap or 1.0, D=width,
-                WIDTH=max(16, triton.next_power_of_2(width)), ROWS=_ROWS, PER=per, INNER=max(16, 16 * per),
-                PART=PART, CAP=cap is not None, **mask,
+                WIDTH=max(16, triton.next_power_of_2(width)), ROWS=_ROWS, PER=per,
+                INNER=_inner(per, width * q.element_size()), PART=PART, CAP=cap is not None, **mask,
             )  # fmt: skip
         return out
 
     return score
+
+
+def _inner(per: int, width: int) -> int:
+    """Parts of keys that a step takes, a power of two and whole blocks of `per`: of `width` bytes each, no
+    more than 32 KiB."""
+    return max(16, per, min(16 * per, triton.next_power_of_2(2**15 // width + 1) // 2))
+
+
+def _warps(blocks: int) -> int:
+    """Of a program that holds a row: 512 elements or fewer each."""
+    return min(16, max(1, blocks // 512) * 4) if blocks > 512 else 4
 
 
 def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
@@ -284,7 +296,7 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
     if site.flags is not None:
         kinds = (site.flags[0].to(torch.int8) + 2 * site.flags[1].to(torch.int8)).contiguous()
     many = [0 if kinds.shape[dim] == 1 else kinds.stride(dim) for dim in (0, 1)]
-    step = max(1, chunk // max(1, batch * heads * site.blocks))
+    step, width = max(1, chunk // max(1, batch * heads * site.blocks)), triton.next_power_of_2(site.blocks)
     for first in range(0, site.rows, step):
         rows = slice(first, min(first + step, site.rows))
         scores = scorer(rows)
@@ -296,8 +308,8 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
             _choose[(size * batch * heads,)](
                 scores, kinds, edges, count, blocks, site.rows, first, size, site.blocks, site.q.shape[2],
                 site.k.shape[2], *many, heads, most, density(sparse), 1.0 if mass is None else mass,
-                sparse.sink_blocks, sparse.local_blocks, site.offset, SIZE=sparse.block,
-                WIDTH=triton.next_power_of_2(site.blocks), FLAGS=site.forms is None, MASS=mass is not None,
-                UNIT=UNIT, **_mask(site),
+                sparse.sink_blocks, sparse.local_blocks, site.offset, SIZE=sparse.block, WIDTH=width,
+                FLAGS=site.forms is None, MASS=mass is not None, UNIT=UNIT, num_warps=_warps(width),
+                **_mask(site),
             )  # fmt: skip
     return Lists.even(edges, count, blocks)

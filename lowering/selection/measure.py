@@ -1,0 +1,117 @@
+"""What leaving blocks out costs a head, on a sample of its queries, beside exact attention.
+
+    mass     share of the probabilities that the chosen blocks hold
+    error    ‖out − exact‖ / ‖exact‖ over the sampled rows
+    bound    the same two standard errors up: what `error=` holds a head to
+
+A sample sees what is common. A head that is wrong for one query of ten thousand, and right for all others,
+has a small error in this norm whether it is measured on a sample or on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering import reference
+from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.selection.site import Site
+
+SAMPLES = 64
+SCORES = 2**26  # in memory at a time
+
+
+class Cost(NamedTuple):
+    """Each [B,H] in float32."""
+
+    mass: Tensor
+    error: Tensor
+    bound: Tensor
+
+
+def rows(site: Site, samples: int = SAMPLES) -> Tensor:
+    """Some queries, the same ones each time, evenly spread over places and over places within blocks: the
+    multiples of the golden section."""
+    count = min(samples, site.q.shape[2])
+    part = (torch.arange(1, count + 1, dtype=torch.float64, device=site.q.device) * 0.6180339887498949) % 1.0
+    return (part * site.q.shape[2]).long()
+
+
+def sampled(site: Site, lists: Lists, samples: int = SAMPLES) -> Tensor:
+    """Flags [B,heads,samples,blocks] of the blocks of sampled queries, from lists by blocks of queries."""
+    line = rows(site, samples) // site.sparse.block
+    here = Lists(*(x[:, :, line] for x in (lists.edges, lists.count, lists.at)), lists.blocks)
+    return here.visited(site.blocks) > 0
+
+
+def cost(
+    site: Site, v: Tensor, chosen: Tensor, operands: Sequence[Tensor], scores: int | None = SCORES
+) -> Cost:
+    """v [B,K,T,E], `chosen` [B,H or choices,n,blocks] the blocks of n sampled queries; `scores` at a time, or
+    all at once."""
+    places, keys = rows(site, chosen.shape[2]), site.k.shape[2]
+    chosen = chosen.repeat_interleave(site.q.shape[1] // chosen.shape[1], 1)
+    batch, heads = site.q.shape[:2]
+    pairs = site.q.new_empty(1, 1, 1, 1).expand(batch, heads, len(places), keys)
+    keep = reference.mask(site.spec.mask, operands, site.scalars, pairs, places)
+    keep = torch.ones_like(pairs[:1, :1], dtype=torch.bool) if keep is None else keep
+    step = site.k.shape[1]
+    if scores is not None:
+        step = max(1, scores // (batch * site.group * len(places) * keys))
+    found = []
+    for first in range(0, site.k.shape[1], step):
+        of_keys = slice(first, min(first + step, site.k.shape[1]))
+        mine = slice(of_keys.start * site.group, of_keys.stop * site.group)
+        held = keep if keep.shape[1] == 1 else keep[:, mine]
+        found.append(_cost(site, v, places, of_keys, mine, chosen[:, mine], held, operands))
+    return Cost(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+
+
+def _cost(
+    site: Site, v: Tensor, places: Tensor, of_keys: slice, mine: slice, chosen: Tensor, keep: Tensor,
+    operands: Sequence[Tensor],
+) -> Cost:  # fmt: skip
+    scores = site.scores(site.q[:, mine][:, :, places].float(), site.k[:, of_keys].float(), keep)
+    top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    weight = torch.exp(scores - top)
+    of_sink = torch.zeros_like(top)
+    if site.spec.sink is not None:
+        of_sink = torch.exp(operands[site.spec.sink].float().reshape(1, -1, 1, 1)[:, mine] - top)
+    spread = chosen.repeat_interleave(site.sparse.block, 3)[..., : site.k.shape[2]]
+    value = v[:, of_keys].float().repeat_interleave(site.group, 1)
+    exact = (weight @ value) / _above(weight.sum(-1, keepdim=True) + of_sink)
+    total, weight = weight.sum(-1), weight * spread
+    out = (weight @ value) / _above(weight.sum(-1, keepdim=True) + of_sink)
+    mass = (weight.sum(-1) / _above(total)).sum(-1) / _above((total > 0).sum(-1))
+    return Cost(mass, *_relative((out - exact).square().sum(-1), exact.square().sum(-1)))
+
+
+def _relative(off: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """The root of the quotient of two sums over samples [B,H,n], and of a numerator two standard errors
+    up."""
+    spread = off.std(-1, correction=0) * off.shape[-1] ** 0.5
+    below = _above(whole.sum(-1))
+    return (off.sum(-1) / below).sqrt(), ((off.sum(-1) + 2 * spread) / below).sqrt()
+
+
+def _above(x: Tensor) -> Tensor:
+    """Not zero, to divide by."""
+    return x.clamp_min(1e-30)
+
+
+def dense_heads(
+    site: Site,
+    v: Tensor,
+    chosen: Callable[[], Tensor],
+    operands: Sequence[Tensor],
+    scores: int | None = SCORES,
+) -> Tensor:
+    """Flags [B or 1,H] of the heads that compute all blocks. `chosen` gives what `cost` takes."""
+    sparse, heads = site.sparse, torch.arange(site.q.shape[1], device=site.q.device)
+    found = sum((heads == head for head in sparse.dense), heads < 0)[None]
+    if sparse.error is None:
+        return found
+    return found | (cost(site, v, chosen(), operands, scores).bound > sparse.error)
