@@ -39,12 +39,16 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
     chosen, spec, shape = match.data
     if spec.dropout_p:
         return Verdict("skipped: dropout is random")
+    if spec.sparse is not None:
+        from kp_compiler.verify_sparse import verify_sparse
+
+        return verify_sparse(site, match, ctx)
     sizes = [hint(x) for x in (shape.batch, shape.heads, shape.queries, shape.keys)]
     if math.prod(sizes) > MAX_SCORES:
         return Verdict(f"skipped: {math.prod(sizes)} scores are too many for a float64 run")
     if ctx.calls:
         return Verdict("skipped: the site lies in a checkpoint body")
-    graph, originals, copied = _extract(site)
+    graph, originals, copied = extract(site)
     owner = GraphModule(torch.nn.Module(), graph)
     emit = Emitter(copied, copied)
     lowered = chosen.emit(emit, copied, spec, shape)
@@ -56,7 +60,7 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
         return _compare(owner, originals, shape.training)
 
 
-def _extract(site: Node) -> tuple[Graph, list[Node], Node]:
+def extract(site: Node) -> tuple[Graph, list[Node], Node]:
     """The site's nodes, original and recognised, as a graph of two outputs; boundaries become
     placeholders."""
     root, out = site.meta["kp_root"], site.meta["kp_out"]
@@ -87,18 +91,18 @@ def _extract(site: Node) -> tuple[Graph, list[Node], Node]:
 
 
 def _compare(module: GraphModule, inputs: list[Node], training: bool) -> Verdict:
-    values = [_random(node) for node in inputs]
+    values = [random_value(node) for node in inputs]
     got = _run(module, values, training)
     exact = _run(_widened(module), [_wide(v) for v in values], training)
     worst, text = 0.0, []
     for index, name in enumerate(["out", *(f"grad {i}" for i in range(len(got[0]) - 1))]):
         want, original, mine = exact[0][index], got[0][index], got[1][index]
         error, allowed = (
-            _error(mine, want),
-            TOLERANCE * _error(original, want) + SLACK * torch.finfo(mine.dtype).eps,
+            relative_error(mine, want),
+            TOLERANCE * relative_error(original, want) + SLACK * torch.finfo(mine.dtype).eps,
         )
         worst = max(worst, error / allowed)
-        text.append(f"{name} {error:.1e} (original {_error(original, want):.1e})")
+        text.append(f"{name} {error:.1e} (original {relative_error(original, want):.1e})")
         if not error <= allowed:
             sentence = f"The replacement's {name} is {error:.1e} off float64, {allowed:.1e} allowed."
             return Verdict("failed: " + ", ".join(text), Rejection("verify-failed", sentence))
@@ -161,7 +165,7 @@ def _retyped(value: Any) -> Any:
     return value
 
 
-def _random(node: Node) -> Any:
+def random_value(node: Node) -> Any:
     """A real value like a node's fake one: normal numbers, or 0 and 1 for integers and booleans."""
     value = value_of(node)
     if isinstance(value, torch.SymInt):
@@ -178,7 +182,7 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     same = torch.equal(torch.isnan(got), torch.isnan(want))
     difference = torch.nan_to_num(got.double() - want) if same else got.double() - want
     return float(difference.norm() / torch.nan_to_num(want).norm().clamp_min(1e-30))

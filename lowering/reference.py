@@ -25,14 +25,22 @@ def attention(
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
-    out = _attention(q, k, v, operands, scalars, parsed)
-    return out.to(dtype)
+    chosen = None if parsed.sparse is None else chosen_pairs(q, k, v, operands, scalars, parsed)
+    return attention_over(q, k, v, operands, scalars, parsed, chosen).to(dtype)
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec
+def attention_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    scalars: Sequence[Any],
+    spec: AttentionSpec,
+    chosen: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    chosen = None if spec.sparse is None else _chosen(q, k, v, operands, scalars, spec)
+    """In the inputs' dtype, over the pairs `chosen` [B,H,S,T] if not all; `rows` [S]: the queries that those
+    of q are, if not the first ones."""
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -40,8 +48,11 @@ def _attention(
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     for bias in spec.biases:
-        scores = scores + bias.coeff * operands[bias.operand].to(scores.dtype)
-    keep = mask(spec.mask, operands, scalars, scores)
+        term = operands[bias.operand].to(scores.dtype)
+        if rows is not None and term.dim() > 1 and term.shape[-2] > 1:
+            term = term.index_select(-2, rows)
+        scores = scores + bias.coeff * term
+    keep = mask(spec.mask, operands, scalars, scores, rows)
     if chosen is not None:
         keep = chosen if keep is None else keep & chosen
     sink = None if spec.sink is None else operands[spec.sink].to(scores.dtype).reshape(1, -1, 1, 1)
@@ -51,7 +62,7 @@ def _attention(
     return probs @ v
 
 
-def _chosen(
+def chosen_pairs(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], spec: AttentionSpec
 ) -> Tensor:
     """The pairs [B,H,S,T] of the blocks that the spec's selector chooses."""

@@ -16,7 +16,8 @@ from kp_compiler.capture import merged
 from kp_compiler.config import SparseAttentionConfig, resolve
 from kp_compiler.errors import KPConfigError, KPRequirementError
 from kp_compiler.lowering import reference
-from kp_compiler.lowering.selection import measure
+from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.selection import lists, measure
 from kp_compiler.lowering.selection.site import Site
 from kp_compiler.passes.sparse_attention import sparse_spec
 from kp_compiler.specs import AttentionSpec, MaskSpec, SparseSpec
@@ -309,3 +310,24 @@ def test_efficiency() -> None:
             kp.attention_efficiency(**wrong)
     with pytest.raises(ValueError, match="expected some of"):
         found.at(N=3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_verified(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """Kernels are held against the blocks that were chosen, and found out where they compute others."""
+    inputs = qkv(300, (2, 1))
+    options = {**settings(), "verify": True, "strict": False, "attention": {"impl": impl}}
+    _, report = run(causal, inputs, options)
+    assert report.sites[0].status == "rewritten"
+    assert report.sites[0].verified.startswith("ok: out ") and "grad v" in report.sites[0].verified
+    assert "from all blocks" in report.sites[0].verified
+    if impl == "triton":
+        right = lists.by_key
+
+        def wrong(*args: Any) -> Lists:
+            found = right(*args)
+            return dataclasses.replace(found, count=found.count.clamp(max=1))
+
+        monkeypatch.setattr(lists, "by_key", wrong)
+        _, report = run(causal, inputs, options)
+        assert report.sites[0].status == "refused" and report.sites[0].reason.code == "verify-failed"
