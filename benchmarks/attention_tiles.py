@@ -68,7 +68,8 @@ def steps(
     spec = AttentionSpec(width**-0.5, MaskSpec("causal", "k <= q"))
     out, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
     lse = attention.forward(Site(spec, q, k, v, (), ()), None, out)
-    delta = attention.delta_of(grad, out, None)
+    total = torch.empty_like(q, dtype=torch.float32)
+    delta = attention.delta_of(grad, out, None, total)
     for kernel in kernels:
         for tile in CANDIDATES[kernel]:
             site = Site(spec, q, k, v, (), (), tiles={kernel: tile})
@@ -81,7 +82,7 @@ def steps(
                     "dq": lambda a=arguments: attention.query_gradient(*a, dq),
                     "dkdv": lambda a=arguments: attention.key_gradients(*a, dk, dv),
                     "hopper forward": lambda site=site: hopper.forward(site, None, out),
-                    "hopper backward": lambda a=arguments: hopper.gradients(*a, dq, dk, dv),
+                    "hopper backward": lambda a=arguments: hopper.gradients(*a, total, dq, dk, dv),
                 }[kernel],
             )
 

@@ -10,12 +10,14 @@ kernels.
 from __future__ import annotations
 
 from kp_compiler.backend import kp
+from kp_compiler.calibrate import calibrate
 from kp_compiler.capture import capture_reports, explain, plan
 from kp_compiler.config import options
 from kp_compiler.efficiency import Efficiency, attention_efficiency
 from kp_compiler.errors import KPConfigError, KPError, KPRequirementError
 from kp_compiler.lowering.fp8.state import load_state_dict, state_dict
 from kp_compiler.report import Rejection, Report, SiteRecord
+from kp_compiler.train_selectors import train_selectors
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Report",
     "SiteRecord",
     "attention_efficiency",
+    "calibrate",
     "capture_reports",
     "explain",
     "kp",
@@ -34,4 +37,5 @@ __all__ = [
     "options",
     "plan",
     "state_dict",
+    "train_selectors",
 ]

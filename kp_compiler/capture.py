@@ -87,14 +87,14 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     these options. Raises what compiling or running raises.
     """
     resolve(options)
-    with capture_reports() as reports, _as_written(model) as plain:
+    with capture_reports() as reports, as_written(model) as plain:
         torch.compile(plain, backend="kp", options=dict(options) if options else None)(*args, **kwargs)
     torch._dynamo.reset()
     return merged(reports)
 
 
 @contextlib.contextmanager
-def _as_written(model: Any) -> Iterator[Any]:
+def as_written(model: Any) -> Iterator[Any]:
     """The module or function under `torch.compile(model)` or `model.compile()`."""
     plain = _uncompiled(model)
     if not isinstance(plain, torch.nn.Module) or plain._compiled_call_impl is None:

@@ -25,7 +25,7 @@ from kp_compiler.errors import KPConfigError
 Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "triton", "reference"]
-Selector = Literal["content", "vertical_slash", "structured", "random"]
+Selector = Literal["content", "vertical_slash", "structured", "random", "learned", "auto"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 Fp8Impl = Literal["auto", "scaled_mm", "te"]
 Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]
@@ -60,7 +60,7 @@ class SparseAttentionConfig(PassConfig):
     """Computing the blocks of attention that hold most of it."""
 
     mode: Mode = "off"
-    selector: Selector = "content"  # what blocks are chosen by
+    selector: Selector = "content"  # what blocks are chosen by; auto: the best one of the calibration
     # share of the blocks under the mask that is left out; 0.9 where `mass` is not given
     sparsity: float | None = None
     mass: float | None = None  # the fewest blocks that hold this share of the estimated probabilities
@@ -72,6 +72,9 @@ class SparseAttentionConfig(PassConfig):
     dense_heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module path (substrings)
     shared: bool = False  # one choice for all query heads of a key head
     seed: int = 0  # of `random`
+    calibration: str | None = None  # a file of kp.calibrate: what blocks cost, for the report and `auto`
+    gates: str | None = None  # a file of kp.train_selectors, for `learned`
+    observer: str | None = None  # what kp.calibrate and kp.train_selectors look through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +209,16 @@ def resolve(
 
 
 def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """A pass that must fire needs the ones it builds on."""
+    """A pass that must fire needs the ones it builds on, a selector the file that it reads."""
+    sparse = values.get("sparse_attention", SparseAttentionConfig())
+    for selector, file, maker in (
+        ("auto", "calibration", "calibrate"),
+        ("learned", "gates", "train_selectors"),
+    ):
+        if sparse.mode != "off" and sparse.selector == selector and getattr(sparse, file) is None:
+            raise KPConfigError(
+                f"sparse_attention.selector: {selector!r} needs {file}=, a file that kp.{maker} wrote"
+            )
     for finder, users in (
         ("raise_attention", ("prove_masks", "sparse_attention", "attention")),
         ("attention", ("sparse_attention",)),

@@ -75,6 +75,7 @@ class SparseSpec:
     estimate: Literal["pooled", "antidiagonal"] = "pooled"  # what `content` takes for the scores of a block
     shared: bool = False  # one choice for all query heads of a key head
     seed: int = 0  # of `random`
+    gates: tuple[int, ...] = ()  # of `learned`: the operands that they are
     block: int = 128  # queries, and keys
 
     def __str__(self) -> str:
@@ -120,6 +121,8 @@ class AttentionSpec:
         used = [*self.mask.tensors, *(bias.operand for bias in self.biases)]
         if self.sink is not None:
             used.append(self.sink)
+        if self.sparse is not None:
+            used += self.sparse.gates
         return tuple(sorted(set(used)))
 
     def renumbered(self, new: dict[int, int]) -> AttentionSpec:
@@ -127,7 +130,10 @@ class AttentionSpec:
         mask = dataclasses.replace(self.mask, tensors=tuple(new[i] for i in self.mask.tensors))
         biases = tuple(BiasSpec(new[bias.operand], bias.coeff) for bias in self.biases)
         sink = None if self.sink is None else new[self.sink]
-        return dataclasses.replace(self, mask=mask, biases=biases, sink=sink)
+        sparse = self.sparse
+        if sparse is not None:
+            sparse = dataclasses.replace(sparse, gates=tuple(new[i] for i in sparse.gates))
+        return dataclasses.replace(self, mask=mask, biases=biases, sink=sink, sparse=sparse)
 
     def __str__(self) -> str:
         parts = [str(self.mask)]

@@ -193,14 +193,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     grad, out, lse = kernels.readable(grad), kernels.readable(out), lse.contiguous()
-    delta = kernels.delta_of(grad, out, grad_lse)
     if len(blocks) == 4 and wanted[1]:
         raise ValueError("kp::attend: gradients of k and v need the lists by blocks of keys, too")
     by_query, by_key = (Lists(*blocks[i : i + 4]) if len(blocks) > i else None for i in (0, 4))
     dq, dk, dv = _matrices(q, k, v, wanted)
     hopper = None if torch.are_deterministic_algorithms_enabled() else _hopper(site)
-    if wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad):
-        hopper.gradients(site, by_key, grad, lse, delta, dq, dk, dv)
+    if not (wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad)):
+        hopper = None
+    total = None if hopper is None else torch.empty_like(dq, dtype=torch.float32)
+    delta = kernels.delta_of(grad, out, grad_lse, total)
+    if hopper is not None:
+        hopper.gradients(site, by_key, grad, lse, delta, total, dq, dk, dv)
     else:
         if wanted[0]:
             kernels.query_gradient(site, by_query, grad, lse, delta, dq)

@@ -86,7 +86,7 @@ def chosen_pairs(
         )
         held, whole = some.any(5).any(3).any(1, keepdim=True), every.all(5).all(3).all(1, keepdim=True)
         flags = [held & ~whole, whole]
-    site = site_of(spec, q, k, flags, scalars)
+    site = site_of(spec, q, k, flags, scalars, [operands[i] for i in spec.sparse.gates])
     chosen = torch.logical_or(*lists.flags(site, slice(0, site.rows)))
     line = measure.rows(site) // size
     heads = measure.dense_heads(site, v.detach(), lambda: chosen[:, :, line], operands, None)

@@ -1,6 +1,6 @@
 """Choosing blocks as operators: lists for `kp::attend` from q, k and the mask.
 
-    blocks = kp.select_blocks(q, k, flags, scalars, spec)          by blocks of queries
+    blocks = kp.select_blocks(q, k, flags, gates, scalars, spec)   by blocks of queries
     heads  = kp.dense_heads(q, k, v, …, *blocks, spec)             flags of those that compute everything
     blocks + kp.turn_blocks(*blocks, keys, block)                  by blocks of keys, to train
 
@@ -11,6 +11,7 @@ its list; heads that compute everything share one list of everything.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,7 @@ from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec, SparseSpec
 
 _FOUR = "(Tensor edges, Tensor count, Tensor at, Tensor blocks)"
-_SELECT = f"(Tensor q, Tensor k, Tensor[] flags, SymInt[] scalars, str spec) -> {_FOUR}"
+_SELECT = f"(Tensor q, Tensor k, Tensor[] flags, Tensor[] gates, SymInt[] scalars, str spec) -> {_FOUR}"
 _TURN = f"{_FOUR[:-1]}, SymInt keys, int block) -> {_FOUR}"
 _HEADS = (
     f"(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars, {_FOUR[1:-1]}, str spec) -> Tensor"
@@ -68,21 +69,31 @@ def _operators() -> tuple[Any, ...]:
     )
 
 
-def site_of(spec: AttentionSpec, q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any]) -> Site:
+def site_of(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    flags: list[Tensor],
+    scalars: list[Any],
+    gates: Sequence[Tensor] = (),
+) -> Site:
     forms = mask_render.inequalities(spec.mask)
     if spec.sparse is None:
         raise ValueError("kp::select_blocks: the spec chooses no blocks")
     if forms is None and len(flags) != 2:
         raise ValueError(f"kp::select_blocks: the mask {spec.mask} needs two tensors of flags")
-    return Site(spec, spec.sparse, q, k, scalars, forms, (flags[0], flags[1]) if forms is None else None)
+    given = (flags[0], flags[1]) if forms is None else None
+    return Site(spec, spec.sparse, q, k, scalars, forms, given, gates)
 
 
-def _select(q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any], spec: str) -> Four:
-    found = lists.by_query(site_of(parse_spec(spec), q, k, flags, scalars))
+def _select(
+    q: Tensor, k: Tensor, flags: list[Tensor], gates: list[Tensor], scalars: list[Any], spec: str
+) -> Four:
+    found = lists.by_query(site_of(parse_spec(spec), q, k, flags, scalars, gates))
     return found.edges, found.count, found.at, found.blocks
 
 
-def _select_fake(q: Tensor, k: Tensor, flags: list[Tensor], scalars: list[Any], spec: str) -> Four:
+def _select_fake(q: Tensor, k: Tensor, flags: Any, gates: Any, scalars: Any, spec: str) -> Four:
     sparse = parse_spec(spec).sparse
     assert sparse is not None
     rows, blocks = ((x.shape[2] + sparse.block - 1) // sparse.block for x in (q, k))
@@ -157,7 +168,8 @@ def emit_lists(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape
     bounded = mask_render.inequalities(spec.mask) is not None
     flags = [] if bounded else list(block_flags(emit, node, spec, sparse.block))
     text = stamped(spec)
-    found = _items(emit, emit.call(select_blocks(), q, k, flags, node.args[4], text))
+    gates = [node.args[3][i] for i in sparse.gates]
+    found = _items(emit, emit.call(select_blocks(), q, k, flags, gates, node.args[4], text))
     both = [found]
     if shape.training:
         both.append(_items(emit, emit.call(turn_blocks(), *found, emit.size(k, 2), sparse.block)))

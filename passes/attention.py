@@ -52,6 +52,8 @@ class Attention:
                 f"{predicted['before_ms']}.",
                 "attention='on' takes it all the same.",
             )
+        if (measured := site.meta.get("kp_measured")) is not None:
+            predicted = {**(predicted or {}), **measured.summary()}
         note = _checkpoint_note(chosen, ctx)
         return Match(
             site,

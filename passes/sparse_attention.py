@@ -13,19 +13,33 @@ and, under `auto`, sites where choosing is predicted to cost what leaving out sa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from kp_compiler import cost
-from kp_compiler.config import SparseAttentionConfig
 from kp_compiler.lowering import ops, select, table
-from kp_compiler.metadata import hint
+from kp_compiler.lowering.tap import emit_tap
+from kp_compiler.metadata import hint, tensor_of
+from kp_compiler.passes import sparse_choice
 from kp_compiler.passes.attention import shape_of
-from kp_compiler.passes.base import Context, Kind, Match, Rejection, Tier, module_of, not_on_cpu
-from kp_compiler.specs import AttentionShape, AttentionSpec, SparseSpec
-
-SPARSITY = 0.9  # where neither a share of blocks nor one of the probabilities is asked for
+from kp_compiler.passes.base import (
+    Context,
+    Emitter,
+    Kind,
+    Match,
+    Rejection,
+    Tier,
+    fake_mode,
+    module_of,
+    not_on_cpu,
+)
+from kp_compiler.runtime import add_inputs
+from kp_compiler.specs import AttentionShape, AttentionSpec
 
 
 class SparseAttention:
@@ -51,33 +65,63 @@ class SparseAttention:
                 f"{hint(shape.keys)} keys are fewer than {config.min_tokens}.",
                 "sparse_attention={'min_tokens': …} sets where it begins.",
             )
-        sparse = sparse_spec(config, module_of(site))
-        spec = dataclasses.replace(ops.spec_of(site), sparse=sparse)
+        choice = sparse_choice.choose(config, module_of(site), shape)
+        if isinstance(choice, Rejection):
+            return choice
+        if choice.gates is not None and ctx.calls:
+            return Rejection("checkpoint", "Gates can't be handed to the body of a checkpoint.")
+        spec = dataclasses.replace(ops.spec_of(site), sparse=choice.sparse)
         refused = select.refused(spec, shape)
         if refused is not None:
             return refused
         chosen = table.choose(spec, shape, ctx.target, ctx.config.attention)
         if isinstance(chosen, Rejection):
             return chosen
-        if config.mode == "auto" and (reason := _no_gain(spec, shape, chosen.name, ctx)) is not None:
+        if (
+            config.observer is None
+            and config.mode == "auto"
+            and (reason := _no_gain(spec, shape, chosen.name, ctx)) is not None
+        ):
             return reason
-        return Match(site, spec, spec=str(spec))
+        return Match(site, (spec, choice), spec=str(spec))
 
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
-        match.site.update_arg(5, match.data.to_json())
-        return match.site
+        site, (spec, choice) = match.site, match.data
+        observer = ctx.config.sparse_attention.observer
+        if observer is not None:
+            site.update_arg(0, emit_tap(Emitter(site, site), site, spec, module_of(site), observer))
+            return site
+        if choice.gates is not None:
+            spec = _with_gates(site, spec, choice.gates, ctx)
+        site.update_arg(5, spec.to_json())
+        site.meta["kp_measured"] = choice.measured
+        return site
 
 
-def sparse_spec(config: SparseAttentionConfig, module: str) -> SparseSpec:
-    """What the settings say for one module."""
-    sparsity = config.sparsity
-    if sparsity is None:
-        sparsity = SPARSITY if config.mass is None else 0.0
-    dense = {head for part, heads in config.dense_heads.items() if part in module for head in heads}
-    return SparseSpec(
-        config.selector, 1.0 - sparsity, config.mass, config.error, config.sink_blocks, config.local_blocks,
-        tuple(sorted(dense)), config.estimate, config.shared, config.seed,
-    )  # fmt: skip
+def _with_gates(site: Node, spec: AttentionSpec, gates: tuple[Tensor, Tensor], ctx: Context) -> AttentionSpec:
+    """Gates become inputs of the graph, and operands of the site."""
+    given, q = site.args[3], tensor_of(site.args[0])
+    assert isinstance(given, list | tuple) and q is not None and spec.sparse is not None
+    with fake_mode(site.graph):
+        fakes = [torch.empty(x.shape, device=q.device) for x in gates]
+    nodes = add_inputs(ctx.gm, Gates(gates, q.device), fakes, site, [True, True])
+    site.update_arg(3, [*given, *nodes])
+    sparse = dataclasses.replace(spec.sparse, gates=(len(given), len(given) + 1))
+    return dataclasses.replace(spec, sparse=sparse)
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """Provides them, on the device of a site."""
+
+    gates: tuple[Tensor, Tensor]
+    device: torch.device
+    there: list[Tensor] = field(default_factory=list)
+
+    def tensors(self, args: Sequence[Any]) -> Sequence[Tensor]:
+        if not self.there:
+            self.there.extend(x.to(self.device) for x in self.gates)
+        return self.there
 
 
 def _no_gain(spec: AttentionSpec, shape: AttentionShape, impl: str, ctx: Context) -> Rejection | None:

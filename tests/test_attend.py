@@ -166,7 +166,7 @@ def exact(one: Case, weights: Tensor, lse_weights: Tensor) -> list[Tensor]:
     leaves = [x.detach().double().requires_grad_() for x in one.inputs()]
     rest = iter(leaves[3:])
     operands = [next(rest) if o.is_floating_point() else o for o in one.operands]
-    out = reference._attention(*leaves[:3], operands, one.scalars, one.spec)
+    out = reference.attention_over(*leaves[:3], operands, one.scalars, one.spec)
     lse = log_sum_exp(dataclasses.replace(one, q=leaves[0], k=leaves[1], operands=operands))
     ((out * weights).sum() + (lse * lse_weights).sum()).backward()
     return [out.detach(), lse.detach(), *(x.grad for x in leaves)]

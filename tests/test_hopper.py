@@ -56,8 +56,9 @@ def test_against_float64(mask: str, change: str, dims: Any, heads: Any, shape: A
     if not hopper.takes_backward(site, grad):
         return
     grads = [torch.full_like(x, float("nan")) for x in (one.q, one.k, one.v)]
-    delta = attention.delta_of(grad, out, lse_grad)
-    hopper.gradients(site, by_key, grad, lse, delta, *grads)
+    total = torch.full_like(grads[0], float("nan"), dtype=torch.float32)
+    delta = attention.delta_of(grad, out, lse_grad, total)
+    hopper.gradients(site, by_key, grad, lse, delta, total, *grads)
     for mine, theirs in zip(grads, want[2:5], strict=True):
         assert relative_error(mine, theirs) < 2 * bound or (mine - theirs).abs().max() < 1e-4
 
@@ -123,7 +124,7 @@ def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, kernel:
     out, *mine = (torch.zeros_like(q) for _ in range(4))
     site = attention.Site(AttentionSpec(0.125, MaskSpec()), q, k, v, (), ())
     lse = hopper.forward(site, None, out)
-    delta = attention.delta_of(grad, out, None)
+    total = torch.empty_like(q, dtype=torch.float32)
 
     def broken(name: str, text: str) -> emulation.Kernel:
         if line not in text:
@@ -136,7 +137,8 @@ def test_emulation_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch, kernel:
             if kernel == "forward":
                 hopper.forward(site, None, out)
             else:
-                hopper.gradients(site, None, grad, lse, delta, *mine)
+                delta = attention.delta_of(grad, out, None, total)
+                hopper.gradients(site, None, grad, lse, delta, total, *mine)
         except (TimeoutError, AssertionError):
             return
         found = [out] if kernel == "forward" else mine

@@ -57,7 +57,7 @@ def test_full_density_is_dense(mask: str) -> None:
 def test_operators(selector: str) -> None:
     q, k, _ = inputs(200, 330)
     spec = sparse_spec(MaskSpec("causal", "k <= q + n0", scalars=1), selector)
-    arguments = (q, k, [], [130], spec.to_json())
+    arguments = (q, k, [], [], [130], spec.to_json())
     torch.library.opcheck(select_blocks(), arguments)
     found = select_blocks()(*arguments)
     torch.library.opcheck(turn_blocks(), (*found, 330, 32))
@@ -68,9 +68,9 @@ def test_operators(selector: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     q, k, _ = inputs()
     with pytest.raises(ValueError, match="chooses no blocks"):
-        select_blocks()(q, k, [], [], dataclasses.replace(sparse_spec(), sparse=None).to_json())
+        select_blocks()(q, k, [], [], [], dataclasses.replace(sparse_spec(), sparse=None).to_json())
     with pytest.raises(ValueError, match="flags"):
-        select_blocks()(q, k, [], [], sparse_spec(LISTED["prefix"]).to_json())
+        select_blocks()(q, k, [], [], [], sparse_spec(LISTED["prefix"]).to_json())
 
 
 def test_table_has_no_dense_kernel_for_it() -> None:

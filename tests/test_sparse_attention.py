@@ -19,8 +19,8 @@ from kp_compiler.lowering import reference
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.selection import lists, measure
 from kp_compiler.lowering.selection.site import Site
-from kp_compiler.passes.sparse_attention import sparse_spec
-from kp_compiler.specs import AttentionSpec, MaskSpec, SparseSpec
+from kp_compiler.passes import sparse_choice
+from kp_compiler.specs import AttentionShape, AttentionSpec, MaskSpec, SparseSpec
 from tests.helpers import relative_error
 
 LENGTH = 700
@@ -243,12 +243,16 @@ def test_needs_the_pass_that_chooses_kernels() -> None:
 
 
 def test_what_settings_ask_for() -> None:
-    config = SparseAttentionConfig(mode="on")
-    assert sparse_spec(config, "") == SparseSpec("content", pytest.approx(0.1))
-    mass = dataclasses.replace(config, mass=0.95)
-    assert (sparse_spec(mass, "").density, sparse_spec(mass, "").mass) == (1.0, 0.95)
-    both = dataclasses.replace(mass, sparsity=0.75)
-    assert (sparse_spec(both, "").density, sparse_spec(both, "").mass) == (0.25, 0.95)
+    def asked(**more: Any) -> SparseSpec:
+        shape = AttentionShape(1, 4, 2, 700, 700, 16, 16, torch.float32, "cpu", False)
+        choice = sparse_choice.choose(SparseAttentionConfig(mode="on", **more), "layers.3.attention", shape)
+        assert isinstance(choice, sparse_choice.Choice)
+        return choice.sparse
+
+    assert asked() == SparseSpec("content", pytest.approx(0.1))
+    assert (asked(mass=0.95).density, asked(mass=0.95).mass) == (1.0, 0.95)
+    assert asked(mass=0.95, sparsity=0.75).density == 0.25
+    assert asked(dense_heads={"layers.3": (2, 0), "attention": (1,), "layers.2": (3,)}).dense == (0, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- what it costs

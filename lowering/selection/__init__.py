@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kp_compiler.lowering.selection import content, random, structured, vertical_slash
+from kp_compiler.lowering.selection import content, learned, random, structured, vertical_slash
 from kp_compiler.lowering.selection.site import Site
 
 Scorer = Callable[[slice], Tensor]
@@ -22,7 +22,8 @@ Scorer = Callable[[slice], Tensor]
 SELECTORS: dict[str, Callable[[Site], Scorer]] = {
     "content": content.scorer,
     "vertical_slash": vertical_slash.scorer,
+    "learned": learned.scorer,
     "structured": structured.scorer,
     "random": random.scorer,
 }
-ESTIMATING = ("content", "vertical_slash")  # those whose scores are shares of the probabilities
+ESTIMATING = ("content", "vertical_slash", "learned")  # those whose scores are shares of the probabilities

@@ -28,6 +28,7 @@ class Site:
     scalars: Sequence[int] = ()
     forms: tuple[Any, ...] | None = ()
     flags: tuple[Tensor, Tensor] | None = None
+    gates: Sequence[Tensor] = ()  # [H,D,r] and [H,3·D,r], of `learned`
 
     @property
     def rows(self) -> int:

@@ -231,24 +231,27 @@ def _scaled(x, out, scale, count, BLOCK: tl.constexpr):
     tl.store(out + place, (value * scale).to(out.dtype.element_ty), mask=place < count)
 
 
-def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """rowsum(grad ∘ out) - grad_lse, [B,H,S] in float32."""
+def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None, zeroed: Tensor | None = None) -> Tensor:
+    """rowsum(grad ∘ out) - grad_lse, [B,H,S] in float32. On the way `zeroed` [B,H,S,D] is filled with
+    zeros."""
     batch, heads, rows, width = out.shape
     delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     if delta.numel() == 0:
         return delta
     given = delta if grad_lse is None else grad_lse.contiguous()
+    filled, columns = (out, 0) if zeroed is None else (zeroed, zeroed.shape[3])
     _delta[(triton.cdiv(rows, 64) * batch * heads,)](
-        **strided("grad", grad), **strided("out", out), lse_ptr=given, delta=delta,
-        H=heads, S=rows, E=width, WIDTH=triton.next_power_of_2(width), GIVEN=grad_lse is not None,
+        **strided("grad", grad), **strided("out", out), **strided("zeroed", filled), lse_ptr=given,
+        delta=delta, H=heads, S=rows, E=width, D=columns, WIDTH=triton.next_power_of_2(width),
+        GIVEN=grad_lse is not None, ZEROED=triton.next_power_of_2(columns) if columns else 0,
     )  # fmt: skip
     return delta
 
 
 @triton.jit
 def _delta(
-    grad, out, lse_ptr, delta, grad_b, grad_h, grad_s, out_b, out_h, out_s, H, S, E,
-    WIDTH: tl.constexpr, GIVEN: tl.constexpr,
+    grad, out, zeroed, lse_ptr, delta, grad_b, grad_h, grad_s, out_b, out_h, out_s, zeroed_b, zeroed_h,
+    zeroed_s, H, S, E, D, WIDTH: tl.constexpr, GIVEN: tl.constexpr, ZEROED: tl.constexpr,
 ):  # fmt: skip
     tiles = (S + 63) // 64
     batch, head = tl.program_id(0) // tiles // H, tl.program_id(0) // tiles % H
@@ -264,6 +267,11 @@ def _delta(
     if GIVEN:
         total -= tl.load(lse_ptr + at, mask=rows < S, other=0.0)
     tl.store(delta + at, total, mask=rows < S)
+    if ZEROED > 0:
+        zeroed += batch.to(tl.int64) * zeroed_b + head.to(tl.int64) * zeroed_h
+        columns = tl.arange(0, ZEROED)[None, :]
+        inside = (rows[:, None] < S) & (columns < D)
+        tl.store(zeroed + rows[:, None] * zeroed_s + columns, tl.zeros([64, ZEROED], tl.float32), mask=inside)
 
 
 def _launch(

@@ -106,14 +106,13 @@ def _chunks(site: Site, pairs: int, tiles: int, size: int, cached: int) -> dict[
 
 
 def gradients(
-    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor,
+    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, total: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Write dq [B,H,S,D], dk and dv [B,K,T,D]; `lists` are those of blocks of keys. dq is added up in
-    float32, in an order that varies."""
+    `total`, zeros in float32 with dq's strides, in an order that varies."""
     tile = _tile("hopper backward", site)
     layout = site.layout("dkdv", tile)
-    total = torch.zeros_like(dq, dtype=torch.float32)
     found = site.arguments() | {"lse": lse, "delta": delta, **strided("dk", dk), **strided("dv", dv)}
     found |= {"q": _descriptor(site.q, tile.inner), "dout": _descriptor(grad, tile.inner)}
     found |= {name: _descriptor(found[name], ROWS) for name in "kv"}

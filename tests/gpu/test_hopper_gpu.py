@@ -83,13 +83,14 @@ def test_gradients(mask: str, change: str, dims: Any, heads: Any, shape: Any, dt
         grad.copy_(torch.randn(grad.shape))
         lse_grad = torch.randn(grad.shape[:3])
         lse = hopper.forward(site, by_query, out)
-        delta = attention.delta_of(grad, out, lse_grad)
+        total = torch.full_like(grads[0], float("nan"), dtype=torch.float32)
         assert hopper.takes_backward(site, grad)
         found = []
         for _ in range(3):
             for x in grads:
                 x.fill_(float("nan"))
-            hopper.gradients(site, by_key, grad, lse, delta, *grads)
+            delta = attention.delta_of(grad, out, lse_grad, total)
+            hopper.gradients(site, by_key, grad, lse, delta, total, *grads)
             found.append([x.clone() for x in grads])
         want = interpreted.exact(one, grad, lse_grad)[2:5]
     for index, theirs in enumerate(want):
@@ -158,8 +159,9 @@ def lists_of_each_head(block: tuple[int, int], shape: tuple[int, int], *, start:
     found, exact = [out, lse.nan_to_num(neginf=0.0)], [want[0], exact_lse.nan_to_num(neginf=0.0)]
     if before is None and hopper.takes_backward(site, grad):
         grads = [torch.full_like(x, float("nan")) for x in (one.q, one.k, one.v)]
-        delta = attention.delta_of(grad, out, lse_grad)
-        hopper.gradients(site, Lists.of(partial.mT, whole.mT), grad, lse, delta, *grads)
+        total = torch.full_like(grads[0], float("nan"), dtype=torch.float32)
+        delta = attention.delta_of(grad, out, lse_grad, total)
+        hopper.gradients(site, Lists.of(partial.mT, whole.mT), grad, lse, delta, total, *grads)
         found, exact = found + grads, exact + want[2:5]
     return [relative_error(mine, theirs) for mine, theirs in zip(found, exact, strict=True)]
 

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 
 def on_device(dtype: torch.dtype, *args: Any, **settings: Any) -> Any:
     here = selection.site(*args, block=128, **settings)
-    return dataclasses.replace(here, q=here.q.cuda().to(dtype), k=here.k.cuda().to(dtype))
+    gates = tuple(x.cuda() for x in here.gates)
+    return dataclasses.replace(here, q=here.q.cuda().to(dtype), k=here.k.cuda().to(dtype), gates=gates)
 
 
 @pytest.mark.parametrize("length", [2048, 5000])

@@ -1,0 +1,170 @@
+"""`kp.calibrate`: what leaving blocks out costs the heads of a model, on its own data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kp_compiler import calibration
+from kp_compiler.calibration import Measured
+from kp_compiler.capture import as_written, capture_reports, merged
+from kp_compiler.config import resolve
+from kp_compiler.errors import KPConfigError, KPError
+from kp_compiler.lowering import tap
+from kp_compiler.lowering.selection import SELECTORS, lists, measure
+from kp_compiler.lowering.selection.site import Site
+from kp_compiler.specs import SparseSpec
+
+UNTRAINED = tuple(name for name in SELECTORS if name != "learned")
+
+
+@dataclass
+class _Sums:
+    """Of one candidate at one site: [H] each, summed over sequences."""
+
+    mass: Tensor
+    error: Tensor
+    computed: float = 0.0  # blocks
+    allowed: float = 0.0
+    sequences: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Measuring:
+    """The observer: measures every candidate at every call of a site."""
+
+    candidates: list[SparseSpec]
+    sites: dict[str, list[_Sums | None]] = field(default_factory=dict)
+
+    def __call__(self, seen: tap.Tapped) -> None:
+        sums = self.sites.setdefault(seen.module, [None] * len(self.candidates))
+        for place, sparse in enumerate(self.candidates):
+            sums[place] = _added(sums[place], dataclasses.replace(seen.site, sparse=sparse), seen)
+
+
+def _added(sums: _Sums | None, site: Site, seen: tap.Tapped) -> _Sums:
+    found = lists.by_query(site)
+    cost = measure.cost(site, seen.v, measure.sampled(site, found), seen.operands)
+    if sums is None:
+        zeros = torch.zeros(site.q.shape[1])
+        sums = _Sums(zeros, zeros)
+    sums.mass = sums.mass + cost.mass.sum(0).cpu()
+    sums.error = sums.error + cost.error.square().sum(0).cpu()
+    sums.computed += float(found.count.double().mean(1).sum())
+    sums.allowed += _allowed(site)
+    sums.sequences += site.q.shape[0]
+    sums.tokens = max(sums.tokens, site.k.shape[2])
+    return sums
+
+
+def _allowed(site: Site) -> float:
+    """Blocks that the mask leaves a head, over the batch."""
+    step = max(1, 2**26 // site.blocks)
+    total = 0.0
+    for first in range(0, site.rows, step):
+        kept = torch.logical_or(*site.mask(slice(first, min(first + step, site.rows))))
+        total += float(kept.sum((2, 3)).double().mean(1).sum()) * site.q.shape[0] / kept.shape[0]
+    return total
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Any],
+    path: str | Path,
+    *,
+    selectors: Sequence[str] = UNTRAINED,
+    sparsity: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 0.95),
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, list[Measured]]:
+    """Measure kept mass and error of each selector at each sparsity, for each head of each attention site of
+    `model`, and write them to `path`, a JSON file that `sparse_attention={"calibration": path}` reads.
+
+    `batches`: what the model is called with, one after the other: a tuple of arguments, a dict of keyword
+    arguments, or one argument. The model runs without gradients and computes all blocks. `options` as for
+    `torch.compile`; those of sparse_attention say where (`min_tokens`, `skip`, `only`) and how blocks are
+    forced. Costs of 64 queries of each sequence are measured (`selection.measure`). Raises KPError where no
+    site could be measured.
+    """
+    for name in selectors:
+        if name not in UNTRAINED:
+            raise KPConfigError(
+                f"selectors: got {name!r}, expected some of {', '.join(map(repr, UNTRAINED))}"
+            )
+    for share in sparsity:
+        if not 0 <= share < 1:
+            raise KPConfigError(f"sparsity: got {share}, expected shares of blocks, 0 or more, less than 1")
+    settings = resolve(options).sparse_attention
+    candidates = [
+        SparseSpec(name, 1.0 - share, None, None, settings.sink_blocks, settings.local_blocks, (),
+                   settings.estimate, settings.shared, settings.seed)
+        for name in selectors for share in sparsity
+    ]  # fmt: skip
+    measuring = _Measuring(candidates)
+    observe(model, batches, measuring, options)
+    found = {
+        module: [_measured(sparse, each) for sparse, each in zip(candidates, sums, strict=True)]
+        for module, sums in measuring.sites.items()
+    }
+    calibration.save(found, path)
+    return found
+
+
+def _measured(sparse: SparseSpec, sums: _Sums | None) -> Measured:
+    assert sums is not None
+    mass, error = sums.mass / sums.sequences, (sums.error / sums.sequences).sqrt()
+    return Measured(
+        sparse.selector, sparse.estimate, round(1.0 - sparse.density, 6), sums.computed / sums.allowed,
+        tuple(mass.tolist()), tuple(error.tolist()), sums.tokens,
+    )  # fmt: skip
+
+
+def observe(
+    model: Any,
+    batches: Iterable[Any],
+    observer: Callable[[tap.Tapped], None],
+    options: Mapping[str, Any] | None,
+) -> None:
+    """Run `model` on `batches` without gradients; `observer` sees every call of an attention site."""
+    calls, seen = 0, 0
+
+    def counted(tapped: tap.Tapped) -> None:
+        nonlocal seen
+        seen += 1
+        observer(tapped)
+
+    given = dict(options or {})
+    sparse = given.get("sparse_attention", {})
+    asked = {"mode": "on", "selector": "random", "calibration": None, "gates": None, "expect": None}
+    with tap.observing(counted) as name, capture_reports() as reports, as_written(model) as plain:
+        given["sparse_attention"] = {
+            **(sparse if isinstance(sparse, Mapping) else {}),
+            **asked,
+            "observer": name,
+        }
+        compiled = torch.compile(plain, backend="kp", options=given)
+        with torch.no_grad():
+            for batch in batches:
+                calls += 1
+                _call(compiled, batch)
+    torch._dynamo.reset()
+    if not seen:
+        sites = merged(reports).sites
+        reasons = {str(x) for s in sites for x in (*s.notes, s.reason) if x is not None}
+        why = "; ".join(sorted(reasons)) or "no site was found"
+        raise KPError(f"no attention was measured: {why if calls else 'no batch was given'}")
+
+
+def _call(function: Callable[..., Any], batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        function(**batch)
+    elif isinstance(batch, tuple | list):
+        function(*batch)
+    else:
+        function(batch)
