@@ -91,23 +91,73 @@ def _span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr)
 
 
 @triton.jit
+def _whole(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
+    """The keys from `begin` to `end` that a form keeps for all of the queries, or some fewer."""
+    reach = -rest + _least(q_first, q_last, -SQ)  # SK·k has to be at most this
+    if SK > 0:
+        end = tl.where(reach < 0, begin, tl.minimum(end, reach // SK + 1))
+    if SK < 0:
+        begin = tl.where(reach < 0, tl.maximum(begin, (-reach - SK - 1) // -SK), begin)
+    if SK == 0:
+        end = tl.where(reach < 0, begin, end)
+    return begin, end
+
+
+@triton.jit
 def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, rest2, D: tl.constexpr,
             WIDTH: tl.constexpr, INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr,
             K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
-            FORMS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+            FORMS: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Scores [rows,INNER] of parts in exponents of two, −∞ where the mask keeps no pair."""
     column = tl.arange(0, WIDTH)
     part = start + tl.arange(0, INNER)
-    there = (part < PARTS)[:, None] & (column < D)[None, :]
+    there = (column < D)[None, :]
+    if MASKED:
+        there = there & (part < PARTS)[:, None]
     key = tl.load(keys + part[:, None] * D + column[None, :], mask=there, other=0.0)
     s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     if CAP:
         s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
-    q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
-    q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
-    some, _ = _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2, FORMS)
-    keep = (q_part * PART < S)[:, None] & (part < PARTS)[None, :] & some
-    return tl.where(keep, s * 1.4426950408889634, float("-inf"))
+    s = s * 1.4426950408889634
+    if MASKED:
+        q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
+        q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
+        some, _ = _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2, FORMS)
+        keep = (q_part * PART < S)[:, None] & (part < PARTS)[None, :] & some
+        s = tl.where(keep, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _total(top, total, begin, end, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1, rest2,
+           D: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr,
+           K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
+           FORMS: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Maximum and sum of each row, with the parts from `begin` to `end`."""
+    for start in range(begin, end, INNER):
+        s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
+                    PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, MASKED)  # fmt: skip
+        above = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        top = above
+    return top, total
+
+
+@triton.jit
+def _write(base, weight, begin, end, place, BLOCKS, inside, query, keys, q_part, S, T, KP, scale, cap, rest0,
+           rest1, rest2, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PER: tl.constexpr,
+           INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr, K0: tl.constexpr, Q1: tl.constexpr,
+           K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr, FORMS: tl.constexpr, CAP: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
+    """Shares of the blocks of the parts from `begin` to `end`."""
+    for start in range(begin, end, INNER):
+        s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
+                    PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, MASKED)  # fmt: skip
+        by_block = tl.sum(tl.reshape(tl.exp2(s - base[:, None]), [ROWS * PER, INNER // PER, PER]), 2)
+        share = tl.sum(tl.reshape(by_block, [ROWS, PER, INNER // PER]), 1) * weight[:, None]
+        block = start // PER + tl.arange(0, INNER // PER)
+        tl.store(place + block[None, :], share, mask=inside[:, None] & (block < BLOCKS)[None, :])
 
 
 @triton.jit(do_not_specialize=["S", "T", "QP", "KP", "FIRST", "COUNT", "BLOCKS", "rest0", "rest1", "rest2"])
@@ -117,43 +167,153 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
             Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr, FORMS: tl.constexpr,
             CAP: tl.constexpr):  # fmt: skip
     """Shares [pairs,COUNT,BLOCKS] of rows of blocks from FIRST on, from parts q [pairs,QP,D], k [pairs of
-    key heads,KP,D]. Blocks that the forms leave no pair of are not written."""
+    key heads,KP,D]. Blocks that the forms leave no pair of are not written. The last rows, which have most
+    to do, come first."""
     tiles = (COUNT + ROWS - 1) // ROWS
-    tile, pair = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    pairs = tl.num_programs(0) // tiles
+    tile, pair = tiles - 1 - tl.program_id(0) // pairs, (tl.program_id(0) % pairs).to(tl.int64)
     keys = k + (pair // H * (H // GROUP) + pair % H // GROUP) * KP * D
     column = tl.arange(0, WIDTH)
     q_part = (FIRST + tile * ROWS) * PER + tl.arange(0, ROWS * PER)
     there = (q_part < QP)[:, None] & (column < D)[None, :]
     query = tl.load(q + (pair * QP + q_part)[:, None] * D + column[None, :], mask=there, other=0.0)
-    top = tl.full([ROWS * PER], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS * PER], tl.float32)
     q_first = (FIRST + tile * ROWS) * PER * PART
     q_last, begin, end = tl.minimum(q_first + ROWS * PER * PART, S) - 1, 0, T
+    low, high = 0, T // PART * PART
     if FORMS > 0:
         begin, end = _span(q_first, q_last, begin, end, rest0, Q0, K0)
+        low, high = _whole(q_first, q_last, low, high, rest0, Q0, K0)
     if FORMS > 1:
         begin, end = _span(q_first, q_last, begin, end, rest1, Q1, K1)
+        low, high = _whole(q_first, q_last, low, high, rest1, Q1, K1)
     if FORMS > 2:
         begin, end = _span(q_first, q_last, begin, end, rest2, Q2, K2)
+        low, high = _whole(q_first, q_last, low, high, rest2, Q2, K2)
+    # steps of INNER parts: from `begin` on with the mask, from `low` on without, from `high` to `end` with it
     begin, end = begin // (INNER * PART) * INNER, (end + PART - 1) // PART
-    for start in range(begin, end, INNER):
-        s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
-                    PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP)  # fmt: skip
-        above = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
-        top = above
-    base = tl.where(total > 0.0, top + tl.log2(total), 0.0)
-    alive = tl.sum(tl.reshape((total > 0.0).to(tl.float32), [ROWS, PER]), 1)
+    low = tl.minimum((low + INNER * PART - 1) // (INNER * PART) * INNER, tl.maximum(end, begin))
+    high = tl.maximum(high // (INNER * PART) * INNER, low)
+    low = tl.maximum(low, begin)
+    high = tl.maximum(high, low)
+    top = tl.full([ROWS * PER], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS * PER], tl.float32)
+    top, total = _total(top, total, begin, low, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
+                        rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, True)  # fmt: skip
+    top, total = _total(top, total, low, high, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
+                        rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, False)  # fmt: skip
+    top, total = _total(top, total, high, end, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
+                        rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, True)  # fmt: skip
+    some = (total > 0.0) & (q_part * PART < S)
+    base = tl.where(some, top + tl.log2(total), float("inf"))  # rows without a key, or not there: no share
+    alive = tl.sum(tl.reshape(some.to(tl.float32), [ROWS, PER]), 1)
+    weight = 1.0 / tl.maximum(alive, 1.0)
     row = tile * ROWS + tl.arange(0, ROWS)
-    for start in range(begin, end, INNER):
-        s = _scored(query, keys, start, q_part, S, T, KP, scale, cap, rest0, rest1, rest2, D, WIDTH, INNER,
-                    PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP)  # fmt: skip
-        p = tl.reshape(tl.exp2(s - base[:, None]), [ROWS, PER, INNER // PER, PER])
-        share = tl.sum(tl.sum(p, 3), 1) / tl.maximum(alive, 1.0)[:, None]
-        block = start // PER + tl.arange(0, INNER // PER)
-        place = out + (pair * COUNT + row)[:, None] * BLOCKS + block[None, :]
-        tl.store(place, share, mask=(row < COUNT)[:, None] & (block < BLOCKS)[None, :])
+    place, inside = out + (pair * COUNT + row)[:, None] * BLOCKS, row < COUNT
+    _write(
+        base,
+        weight,
+        begin,
+        low,
+        place,
+        BLOCKS,
+        inside,
+        query,
+        keys,
+        q_part,
+        S,
+        T,
+        KP,
+        scale,
+        cap,
+        rest0,
+        rest1,
+        rest2,
+        D,
+        WIDTH,
+        ROWS,
+        PER,
+        INNER,
+        PART,
+        Q0,
+        K0,
+        Q1,
+        K1,
+        Q2,
+        K2,
+        FORMS,
+        CAP,
+        True,
+    )
+    _write(
+        base,
+        weight,
+        low,
+        high,
+        place,
+        BLOCKS,
+        inside,
+        query,
+        keys,
+        q_part,
+        S,
+        T,
+        KP,
+        scale,
+        cap,
+        rest0,
+        rest1,
+        rest2,
+        D,
+        WIDTH,
+        ROWS,
+        PER,
+        INNER,
+        PART,
+        Q0,
+        K0,
+        Q1,
+        K1,
+        Q2,
+        K2,
+        FORMS,
+        CAP,
+        False,
+    )
+    _write(
+        base,
+        weight,
+        high,
+        end,
+        place,
+        BLOCKS,
+        inside,
+        query,
+        keys,
+        q_part,
+        S,
+        T,
+        KP,
+        scale,
+        cap,
+        rest0,
+        rest1,
+        rest2,
+        D,
+        WIDTH,
+        ROWS,
+        PER,
+        INNER,
+        PART,
+        Q0,
+        K0,
+        Q1,
+        K1,
+        Q2,
+        K2,
+        FORMS,
+        CAP,
+        True,
+    )
 
 
 @triton.jit(do_not_specialize=["ROWS_ALL", "FIRST", "COUNT", "BLOCKS", "S", "T", "kind_b", "kind_h", "MOST",
