@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kp_compiler.demos import attention, fp8, masks
+from kp_compiler.demos import attention, fp8, masks, sparse
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,6 @@ DEMOS: dict[str, Demo] = {
         Demo("attention", attention.SUMMARY, attention.run, attention.example),
         Demo("fp8", fp8.SUMMARY, fp8.run, fp8.example),
         Demo("masks", masks.SUMMARY, masks.run, masks.example),
+        Demo("sparse", sparse.SUMMARY, sparse.run, sparse.example),
     )
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,17 +206,7 @@ def _counts(report: Report) -> str:
 
 
 def _time(steps: dict[str, Callable[[], Any]], repeats: int = 15) -> None:
-    """Median milliseconds, one call of each in turn so that clocks and heat hit all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 3):
-        for name, step in steps.items():
-            torch.accelerator.synchronize()
-            start = time.perf_counter()
-            step()
-            torch.accelerator.synchronize()
-            if turn >= 3:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = common.medians(steps, repeats)
     listed = ", ".join(f"{name} {value:.2f} ms" for name, value in median.items())
     print(f"forward, median of {repeats}: {listed}; speed-up {median['Inductor'] / median['kp']:.2f}x")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +61,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-+-".join("-" * w for w in widths), *lines[1:]])
+
+
+def medians(steps: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
+    """Milliseconds on an accelerator, one call of each in turn so that clocks and heat hit all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 3):
+        for name, step in steps.items():
+            torch.accelerator.synchronize()
+            start = time.perf_counter()
+            step()
+            torch.accelerator.synchronize()
+            if turn >= 3:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
