@@ -146,6 +146,31 @@ def _shape(row: dict[str, Any]) -> str:
     return "all" if row["K"] == "all" else f"{row['M']} x {row['K']} x {row['N']}"
 
 
+def sparse_accuracy(rows: Rows) -> Any:
+    """Accuracy and perplexity over density by selector, without training for it and after."""
+    rows = [r for r in rows if "accuracy" in r]
+    stages = list(dict.fromkeys(r["stage"] for r in rows))
+    figure, axes = plt.subplots(2, len(stages), figsize=(4.5 * len(stages), 7), squeeze=False, sharey="row")
+    for column, stage in enumerate(stages):
+        here = [r for r in rows if r["stage"] == stage]
+        dense = next((r for r in here if r["selector"] == "dense"), None)
+        for line, what in enumerate(("accuracy", "perplexity")):
+            chart = axes[line][column]
+            for name in dict.fromkeys(r["selector"] for r in here if r is not dense):
+                found = [r for r in here if r["selector"] == name] + [dense] * (dense is not None)
+                found.sort(key=lambda r: r["density"])
+                chart.plot([r["density"] for r in found], [r[what] for r in found], marker=".", label=name)
+            if dense is not None:
+                chart.axhline(dense[what], color="black", linewidth=0.8, linestyle="dashed")
+            chart.set_xscale("log")
+            chart.set_xlabel("density")
+        axes[0][column].set_title(stage, fontsize=9)
+    axes[0][0].set_ylabel("tasks solved, %")
+    axes[1][0].set_ylabel("perplexity of a byte")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
 PLOTS: dict[str, Callable[[Rows], Any]] = {
     plot.__name__: plot
     for plot in (
@@ -157,6 +182,7 @@ PLOTS: dict[str, Callable[[Rows], Any]] = {
         fp8_casts,
         fp8_sweep,
         fp8_accuracy,
+        sparse_accuracy,
     )
 }
 

@@ -19,6 +19,7 @@ from kp_compiler.errors import KPConfigError, KPError
 from kp_compiler.lowering import tap
 from kp_compiler.lowering.selection import SELECTORS, lists, measure
 from kp_compiler.lowering.selection.site import Site
+from kp_compiler.passes import sparse_choice
 from kp_compiler.specs import SparseSpec
 
 UNTRAINED = tuple(name for name in SELECTORS if name != "learned")
@@ -46,32 +47,24 @@ class _Measuring:
     def __call__(self, seen: tap.Tapped) -> None:
         sums = self.sites.setdefault(seen.module, [None] * len(self.candidates))
         for place, sparse in enumerate(self.candidates):
-            sums[place] = _added(sums[place], dataclasses.replace(seen.site, sparse=sparse), seen)
+            own = sparse_choice.seeded(sparse, seen.module)
+            sums[place] = _added(sums[place], dataclasses.replace(seen.site, sparse=own), seen)
 
 
 def _added(sums: _Sums | None, site: Site, seen: tap.Tapped) -> _Sums:
     found = lists.by_query(site)
     cost = measure.cost(site, seen.v, measure.sampled(site, found), seen.operands)
-    if sums is None:
-        zeros = torch.zeros(site.q.shape[1])
-        sums = _Sums(zeros, zeros)
+    zeros = torch.zeros(site.q.shape[1])
+    sums = sums or _Sums(zeros, zeros)
+    if sums.mass.shape != zeros.shape:
+        raise KPError(f"two sites with different heads are called {seen.module or 'the same'}")
     sums.mass = sums.mass + cost.mass.sum(0).cpu()
     sums.error = sums.error + cost.error.square().sum(0).cpu()
     sums.computed += float(found.count.double().mean(1).sum())
-    sums.allowed += _allowed(site)
+    sums.allowed += measure.allowed(site)
     sums.sequences += site.q.shape[0]
     sums.tokens = max(sums.tokens, site.k.shape[2])
     return sums
-
-
-def _allowed(site: Site) -> float:
-    """Blocks that the mask leaves a head, over the batch."""
-    step = max(1, 2**26 // site.blocks)
-    total = 0.0
-    for first in range(0, site.rows, step):
-        kept = torch.logical_or(*site.mask(slice(first, min(first + step, site.rows))))
-        total += float(kept.sum((2, 3)).double().mean(1).sum()) * site.q.shape[0] / kept.shape[0]
-    return total
 
 
 def calibrate(
@@ -100,6 +93,7 @@ def calibrate(
     for share in sparsity:
         if not 0 <= share < 1:
             raise KPConfigError(f"sparsity: got {share}, expected shares of blocks, 0 or more, less than 1")
+    check_writable(path)
     settings = resolve(options).sparse_attention
     candidates = [
         SparseSpec(name, 1.0 - share, None, None, settings.sink_blocks, settings.local_blocks, (),
@@ -121,8 +115,15 @@ def _measured(sparse: SparseSpec, sums: _Sums | None) -> Measured:
     mass, error = sums.mass / sums.sequences, (sums.error / sums.sequences).sqrt()
     return Measured(
         sparse.selector, sparse.estimate, round(1.0 - sparse.density, 6), sums.computed / sums.allowed,
-        tuple(mass.tolist()), tuple(error.tolist()), sums.tokens,
+        tuple(mass.tolist()), tuple(error.tolist()), sums.tokens, sparse.sink_blocks, sparse.local_blocks,
+        sparse.shared,
     )  # fmt: skip
+
+
+def check_writable(path: str | Path) -> None:
+    """Before anything is measured for it."""
+    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+        raise KPConfigError(f"path: {path} can't be written, expected a file in a folder that exists")
 
 
 def observe(
@@ -142,12 +143,9 @@ def observe(
     given = dict(options or {})
     sparse = given.get("sparse_attention", {})
     asked = {"mode": "on", "selector": "random", "calibration": None, "gates": None, "expect": None}
-    with tap.observing(counted) as name, capture_reports() as reports, as_written(model) as plain:
-        given["sparse_attention"] = {
-            **(sparse if isinstance(sparse, Mapping) else {}),
-            **asked,
-            "observer": name,
-        }
+    asked |= {"mass": None, "error": None}
+    with tap.observing(counted), capture_reports() as reports, as_written(model) as plain:
+        given["sparse_attention"] = {**(sparse if isinstance(sparse, Mapping) else {}), **asked}
         compiled = torch.compile(plain, backend="kp", options=given)
         with torch.no_grad():
             for batch in batches:

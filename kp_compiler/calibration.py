@@ -27,6 +27,9 @@ class Measured:
     mass: tuple[float, ...]
     error: tuple[float, ...]
     tokens: int  # keys of the longest call
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    shared: bool = False
 
     def summary(self) -> dict[str, float]:
         """For a report."""
@@ -61,7 +64,7 @@ def load(path: str) -> Calibration:
     try:
         return _load(path, Path(path).stat().st_mtime_ns)
     except OSError as error:
-        raise KPConfigError(f"sparse_attention.calibration: {path} can't be read: {error.strerror}") from None
+        raise KPConfigError(f"sparse_attention.calibration: {path} can't be read: {error}") from None
 
 
 @lru_cache(maxsize=16)
@@ -83,11 +86,9 @@ def _measured(data: dict[str, Any]) -> Measured:
 
 
 def best(candidates: Sequence[Measured], sparsity: float | None, error: float | None) -> Measured | None:
-    """The one to choose a site's blocks by: at a sparsity that was asked for, the smallest mean error; under
-    a bound on the error, the most blocks left out; else the smallest mean error at the highest sparsity."""
-    if sparsity is None and error is not None:
-        return max(candidates, key=lambda each: (each.saved(error), -sum(each.error)), default=None)
-    if sparsity is None:
-        sparsity = max((each.sparsity for each in candidates), default=0.0)
-    fitting = [each for each in candidates if abs(each.sparsity - sparsity) < 1e-6]
-    return min(fitting, key=lambda each: sum(each.error), default=None)
+    """The one to choose a site's blocks by: at a sparsity that was asked for, the smallest mean error; else,
+    under a bound on the error, the most blocks left out."""
+    if sparsity is not None:
+        fitting = [each for each in candidates if abs(each.sparsity - sparsity) < 1e-6]
+        return min(fitting, key=lambda each: sum(each.error), default=None)
+    return max(candidates, key=lambda each: (each.saved(error), -sum(each.error)), default=None)

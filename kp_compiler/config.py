@@ -68,13 +68,12 @@ class SparseAttentionConfig(PassConfig):
     estimate: Literal["pooled", "antidiagonal"] = "pooled"  # of a block's scores, by `content`
     sink_blocks: int = 1  # first blocks of each row, always computed
     local_blocks: int = 2  # blocks of a query's own key and before it, always computed
-    min_tokens: int = 8192  # keys from which on blocks are chosen
+    min_tokens: int = 8192  # keys from which on blocks are chosen, as a graph's first call has them
     dense_heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module path (substrings)
     shared: bool = False  # one choice for all query heads of a key head
     seed: int = 0  # of `random`
     calibration: str | None = None  # a file of kp.calibrate: what blocks cost, for the report and `auto`
     gates: str | None = None  # a file of kp.train_selectors, for `learned`
-    observer: str | None = None  # what kp.calibrate and kp.train_selectors look through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +218,11 @@ def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
             raise KPConfigError(
                 f"sparse_attention.selector: {selector!r} needs {file}=, a file that kp.{maker} wrote"
             )
+    if sparse.mass is not None and sparse.selector in ("structured", "random", "auto"):
+        raise KPConfigError(
+            f"sparse_attention.mass: {sparse.selector!r} estimates no probabilities, expected one of "
+            "'content', 'vertical_slash', 'learned'"
+        )
     for finder, users in (
         ("raise_attention", ("prove_masks", "sparse_attention", "attention")),
         ("attention", ("sparse_attention",)),

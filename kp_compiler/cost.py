@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 
 from kp_compiler.metadata import hint
-from kp_compiler.specs import AttentionShape, AttentionSpec, LinearShape
+from kp_compiler.specs import AttentionShape, AttentionSpec, LinearShape, SparseSpec
 from kp_compiler.target import Target
 
 # Measured on one H100 80GB HBM3, torch 2.11, bf16, causal, 8k tokens, D128: benchmarks/attention_models.py
@@ -29,6 +29,7 @@ RATES = {
 # taken for an H100, whose arithmetic and memory are in much the same proportion.
 BANDWIDTH = {"H100": 3.0e12, "H200": 3.9e12}
 KERNEL = 4e-6  # seconds that the smallest kernel takes, in a CUDA graph; 2026-11-27
+GATE = 32  # inner size of a gate of `learned`, where it is not known
 EAGER_PASSES = (
     5  # times the score matrix crosses memory when attention is written out and compiled by Inductor
 )
@@ -66,7 +67,7 @@ class Cost:
 def attention(spec: AttentionSpec, width: int = 2) -> Cost:
     """The floor of one forward: each input read once, the output written once, only unmasked pairs
     computed, of these only the chosen share where blocks are chosen, which is counted in."""
-    share = 1 if spec.sparse is None else sympy.Rational(spec.sparse.density).limit_denominator(10**6)
+    share = sympy.S.One if spec.sparse is None else _share(spec.sparse)
     whole = Cost(
         2 * SB * SH * area(spec) * share * (SD + SE),
         width * SB * (SH * SQ * (SD + SE) + SK * ST * (SD + SE)),
@@ -74,9 +75,16 @@ def attention(spec: AttentionSpec, width: int = 2) -> Cost:
     return whole if spec.sparse is None else whole + selection(spec, width)
 
 
+def _share(sparse: SparseSpec) -> sympy.Expr:
+    """Of the blocks under a mask: those of the budget, and all of the heads that are dense."""
+    density = sympy.Rational(sparse.density).limit_denominator(10**6)
+    return density + (1 - density) * len(sparse.dense) / SH
+
+
 def selection(spec: AttentionSpec, width: int = 2) -> Cost:
     """Choosing blocks: scores between parts of 16, twice (`content`), or of 64 queries with all keys, twice
-    (`vertical_slash`), and a float32 score of each block, written and read."""
+    (`vertical_slash`), or products of features of blocks (`learned`), and a float32 score of each block,
+    written and read."""
     sparse = spec.sparse
     assert sparse is not None
     scores = Cost(sympy.S.Zero, 8 * SB * SH * area(spec) / sparse.block**2, 2)
@@ -85,6 +93,10 @@ def selection(spec: AttentionSpec, width: int = 2) -> Cost:
         return scores + Cost(4 * SB * SH * area(spec) * SD / each, width * SB * (SH * SQ + SK * ST) * SD, 2)
     if sparse.selector == "vertical_slash":
         return scores + Cost(4 * SB * SH * 64 * ST * SD, 2 * width * SB * SK * ST * SD, 2)
+    if sparse.selector == "learned":
+        inner = 2 * SB * SH * area(spec) * GATE / sparse.block**2
+        projected = 2 * SB * SH * (SQ + 3 * ST) * SD * GATE / sparse.block
+        return scores + Cost(inner + projected, width * SB * (SH * SQ + 3 * SK * ST) * SD, 6)
     return scores
 
 

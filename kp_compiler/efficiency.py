@@ -75,8 +75,9 @@ def attention_efficiency(
         raise KPConfigError(
             f"sparsity: got {sparsity}, expected a share of blocks, 0 or more and less than 1"
         )
-    if selector not in get_args(Selector):
-        raise KPConfigError(f"selector: got {selector!r}, expected one of {', '.join(get_args(Selector))}")
+    known = [name for name in get_args(Selector) if name != "auto"]
+    if selector not in known:
+        raise KPConfigError(f"selector: got {selector!r}, expected one of {', '.join(map(repr, known))}")
     parts = ("causal",) if mask == "causal" else ()
     dense = AttentionSpec(1.0, MaskSpec(mask, parts=parts, window=window))  # type: ignore[arg-type]
     chosen = SparseSpec(selector, 1.0 - sparsity) if sparsity else None

@@ -9,12 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from kp_compiler.errors import KPConfigError
+from kp_compiler.target import has_package
 
 Gates = Mapping[str, tuple[Tensor, Tensor]]  # [H,D,r] and [H,3·D,r] in float32, by module path
 _KINDS = ("queries", "keys")
 
 
 def save(found: Gates, path: str | Path) -> None:
+    check_installed()
     from safetensors.torch import save_file
 
     names = {
@@ -23,23 +25,25 @@ def save(found: Gates, path: str | Path) -> None:
     save_file({name: x.detach().float().cpu().contiguous() for name, x in names.items()}, path)
 
 
+def check_installed() -> None:
+    if not has_package("safetensors"):
+        raise KPConfigError("gates are kept in safetensors, which is not installed: pip install safetensors")
+
+
 def load(path: str) -> Gates:
     """Raises KPConfigError where the file is none of `kp.train_selectors`'."""
     try:
         return _load(path, Path(path).stat().st_mtime_ns)
     except OSError as error:
-        raise KPConfigError(f"sparse_attention.gates: {path} can't be read: {error.strerror}") from None
+        raise KPConfigError(f"sparse_attention.gates: {path} can't be read: {error}") from None
 
 
 @lru_cache(maxsize=16)
 def _load(path: str, changed: int) -> Gates:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise KPConfigError(
-            "sparse_attention.gates: reading them needs safetensors, which is not installed"
-        ) from None
+    check_installed()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(path)
         modules = dict.fromkeys(name.rpartition("/")[0] for name in tensors)

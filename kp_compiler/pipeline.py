@@ -166,10 +166,18 @@ def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index
         record = _record(each, site, "rewritten", index, impl=match.impl, spec=match.spec, shape=match.shape)
         text = None if verdict is None else verdict.text
         task.report.sites.append(
-            dataclasses.replace(record, notes=notes, predicted=match.predicted, verified=text)
+            dataclasses.replace(
+                record,
+                notes=notes,
+                predicted=match.predicted,
+                verified=text,
+                approximated_by=site.meta.get("kp_approximated_by", ()),
+            )
         )
         if task.plan_only:
             return True
+    elif each.tier == "approximate":
+        site.meta["kp_approximated_by"] = (*site.meta.get("kp_approximated_by", ()), each.name)
     each.rewrite(ctx.gm.graph, match, ctx)
     return True
 
@@ -246,6 +254,8 @@ def _check_requirements(task: Run) -> None:
         if not any(s.reason is None or _is_candidate(s.reason) for s in sites):
             continue
         fired = sum(p.fired for p in task.report.passes if p.name == each.name)
+        if each.tier == "approximate" and not each.final:  # a later pass may have left the site as it was
+            fired = sum(each.name in s.approximated_by for s in sites)
         if fired >= (wanted := _required(each, task.config)):
             continue
         reasons = {f"{s.module or s.source or '?'}: {s.reason}" for s in sites if s.reason is not None}

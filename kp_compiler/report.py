@@ -40,6 +40,7 @@ class SiteRecord:
     verified: str | None = None
     shape: str = ""
     notes: tuple[Rejection, ...] = ()  # what was not possible at a site that was rewritten all the same
+    approximated_by: tuple[str, ...] = ()  # passes before `pass_name` that changed what is computed
     graph: int = 0
 
     def line(self) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kp_compiler import gates
-from kp_compiler.calibrate import observe
+from kp_compiler.calibrate import check_writable, observe
 from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import reference, tap
 from kp_compiler.lowering.selection import learned
@@ -103,6 +103,8 @@ def train_selectors(
     for name, value in (("rank", rank), ("steps", steps)):
         if value < 1:
             raise KPConfigError(f"{name}: got {value}, expected 1 or more")
+    check_writable(path)
+    gates.check_installed()
     sampling = _Sampling(ROWS, torch.Generator().manual_seed(seed))
     observe(model, data, sampling, options)
     found, losses = {}, {}

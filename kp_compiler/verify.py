@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from kp_compiler.metadata import hint, tensor_of, value_of
 from kp_compiler.passes.base import Context, Emitter, Match
 from kp_compiler.report import Rejection
+from kp_compiler.runtime import provided_input
 
 TOLERANCE = 1.5  # one draw is noisy; benchmarks/attention_numerics.py holds the mean over many to 1.1
 SLACK = 4  # and this many units of rounding, for sites where the original is exact
@@ -64,7 +65,9 @@ def extract(site: Node) -> tuple[Graph, list[Node], Node]:
     """The site's nodes, original and recognised, as a graph of two outputs; boundaries become
     placeholders."""
     root, out = site.meta["kp_root"], site.meta["kp_out"]
-    edge = set(site.meta["kp_operands"])
+    edge = set(site.meta["kp_operands"]) | set(
+        site.graph.find_nodes(op="call_function", target=provided_input)
+    )
     needed: set[Node] = set()
     queue = [root, out]
     while queue:

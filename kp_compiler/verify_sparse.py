@@ -23,6 +23,7 @@ from kp_compiler.lowering.selection.site import Site
 from kp_compiler.metadata import hint
 from kp_compiler.passes.base import Context, Emitter, Match
 from kp_compiler.report import Rejection
+from kp_compiler.runtime import provided_input, providers
 from kp_compiler.specs import AttentionSpec
 from kp_compiler.verify import MAX_SCORES, SLACK, TOLERANCE, Verdict, extract, random_value, relative_error
 
@@ -42,11 +43,19 @@ def verify_sparse(site: Node, match: Match, ctx: Context) -> Verdict:
     kernel = next((node for node in graph.nodes if node.target is attend.attend()), None)
     lists = () if kernel is None else tuple(kernel.args[5][:4])
     graph.output_node().args = ((lowered, lists, tuple(copied.args[:5])),)
-    values = [random_value(node) for node in originals]
+    values = [_value(node, ctx) for node in originals]
     devices = {x.device.index or 0 for x in values if isinstance(x, Tensor) and x.is_cuda}
     with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(shape.training):
         leaves = [_leaf(x, shape.training) for x in values]
         return _verdict(spec, *GraphModule(torch.nn.Module(), graph)(*leaves))
+
+
+def _value(node: Node, ctx: Context) -> Any:
+    """What a provider has, which chooses the blocks, else something random."""
+    if node.target is not provided_input:
+        return random_value(node)
+    number, index = node.args
+    return providers(ctx.gm)[number].tensors(())[index]  # type: ignore[index]
 
 
 def _leaf(x: Any, training: bool) -> Any:

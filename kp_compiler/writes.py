@@ -211,7 +211,15 @@ def _removable(node: Node) -> bool:
     return getattr(node.target, "__module__", "") in _PURE_MODULES and not node.is_impure()
 
 
-_PURE_MODULES = ("_operator", "math", "torch.nn.functional", "torch._C._nn", "torch", "torch.functional")
+_PURE_MODULES = (
+    "kp_compiler.runtime",
+    "_operator",
+    "math",
+    "torch.nn.functional",
+    "torch._C._nn",
+    "torch",
+    "torch.functional",
+)
 
 
 def _private(target: Node, writer: Node) -> bool:

@@ -150,8 +150,11 @@ def refused(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
         )
     if spec.biases and sparse.error is not None:
         return Rejection("bias", "Errors are measured for scores of q and k; a bias shifts them.")
-    if sparse.selector == "vertical_slash" and "padding" in (spec.mask.kind, *spec.mask.parts):
-        return Rejection("padding", "vertical_slash asks the last queries, which may be padding.")
+    if sparse.selector == "vertical_slash" and mask_render.inequalities(spec.mask) is None:
+        return Rejection(
+            "last-queries",
+            f"vertical_slash asks the last queries, which under {spec.mask} see little or nothing.",
+        )
     if any(not 0 <= head < shape.heads for head in sparse.dense):
         return Rejection("heads", f"Heads {list(sparse.dense)} are to be dense, there are {shape.heads}.")
     return None

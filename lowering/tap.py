@@ -8,6 +8,7 @@ An observer is a function of this process, and lives as long as the block that n
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.fingerprint import stamped
 from kp_compiler.lowering.ops import fragment, parse_spec
 from kp_compiler.lowering.select import site_of
+from kp_compiler.lowering.selection import measure
 from kp_compiler.lowering.selection.site import Site
 from kp_compiler.specs import AttentionSpec
 
@@ -30,6 +33,7 @@ _SCHEMA = (
 )
 _observers: dict[str, Callable[[Tapped], None]] = {}
 _numbers = itertools.count()
+_current: contextvars.ContextVar[str | None] = contextvars.ContextVar("kp_observer", default=None)
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,34 @@ class Tapped:
 
 
 @contextlib.contextmanager
-def observing(function: Callable[[Tapped], None]) -> Iterator[str]:
-    """A name for `function`, which the setting `observer` of sparse_attention takes."""
+def observing(function: Callable[[Tapped], None]) -> Iterator[None]:
+    """Graphs that are compiled on this thread show `function` what each attention site gets, as long as the
+    block lasts."""
     name = f"observer {next(_numbers)}"
     _observers[name] = function
+    token = _current.set(name)
     try:
-        yield name
+        yield
     finally:
+        _current.reset(token)
         del _observers[name]
+
+
+def watch(emit: Any, node: Node, spec: AttentionSpec, module: str, report: dict[str, Any]) -> Node:
+    """q of a `kp.attention` node; the first call of it puts what its blocks hold and lose into `report`."""
+    name = f"observer {next(_numbers)}"
+
+    def first(seen: Tapped) -> None:
+        del _observers[name]
+        report["measured"] = measure.found(seen.site, seen.v, seen.operands)
+
+    _observers[name] = first
+    return emit_tap(emit, node, spec, module, name)
+
+
+def current() -> str | None:
+    """The observer that graphs compiled now are for."""
+    return _current.get()
 
 
 def emit_tap(emit: Any, node: Node, spec: AttentionSpec, module: str, observer: str) -> Node:
@@ -60,12 +84,27 @@ def emit_tap(emit: Any, node: Node, spec: AttentionSpec, module: str, observer: 
     assert spec.sparse is not None
     bounded = mask_render.inequalities(spec.mask) is not None
     flags = [] if bounded else list(block_flags(emit, node, spec, spec.sparse.block))
-    return emit.call(_operator(), *node.args[:5], flags, module, observer, spec.to_json())
+    return emit.call(_operator(), *node.args[:5], flags, module, observer, stamped(spec))
 
 
 @cache
 def _library() -> Any:
-    return fragment("tap", _SCHEMA, {"CompositeExplicitAutograd": _tap}, lambda q, *rest: torch.empty_like(q))
+    made = fragment(
+        "tap", _SCHEMA, {"CompositeExplicitAutograd": _tap}, lambda q, *rest: torch.empty_like(q),
+        tags=(torch.Tag.cudagraph_unsafe,),
+    )  # fmt: skip
+    torch.library.register_autograd("kp::tap", _gradients, setup_context=_save, lib=made)
+    return made
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.counts = len(inputs[3]), len(inputs[4]), len(inputs[5])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """That of q: its own."""
+    operands, scalars, flags = ctx.counts
+    return grad, None, None, [None] * operands, None if scalars else [], [None] * flags, None, None, None
 
 
 def _operator() -> Any:
@@ -78,6 +117,8 @@ def _tap(
     module: str, observer: str, spec: str,
 ) -> Tensor:  # fmt: skip
     if observer in _observers:
-        site = site_of(parse_spec(spec), q, k, flags, scalars)
+        parsed = parse_spec(spec)
+        gates = [operands[i] for i in parsed.sparse.gates] if parsed.sparse is not None else []
+        site = site_of(parsed, q, k, flags, scalars, gates)
         _observers[observer](Tapped(module, site, v, operands))
     return q.clone()

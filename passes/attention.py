@@ -17,8 +17,8 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from kp_compiler import cost
-from kp_compiler.lowering import ops, table
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, not_on_cpu
+from kp_compiler.lowering import ops, table, tap
+from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, module_of, not_on_cpu
 from kp_compiler.specs import AttentionShape
 from kp_compiler.writes import erase_orphans
 
@@ -45,7 +45,8 @@ class Attention:
         if isinstance(chosen, Rejection):
             return chosen
         predicted = cost.predict(spec, shape, chosen.name, ctx.target)
-        if ctx.config.attention.mode == "auto" and predicted is not None and predicted["gain"] < 1:
+        asked = spec.sparse is not None  # by name; sparse_attention has weighed it against dense attention
+        if ctx.config.attention.mode == "auto" and not asked and predicted and predicted["gain"] < 1:
             return Rejection(
                 "no-gain",
                 f"{chosen.name} is predicted to take {predicted['forward_ms']} ms, the site as it is "
@@ -53,7 +54,9 @@ class Attention:
                 "attention='on' takes it all the same.",
             )
         if (measured := site.meta.get("kp_measured")) is not None:
-            predicted = {**(predicted or {}), **measured.summary()}
+            predicted = {**(predicted or {}), "calibration": measured.summary()}
+        if asked and ctx.config.verify:
+            predicted = dict(predicted or {})  # the first call adds what it finds
         note = _checkpoint_note(chosen, ctx)
         return Match(
             site,
@@ -69,6 +72,9 @@ class Attention:
         chosen, spec, shape = match.data
         site, root = match.site, match.site.meta["kp_root"]
         emit = Emitter(site, site)
+        if spec.sparse is not None and ctx.config.verify and not ctx.calls:
+            assert match.predicted is not None
+            site.update_arg(0, tap.watch(emit, site, spec, module_of(site), match.predicted))
         out = chosen.emit(emit, site, spec, shape)
         site.replace_all_uses_with(out, propagate_meta=False)
         arguments = site.all_input_nodes

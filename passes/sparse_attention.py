@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from kp_compiler import cost
-from kp_compiler.lowering import ops, select, table
-from kp_compiler.lowering.tap import emit_tap
+from kp_compiler.lowering import ops, select, table, tap
 from kp_compiler.metadata import hint, tensor_of
 from kp_compiler.passes import sparse_choice
 from kp_compiler.passes.attention import shape_of
@@ -39,7 +38,7 @@ from kp_compiler.passes.base import (
     not_on_cpu,
 )
 from kp_compiler.runtime import add_inputs
-from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.specs import AttentionShape, AttentionSpec, SparseSpec
 
 
 class SparseAttention:
@@ -65,37 +64,48 @@ class SparseAttention:
                 f"{hint(shape.keys)} keys are fewer than {config.min_tokens}.",
                 "sparse_attention={'min_tokens': …} sets where it begins.",
             )
-        choice = sparse_choice.choose(config, module_of(site), shape)
+        dense = ops.spec_of(site)
+        if tap.current() is not None and dense.biases:
+            return Rejection(
+                "bias", "What blocks cost is measured for scores of q and k; a bias shifts them."
+            )
+
+        def fits(sparse: SparseSpec) -> Rejection | None:
+            return select.refused(dataclasses.replace(dense, sparse=sparse), shape)
+
+        choice = sparse_choice.choose(config, site_name(site, ctx), shape, fits)
         if isinstance(choice, Rejection):
             return choice
         if choice.gates is not None and ctx.calls:
             return Rejection("checkpoint", "Gates can't be handed to the body of a checkpoint.")
-        spec = dataclasses.replace(ops.spec_of(site), sparse=choice.sparse)
-        refused = select.refused(spec, shape)
-        if refused is not None:
-            return refused
+        spec = dataclasses.replace(dense, sparse=choice.sparse)
         chosen = table.choose(spec, shape, ctx.target, ctx.config.attention)
         if isinstance(chosen, Rejection):
             return chosen
-        if (
-            config.observer is None
-            and config.mode == "auto"
-            and (reason := _no_gain(spec, shape, chosen.name, ctx)) is not None
-        ):
-            return reason
-        return Match(site, (spec, choice), spec=str(spec))
+        weighed = config.mode == "auto" and tap.current() is None
+        reason = _no_gain(spec, shape, chosen.name, ctx) if weighed else None
+        return reason or Match(site, (spec, choice), spec=str(spec))
 
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
         site, (spec, choice) = match.site, match.data
-        observer = ctx.config.sparse_attention.observer
+        observer = tap.current()
         if observer is not None:
-            site.update_arg(0, emit_tap(Emitter(site, site), site, spec, module_of(site), observer))
+            seen = tap.emit_tap(Emitter(site, site), site, spec, site_name(site, ctx), observer)
+            site.update_arg(0, seen)
             return site
         if choice.gates is not None:
             spec = _with_gates(site, spec, choice.gates, ctx)
         site.update_arg(5, spec.to_json())
         site.meta["kp_measured"] = choice.measured
         return site
+
+
+def site_name(site: Node, ctx: Context) -> str:
+    """The module path, and which of its sites in the graph it is, where that is not the first."""
+    module = module_of(site)
+    peers = [node for node in ctx.gm.graph.nodes if ops.is_attention(node) and module_of(node) == module]
+    place = peers.index(site)
+    return f"{module}#{place}" if place else module
 
 
 def _with_gates(site: Node, spec: AttentionSpec, gates: tuple[Tensor, Tensor], ctx: Context) -> AttentionSpec:
@@ -129,8 +139,13 @@ def _no_gain(spec: AttentionSpec, shape: AttentionShape, impl: str, ctx: Context
     dense = table.choose(whole, shape, ctx.target, ctx.config.attention)
     if isinstance(dense, Rejection):
         return None
+    assert spec.sparse is not None
+    at_best = spec.sparse  # what `mass` and `error` will compute is not known: no more than a tenth, at best
+    if at_best.mass is not None or at_best.error is not None:
+        at_best = dataclasses.replace(at_best, mass=None, error=None, density=min(at_best.density, 0.1))
+    best = dataclasses.replace(spec, sparse=at_best)
     mine, theirs = (
-        cost.predict(each, shape, name, ctx.target) for each, name in ((spec, impl), (whole, dense.name))
+        cost.predict(each, shape, name, ctx.target) for each, name in ((best, impl), (whole, dense.name))
     )
     if mine is None or theirs is None or mine["forward_ms"] < theirs["forward_ms"]:
         return None

@@ -25,13 +25,14 @@ MASKS = {
     "full": (MaskSpec(), []),
     "window": (MaskSpec("window", "(k <= q) & (q - k <= 150)", window=151), []),
     "offset": (MaskSpec("causal", "k <= q + n0", scalars=1), [70]),
+    "both sides": (MaskSpec("pointwise", "(k - q <= 120) & (q - k <= 120)"), []),
 }
 
 
 def site(selector: str = "content", mask: str = "causal", queries: int = 300, keys: int = 300,
-         heads: tuple[int, int] = (4, 2), **settings: Any) -> Site:  # fmt: skip
+         heads: tuple[int, int] = (4, 2), batch: int = 2, **settings: Any) -> Site:  # fmt: skip
     spec, scalars = MASKS[mask]
-    q, k = torch.randn(2, heads[0], queries, 16), torch.randn(2, heads[1], keys, 16)
+    q, k = torch.randn(batch, heads[0], queries, 16), torch.randn(batch, heads[1], keys, 16)
     sparse = SparseSpec(selector, **{"density": 0.4, "block": 32, **settings})
     forms = mask_render.inequalities(spec)
     gates = (torch.randn(heads[0], 16, 8), torch.randn(heads[0], 48, 8)) if selector == "learned" else ()
@@ -48,7 +49,7 @@ def pairs(here: Site) -> Tensor:
     n0 = here.scalars[0] if here.scalars else 0
     return {
         "k <= q": k <= q, "True": (k >= 0) & (q >= 0), "(k <= q) & (q - k <= 150)": (k <= q) & (q - k <= 150),
-        "k <= q + n0": k <= q + n0,
+        "k <= q + n0": k <= q + n0, "(k - q <= 120) & (q - k <= 120)": (k - q).abs() <= 120,
     }[here.spec.mask.expr]  # fmt: skip
 
 
@@ -325,11 +326,21 @@ def test_one_choice_for_a_group() -> None:
 
 def test_no_query_is_left_without_keys() -> None:
     """Where its own key is left, whatever else is not chosen: windows, offsets, future keys."""
-    for mask, queries, keys in (("window", 300, 300), ("offset", 200, 270), ("full", 300, 300)):
+    cases = [(name, 300, 300) for name in ("window", "full", "both sides", "causal")]
+    for mask, queries, keys in (*cases, ("offset", 200, 270), ("both sides", 300, 260), ("causal", 300, 200)):
         here = site("random", mask, queries, keys, density=0.01, sink_blocks=0, local_blocks=1)
         partial, whole = lists.flags(here, all_rows(here))
         spread = (partial | whole).repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :queries, :keys]
-        assert (spread & pairs(here)).any(-1).all()
+        assert torch.equal((spread & pairs(here)).any(-1), pairs(here).any(-1).expand(2, 4, -1)), mask
+
+
+def test_home_is_where_queries_stand() -> None:
+    """Whatever a mask lets them see ahead."""
+    for mask, queries, keys, offset in (
+        ("causal", 300, 300, 0), ("both sides", 300, 300, 0), ("full", 300, 400, 100),
+        ("offset", 200, 270, 70), ("causal", 300, 400, 0), ("window", 300, 300, 0), ("causal", 300, 200, 0),
+    ):  # fmt: skip
+        assert site(mask=mask, queries=queries, keys=keys).offset == offset, mask
 
 
 @pytest.mark.parametrize("selector", ["content", "random"])
@@ -368,7 +379,7 @@ CONTENT += [("causal", 1300, 1300), ("full", 100, 1100)]  # with steps that need
 def test_content_by_kernels(mask: str, queries: int, keys: int) -> None:
     """In Triton's interpreter."""
     kernels = pytest.importorskip("kp_compiler.lowering.triton.selection")
-    here = site(mask=mask, queries=queries, keys=keys, heads=(2, 1))
+    here = site(mask=mask, queries=queries, keys=keys, heads=(2, 1), batch=1)
     spec = dataclasses.replace(here.spec, softcap=2.0 if queries == 300 else None)
     here = dataclasses.replace(here, spec=spec)
     assert kernels.takes_content(here)
@@ -390,7 +401,7 @@ def test_choice_by_kernels(mask: str, settings: dict[str, Any]) -> None:
     kernels = pytest.importorskip("kp_compiler.lowering.triton.selection")
     selectors = ["content"] if "mass" in settings else ["content", "structured"]
     for selector in selectors:
-        here = site(selector, mask, 260, 260, (2, 1), **settings)
+        here = site(selector, mask, 200, 200, (2, 1), batch=1, **settings)
         ones = [here]
         if selector == "structured":
             ones.append(dataclasses.replace(here, forms=None, flags=here.mask(all_rows(here))))

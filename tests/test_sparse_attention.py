@@ -104,12 +104,13 @@ def test_the_same_twice() -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_window_and_documents_stay_exact_inside() -> None:
-    def documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        index = torch.arange(q.shape[2])
-        same = (index // 300) == (index[:, None] // 300)
-        return F.scaled_dot_product_attention(q, k, v, same & (index <= index[:, None]), enable_gqa=True)
+def documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    index = torch.arange(q.shape[2])
+    same = (index // 300) == (index[:, None] // 300)
+    return F.scaled_dot_product_attention(q, k, v, same & (index <= index[:, None]), enable_gqa=True)
 
+
+def test_window_and_documents_stay_exact_inside() -> None:
     inputs = qkv()
     mine, report = run(documents, inputs, settings())
     assert "content, 50% of blocks" in str(report.sites[0].spec)
@@ -187,6 +188,7 @@ def test_refusals() -> None:
     assert code_of(causal, inputs, min_tokens=1024) == "short"
     assert code_of(causal, inputs, dense_heads={"": [4]}) == "heads"
     assert code_of(biased, equal) == "bias"
+    assert code_of(documents, inputs, selector="vertical_slash") == "last-queries"
     assert code_of(masked_rows, equal) == "dead-rows"
     mask = torch.rand(LENGTH, LENGTH) > 0.3
 
@@ -215,9 +217,21 @@ def test_auto_asks_for_a_gain() -> None:
 
 
 def test_required_and_refused() -> None:
-    with pytest.raises(Exception, match="fewer than") as raised:
-        torch.compile(causal, backend="kp", options=settings(mode="require", min_tokens=4096))(*qkv())
-    assert isinstance(raised.value.__cause__ or raised.value, KPRequirementError | Exception)
+    """By the pass itself, and where the pass that chooses kernels leaves its sites as they were."""
+    elsewhere = {**settings(mode="require"), "attention": {"skip": ""}}
+    for options, why in ((settings(mode="require", min_tokens=4096), "fewer than"), (elsewhere, "leaves")):
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=why) as raised:
+            torch.compile(causal, backend="kp", options=options)(*qkv())
+        assert isinstance(raised.value.inner_exception, KPRequirementError)
+
+
+def test_asked_for_is_not_weighed_again() -> None:
+    """`on` where dense attention would not gain either: PyTorch's own call is no better."""
+    inputs = [torch.empty(1, h, 512, 128, device="meta") for h in (32, 8, 8)]
+    options = {"sparse_attention": {"mode": "on", "min_tokens": 0}}
+    report = kp.plan(causal, *inputs, target="cuda:sm90", dtype=torch.bfloat16, options=options)
+    assert "content, 10% of blocks" in str(report.sites[0].spec)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +241,7 @@ def test_required_and_refused() -> None:
         ({"mass": 0.0}, "mass: got 0, expected"),
         ({"error": -1.0}, "error: got -1, expected"),
         ({"local_blocks": 0}, "local_blocks: got 0, expected"),
+        ({"mass": 0.9, "selector": "structured"}, "'structured' estimates no probabilities"),
         ({"selector": "contents"}, "did you mean 'content'"),
         ({"dense_heads": {"a": ["x"]}}, "expected a whole number or a list of them"),
         ({"sparcity": 0.5}, "did you mean 'sparsity'"),
@@ -245,9 +260,10 @@ def test_needs_the_pass_that_chooses_kernels() -> None:
 def test_what_settings_ask_for() -> None:
     def asked(**more: Any) -> SparseSpec:
         shape = AttentionShape(1, 4, 2, 700, 700, 16, 16, torch.float32, "cpu", False)
-        choice = sparse_choice.choose(SparseAttentionConfig(mode="on", **more), "layers.3.attention", shape)
+        config = SparseAttentionConfig(mode="on", **more)
+        choice = sparse_choice.choose(config, "layers.3.attention", shape, lambda sparse: None)
         assert isinstance(choice, sparse_choice.Choice)
-        return choice.sparse
+        return dataclasses.replace(choice.sparse, seed=0)
 
     assert asked() == SparseSpec("content", pytest.approx(0.1))
     assert (asked(mass=0.95).density, asked(mass=0.95).mass) == (1.0, 0.95)
@@ -320,11 +336,16 @@ def test_efficiency() -> None:
 def test_verified(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     """Kernels are held against the blocks that were chosen, and found out where they compute others."""
     inputs = qkv(300, (2, 1))
-    options = {**settings(), "verify": True, "strict": False, "attention": {"impl": impl}}
+    few = settings(sparsity=0.7, sink_blocks=0, local_blocks=1)
+    options = {**few, "verify": True, "strict": False, "attention": {"impl": impl}}
     _, report = run(causal, inputs, options)
     assert report.sites[0].status == "rewritten"
     assert report.sites[0].verified.startswith("ok: out ") and "grad v" in report.sites[0].verified
     assert "from all blocks" in report.sites[0].verified
+    found = report.sites[0].predicted["measured"]  # of the call itself, after it
+    assert found["density"] == 0.5 and found["dense_heads"] == [] and 0 < found["kept_mass"] < 1
+    assert 0 < found["error"] <= found["worst_head_error"]
+    assert "measured" in report.why("")
     if impl == "triton":
         right = lists.by_key
 

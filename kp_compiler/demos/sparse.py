@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kp_compiler import target as targets
 from kp_compiler.calibrate import calibrate
 from kp_compiler.calibration import Measured
 from kp_compiler.capture import capture_reports, merged
@@ -67,7 +68,7 @@ def example() -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     near, far = codes[0, block - block % 2], codes[1, (7 * block + 3) % (block + 1)]
     asked = torch.stack([near, far]).repeat_interleave(HEADS // KV_HEADS, 0)
     q = 0.3 * normal(1, HEADS, TOKENS, WIDTH) + 2.0 * asked
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if targets.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return Model(), tuple(x.to(device, dtype) for x in (q, k, normal(1, KV_HEADS, TOKENS, WIDTH))), {}
 
@@ -97,7 +98,7 @@ def run(validate: bool) -> int:
             wrong += _check(title, more, errors)
         print("\n" + common.table(rows))
     print("\n" + _formulas())
-    if torch.cuda.is_available():
+    if targets.is_available():
         print("\n" + _timed())
     print(
         "\n" + ("\n".join(f"NOT AS EXPECTED  {line}" for line in wrong) or "everything is within its bounds")
@@ -106,7 +107,7 @@ def run(validate: bool) -> int:
 
 
 def _options(**more: Any) -> dict[str, Any]:
-    cpu = {} if torch.cuda.is_available() else {"cpu_rewrites": True, "lowering": "aot_eager"}
+    cpu = {} if targets.is_available() else {"cpu_rewrites": True, "lowering": "aot_eager"}
     return {**cpu, "sparse_attention": {"min_tokens": 0, "sink_blocks": 0, **more}}
 
 

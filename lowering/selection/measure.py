@@ -11,13 +11,14 @@ has a small error in this norm whether it is measured on a sample or on all of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kp_compiler.lowering import reference
 from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.selection import lists
 from kp_compiler.lowering.selection.site import Site
 
 SAMPLES = 64
@@ -61,13 +62,13 @@ def cost(
     step = site.k.shape[1]
     if scores is not None:
         step = max(1, scores // (batch * site.group * len(places) * keys))
-    found = []
+    parts = []
     for first in range(0, site.k.shape[1], step):
         of_keys = slice(first, min(first + step, site.k.shape[1]))
         mine = slice(of_keys.start * site.group, of_keys.stop * site.group)
         held = keep if keep.shape[1] == 1 else keep[:, mine]
-        found.append(_cost(site, v, places, of_keys, mine, chosen[:, mine], held, operands))
-    return Cost(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+        parts.append(_cost(site, v, places, of_keys, mine, chosen[:, mine], held, operands))
+    return Cost(*(torch.cat(each, 1) for each in zip(*parts, strict=True)))
 
 
 def _cost(
@@ -102,6 +103,34 @@ def _above(x: Tensor) -> Tensor:
     return x.clamp_min(1e-30)
 
 
+def allowed(site: Site) -> float:
+    """Blocks that the mask leaves a head, over the batch. Waits for the device."""
+    step = max(1, SCORES // site.blocks)
+    total = 0.0
+    for first in range(0, site.rows, step):
+        kept = torch.logical_or(*site.mask(slice(first, min(first + step, site.rows))))
+        total += float(kept.sum((2, 3)).double().mean(1).sum()) * site.q.shape[0] / kept.shape[0]
+    return total
+
+
+def found(site: Site, v: Tensor, operands: Sequence[Tensor]) -> dict[str, Any]:
+    """For a report: of the blocks under the mask the share that is computed, the heads that compute all, and
+    what the others lose. Waits for the device."""
+    chosen = lists.by_query(site)
+    sample = sampled(site, chosen)
+    dense = dense_heads(site, v, lambda: sample, operands).expand(site.q.shape[:2]).cpu()
+    mass, error, _ = (x.cpu() for x in cost(site, v, sample, operands))
+    counts = chosen.count.sum(2).repeat_interleave(site.q.shape[1] // chosen.count.shape[1], 1).cpu()
+    whole = allowed(site) / site.q.shape[0]
+    return {
+        "density": round(float(counts.masked_fill(dense, whole).double().mean()) / whole, 4),
+        "dense_heads": dense.any(0).nonzero().flatten().tolist(),
+        "kept_mass": round(float(mass.masked_fill(dense, 1.0).mean()), 4),
+        "error": round(float(error.masked_fill(dense, 0.0).mean()), 4),
+        "worst_head_error": round(float(error.masked_fill(dense, 0.0).max()), 4),
+    }
+
+
 def dense_heads(
     site: Site,
     v: Tensor,
@@ -111,7 +140,7 @@ def dense_heads(
 ) -> Tensor:
     """Flags [B or 1,H] of the heads that compute all blocks. `chosen` gives what `cost` takes."""
     sparse, heads = site.sparse, torch.arange(site.q.shape[1], device=site.q.device)
-    found = sum((heads == head for head in sparse.dense), heads < 0)[None]
+    named = sum((heads == head for head in sparse.dense), heads < 0)[None]
     if sparse.error is None:
-        return found
-    return found | (cost(site, v, chosen(), operands, scores).bound > sparse.error)
+        return named
+    return named | ~(cost(site, v, chosen(), operands, scores).bound <= sparse.error)

@@ -73,10 +73,14 @@ class Site:
 
     @property
     def offset(self) -> int:
-        """The key that stands where query 0 does: the last one that it sees, where the mask says so, else
-        the last query stands at the last key."""
-        ends = [-rest for slopes, rest in self.lines if slopes == (-1, 1)]
-        return min(ends) if ends else self.k.shape[2] - self.q.shape[2]
+        """The key that stands where query 0 does. The last query stands at the last key; but where the mask
+        ends before, at the last key that it sees, and where it begins later, at the first."""
+        along = self.k.shape[2] - self.q.shape[2]
+        last = [-rest for slopes, rest in self.lines if slopes == (-1, 1)]
+        first = [rest for slopes, rest in self.lines if slopes == (1, -1)]
+        if last:
+            along = min(*last, max(along, 0))
+        return max(along, *first) if first else along
 
     def home(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The blocks [rows] of keys where the first and the last query of a row of blocks stand."""

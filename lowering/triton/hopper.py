@@ -122,10 +122,23 @@ def gradients(
     tiles = -(-keys // tile.outer)
     size = site.q[0].numel() // heads * 8  # q, dout, and dq in float32
     found |= _chunks(site, batch * heads, tiles, size, _BACKWARD)
+    if lists is not None:
+        visits = lists.count.repeat_interleave(site.block[1] // tile.outer, 2)[:, :, :tiles]
+        found["order"] = _longest_first(site, visits, found["CHUNK"])
     programs = tiles * batch * heads
     text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
     run(site, "kp_attention_hopper_backward", text, names, found, (programs,), tile.warps)
     scaled(total, site.spec.scale, dq)
+
+
+def _longest_first(site: Site, visits: Tensor, chunk: int) -> Tensor:
+    """Pairs of batch and key head with tiles of keys, as pair · tiles + tile, in the order that they are
+    begun: `chunk` pairs after the other, in each first the tiles that visit most. Where all queries choose
+    some keys, a long line that starts late is what everything waits for. `visits` [B or 1,H or 1,tiles]."""
+    batch, heads = site.k.shape[:2]
+    of_heads = visits.expand(batch, site.q.shape[1], -1).unflatten(1, (heads, -1)).sum(2).flatten(0, 1)
+    turn = torch.arange(batch * heads, device=visits.device)[:, None] // chunk
+    return (of_heads - (turn << 32)).flatten().argsort(descending=True, stable=True).int()
 
 
 def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:

@@ -50,16 +50,17 @@ TILES = (
 BARRIERS = (
     "kv_full", "q_full", "dout_full", "q_free", "dout_free", "ds_full", "ds_free", "dq_full", "dq_free",
 )  # fmt: skip
+ORDER = ("order",)
 PLACE = ("batch", "kv_head", "first", "last")
 
 
 def backward_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
     """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and
     dq, a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS is B·K, CHUNK how many of them are
-    gone through together."""
+    gone through together; by lists, `order` says which pair and tile comes when, as pair · tiles + tile."""
     strides = {f"{name}_{dim}" for name in DESCRIPTORS for dim in "bhs"}
     names = [name for name in parameters("dkdv", spec, layout) if name not in strides]
-    return ("dq", *names, *CHUNKS)
+    return ("dq", *names, *(CHUNKS if layout.block is None else ORDER))
 
 
 @lru_cache(maxsize=1024)
@@ -71,7 +72,7 @@ def backward_source(spec: AttentionSpec, layout: Layout) -> str:
     place = (*PLACE, *placing(names, spec))
     loading = ("q", "dout", "k", "v", "lse", "delta", *TILES, *BARRIERS, *place)
     adding = ("dq", "dq_tile", "dq_full", "dq_free", *place)
-    given = (name for name in names if name not in (*DESCRIPTORS, *CHUNKS))
+    given = (name for name in names if name not in (*DESCRIPTORS, *CHUNKS, *ORDER))
     working = tuple(dict.fromkeys((*TILES, *BARRIERS, *PLACE, *given)))
     rows, columns = dq_part(layout)
     return module(
@@ -100,10 +101,13 @@ def _begin(
     found = {"kv_full": ("1", "1"), "q_full": ("STAGES", "1"), "dout_full": ("STAGES", "2")}
     found |= {name: ("STAGES", "2") for name in ("q_free", "dout_free")}
     found |= {name: ("1", "2") for name in ("ds_full", "ds_free", "dq_full")} | {"dq_free": ("1", "1")}
+    placed = chunked("at // members")  # the first keys first: causal masks leave most of their queries
+    if writer.layout.block is not None:
+        placed = ["code = tl.load(order + item)", "tile, pair = code % tiles, code // tiles"]
     return [
         "tiles = (T + OUTER - 1) // OUTER",
         "item = tl.program_id(0)",
-        *chunked("at // members"),  # the first keys first: causal masks leave most of their queries
+        *placed,
         "batch, kv_head = pair // (H // GROUP), pair % (H // GROUP)",
         *writer.span(),
         f"q_tiles = {SHARED}(q.dtype, [STAGES, 1, 1, INNER, D], q.layout)",
