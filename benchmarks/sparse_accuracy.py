@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -37,6 +38,7 @@ from harness import RESULTS, bar, write
 from sparse_tasks import VOCABULARY, Tests, Text
 from torch import Tensor, nn
 
+import kp_compiler as kp
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.selection import lists, measure
 from kp_compiler.lowering.selection.site import Site
@@ -46,7 +48,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 EMULATED: dict[str, Any] = {"cpu_rewrites": True, "lowering": "aot_eager"} if DEVICE == "cpu" else {}
 NAME = "sparse_accuracy"
-SELECTORS = ("content", "random", "structured", "vertical_slash")
+SELECTORS = ("content", "random", "structured", "vertical_slash", "learned")
 TUNED, DENSE = ("content", 0.1), ("dense", 1.0)
 FREE, TUNED_DENSE, TUNED_SPARSE = "training-free", "tuned densely", "tuned with content at 90 % sparsity"
 MASS, ERROR = SparseSpec("content", mass=0.95), SparseSpec("content", 0.1, error=0.05)
@@ -55,6 +57,7 @@ ANSWER = 4.0  # weight of an answer's byte in the loss; a byte of code has 1, th
 WARM, COOL = 100, 0.4  # steps to the full learning rate; part of a training in which it falls to nothing
 TUNING_RATE = 0.3  # of the learning rate
 BASE, EPS = 5e5, 1e-6  # of rotary positions, of norms
+GATED = 8  # sequences that the gates of `learned` are trained on
 ROWS = 256  # queries of a sequence that promises are measured at
 
 Run = Callable[..., Tensor]  # layer, x, cos, sin -> x
@@ -168,6 +171,37 @@ def compiled(selector: str = "dense", density: float = 1.0) -> Run:
     return run(lambda layer, x, cos, sin: layer(x, cos, sin))
 
 
+class Whole(nn.Module):
+    """The model as one piece: each of its layers has gates of its own."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, lambda layer, *given: layer(*given))
+
+
+def forward_of(model: Decoder, selector: str, density: float, gates: Path) -> Callable[[Tensor], Tensor]:
+    """Tokens to logits, with that selector."""
+    if selector != "learned":
+        return functools.partial(model, run=compiled(selector, density))
+    torch._dynamo.reset()
+    settings = {"selector": selector, "sparsity": round(1 - density, 6), "min_tokens": 0, "gates": str(gates)}
+    options = {**EMULATED, "sparse_attention": {"mode": "require", **settings}}
+    return torch.compile(Whole(model), backend="kp", fullgraph=True, dynamic=False, options=options)
+
+
+def train_gates(model: Decoder, text: Text, size: Size, gates: Path) -> Row:
+    start, context = time.perf_counter(), next(iter(size.exams))
+    batch = tasks.lesson(text.train, GATED, context, torch.Generator().manual_seed(3)).to(DEVICE)
+    data = [(tokens[None, :-1],) for tokens in batch.tokens]
+    options = {**EMULATED, "sparse_attention": {"min_tokens": 0}}
+    losses = kp.train_selectors(Whole(model), data, gates, options=options)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"stage": "gates", "divergence": {k: round(v, 4) for k, v in losses.items()}, "seconds": seconds}
+
+
 class Optimizers:
     """Muon for the matrices of layers, AdamW for the rest; both on float32 copies of the weights."""
 
@@ -228,14 +262,14 @@ def train(
 
 
 @torch.no_grad()
-def examined(model: Decoder, run: Run, tests: Tests, size: Size) -> Row:
+def examined(forward: Callable[[Tensor], Tensor], tests: Tests, size: Size) -> Row:
     """Perplexity, and accuracies in percent."""
     row, solved = {}, []
     for (name, context), test in tests.items():
         found, step = [], size.tokens // context
         for first in range(0, len(test.tokens), step):
             batch = test.part(slice(first, first + step)).to(DEVICE)
-            logits = model(batch.tokens[:, :-1], run)
+            logits = forward(batch.tokens[:, :-1])
             score = tasks.losses_of(logits, batch).mean(1) if name == "text" else tasks.solved(logits, batch)
             found.append(score.double())
         mean = torch.cat(found).mean().item()
@@ -248,16 +282,16 @@ def examined(model: Decoder, run: Run, tests: Tests, size: Size) -> Row:
 
 
 def curve(
-    stage: str, model: Decoder, arms: Iterable[Arm], tests: Tests, size: Size, deadline: float
+    stage: str, model: Decoder, arms: Iterable[Arm], tests: Tests, size: Size, options: argparse.Namespace
 ) -> Iterator[Row]:
     """A row for each arm that can start before the deadline."""
     for selector, density in arms:
         start = time.perf_counter()
-        if start > deadline:
+        if start > options.deadline:
             print(f"left out for want of time: {stage}, {selector} at {density}", flush=True)
             continue
         row = {"stage": stage, "selector": selector, "density": density}
-        row |= examined(model, compiled(selector, density), tests, size)
+        row |= examined(forward_of(model, selector, density, options.gates), tests, size)
         row["seconds"] = round(time.perf_counter() - start, 1)
         print(row, flush=True)
         yield row
@@ -339,19 +373,21 @@ def train_stage(options: argparse.Namespace, size: Size, text: Text, tests: Test
     options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), options.checkpoint)
     yield {"stage": "training", **told}
-    yield from curve(FREE, model, [DENSE], tests, size, math.inf)
+    whenever = argparse.Namespace(**{**vars(options), "deadline": math.inf})
+    yield from curve(FREE, model, [DENSE], tests, size, whenever)
 
 
 def curve_stage(options: argparse.Namespace, size: Size, text: Text, tests: Tests) -> Iterator[Row]:
     model = build(size, options.checkpoint)
     yield from promised(model, tests)
-    yield from curve(
-        FREE, model, [DENSE, *itertools.product(SELECTORS, size.densities)], tests, size, options.deadline
-    )
+    yield train_gates(model, text, size, options.gates)
+    arms = [DENSE, *itertools.product(SELECTORS, size.densities)]
+    yield from curve(FREE, model, arms, tests, size, options)
 
 
 def finetune_stage(options: argparse.Namespace, size: Size, text: Text, tests: Tests) -> Iterator[Row]:
-    """The clock is for the dense model; the other one has as many steps, whatever they take."""
+    """The clock is for the dense model; the other one has as many steps, whatever they take. Gates are those
+    of the stage before."""
     seconds = options.seconds or (2.0 if options.tiny else 120.0)
     size = dataclasses.replace(size, phases=((max(size.exams), 1.0),))
     pace: Iterable[float] = by_clock(seconds)
@@ -361,7 +397,7 @@ def finetune_stage(options: argparse.Namespace, size: Size, text: Text, tests: T
         model = build(size, options.checkpoint)
         pace, told = train(model, compiled(*arm), text, size, pace, TUNING_RATE * size.rate, seed=2)
         yield {"stage": f"{stage}: training", **told}
-        yield from curve(stage, model, arms, tests, size, options.deadline)
+        yield from curve(stage, model, arms, tests, size, options)
 
 
 STAGES = {"train": train_stage, "curve": curve_stage, "finetune": finetune_stage}
@@ -380,6 +416,7 @@ def main() -> None:
     options = parser.parse_args()
     options.deadline = time.perf_counter() + options.limit
     options.checkpoint = options.checkpoint or options.out / f"{NAME}.pt"
+    options.gates = options.checkpoint.with_suffix(".safetensors")
     size = TINY if options.tiny else Size()
     text = tasks.source(2**24) if options.tiny else tasks.source()
     tests = tasks.tests_of(text.held, size.exams, size.texts)

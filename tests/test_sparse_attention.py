@@ -351,7 +351,7 @@ def test_verified(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
 
         def wrong(*args: Any) -> Lists:
             found = right(*args)
-            return dataclasses.replace(found, count=found.count.clamp(max=1))
+            return dataclasses.replace(found, edges=found.edges * 0, count=found.count * 0)
 
         monkeypatch.setattr(lists, "by_key", wrong)
         _, report = run(causal, inputs, options)
