@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kp_compiler.errors import KPConfigError
 
@@ -21,7 +21,7 @@ class Measured:
     share of the probabilities that they held and the relative error of the output, over all batches."""
 
     selector: str
-    estimate: str
+    estimate: Literal["pooled", "antidiagonal"]
     sparsity: float
     density: float
     mass: tuple[float, ...]

@@ -94,9 +94,9 @@ def _over(
 ) -> list[Tensor]:
     """Those rows by the reference, over some pairs [B,H,n,T]."""
     q, k, v, operands, scalars = arguments
-    leaves = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in (q, k, v)]
+    q, k, v = leaves = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in (q, k, v)]
     whole = dataclasses.replace(spec, sparse=None)
-    out = reference.attention_over(leaves[0][:, :, rows], *leaves[1:], operands, scalars, whole, chosen, rows)
+    out = reference.attention_over(q[:, :, rows], k, v, operands, scalars, whole, chosen, rows)
     return _results(out, leaves)
 
 

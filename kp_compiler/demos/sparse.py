@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def _options(**more: Any) -> dict[str, Any]:
 
 
 def _calibrated(found: dict[str, list[Measured]]) -> str:
-    rows = [("layer", "selector", "sparsity", "blocks computed", "mass kept", "mean error", "worst head")]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "selector", "sparsity", "blocks computed", "mass kept", "mean error", "worst head")
+    ]
     for layer, several in found.items():
         for each in several:
             kept = each.summary()
@@ -167,7 +170,9 @@ def _check(title: str, more: dict[str, Any], errors: list[list[float]]) -> list[
 
 
 def _formulas() -> str:
-    rows = [("tokens", "FLOPs, all blocks", "FLOPs, a tenth", "choosing", "saving", "FLOPs for each byte")]
+    rows: list[tuple[str, ...]] = [
+        ("tokens", "FLOPs, all blocks", "FLOPs, a tenth", "choosing", "saving", "FLOPs for each byte")
+    ]
     for tokens in (8192, 32768, 131072):
         found = attention_efficiency(sparsity=0.9).at(B=1, H=32, K=8, S=tokens, T=tokens, D=128, E=128)
         numbers = (found.dense_flops, found.flops, found.selection_flops)
@@ -179,7 +184,7 @@ def _formulas() -> str:
 def _timed() -> str:
     """Median milliseconds of a forward pass."""
     inputs = [torch.randn(1, heads, TIMED, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8)]
-    steps = {}
+    steps: dict[str, Callable[[], Any]] = {}
     arms = {"all blocks": None, "a tenth of them, by content": _options(sparsity=0.9)}
     for name, options in arms.items():
         compiled = torch.compile(Layer(), backend="kp", options=options)

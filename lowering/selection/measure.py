@@ -44,7 +44,8 @@ def rows(site: Site, samples: int = SAMPLES) -> Tensor:
 def sampled(site: Site, lists: Lists, samples: int = SAMPLES) -> Tensor:
     """Flags [B,heads,samples,blocks] of the blocks of sampled queries, from lists by blocks of queries."""
     line = rows(site, samples) // site.sparse.block
-    here = Lists(*(x[:, :, line] for x in (lists.edges, lists.count, lists.at)), lists.blocks)
+    edges, count, at = (x[:, :, line] for x in (lists.edges, lists.count, lists.at))
+    here = Lists(edges, count, at, lists.blocks)
     return here.visited(site.blocks) > 0
 
 

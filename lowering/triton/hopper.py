@@ -122,7 +122,7 @@ def gradients(
     tiles = -(-keys // tile.outer)
     size = site.q[0].numel() // heads * 8  # q, dout, and dq in float32
     found |= _chunks(site, batch * heads, tiles, size, _BACKWARD)
-    if lists is not None:
+    if lists is not None and site.block is not None:
         visits = lists.count.repeat_interleave(site.block[1] // tile.outer, 2)[:, :, :tiles]
         found["order"] = _longest_first(site, visits, found["CHUNK"])
     programs = tiles * batch * heads
