@@ -14,6 +14,8 @@ from torch import Tensor
 from kp_compiler.lowering import mask_render
 from kp_compiler.specs import AttentionSpec, SparseSpec
 
+Lines = tuple[tuple[tuple[int, int], int], ...]
+
 
 @dataclass(frozen=True)
 class Site:
@@ -67,9 +69,9 @@ class Site:
         return maybe & ~surely, surely
 
     @cached_property
-    def lines(self) -> tuple[tuple[tuple[int, int], int], ...]:
+    def lines(self) -> Lines:
         """Of each form, the slopes along q and k, and the rest of it."""
-        return _lines(self.forms or (), tuple(self.scalars))
+        return lines_of(self.forms or (), tuple(self.scalars))
 
     @property
     def offset(self) -> int:
@@ -102,7 +104,8 @@ class Site:
 
 
 @lru_cache(maxsize=1024)
-def _lines(forms: tuple[Any, ...], scalars: tuple[int, ...]) -> tuple[tuple[tuple[int, int], int], ...]:
+def lines_of(forms: tuple[Any, ...], scalars: tuple[int, ...]) -> Lines:
+    """Of each form, the slopes along q and k, and the rest of it."""
     names = [mask_render.symbol(name) for name in "qk"]
     numbers = {sympy.Symbol(f"n{i}", integer=True): n for i, n in enumerate(scalars)}
     found = []

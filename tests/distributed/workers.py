@@ -194,3 +194,88 @@ def _check_same_scales(net: nn.Module) -> None:
         first = mine.clone()
         dist.broadcast(first, 0)
         assert torch.equal(mine, first)
+
+
+CONTEXT_CASES = [
+    (schedule, mask, layout, heads)
+    for schedule in ("ring", "allgather", "ulysses")
+    for mask, layout, heads in (
+        ("causal", "zigzag", (8, 2)), ("documents", "contiguous", (8, 8)), ("window", "zigzag", (8, 1)),
+        ("full", "contiguous", (8, 4)),
+    )
+]  # fmt: skip
+
+
+def sharding(rank: int, size: int) -> float:
+    """What goes wrong when a batch is divided and put together again: nothing."""
+    from kp_compiler.sharding import sequence_mean, shard_sequence, unshard_sequence
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 99, (2, 45), generator=generator)
+    wrong = 0.0
+    for layout in ("contiguous", "zigzag"):
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        mine = shard_sequence(batch, dist.group.WORLD, layout=layout)  # type: ignore[arg-type]
+        back = {
+            k: unshard_sequence(x, dist.group.WORLD, layout=layout)
+            for k, x in mine.items()
+            if k != "use_cache"
+        }  # type: ignore[arg-type]
+        wrong += float((back["input_ids"][:, :45] != ids).sum() + (back["attention_mask"].sum(1) != 45).sum())
+        wrong += float(
+            (back["shift_labels"][:, :44] != ids[:, 1:]).sum() + (back["labels"][:, 44:] != -100).sum()
+        )
+        wrong += float((back["position_ids"] != torch.arange(back["position_ids"].shape[1])).sum())
+        weight = torch.ones((), requires_grad=True)
+        counted = mine["labels"] != -100
+        loss = sequence_mean(
+            (weight * mine["labels"][counted].float()).sum(), counted.sum(), dist.group.WORLD
+        )
+        loss.backward()
+        gradient = weight.grad.clone()  # type: ignore[union-attr]
+        dist.all_reduce(gradient)
+        want = ids[:, 1:].float().mean()
+        wrong += float((loss - want).abs() + (gradient - want).abs()) / 1e4
+    return wrong
+
+
+def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
+    """Every case on this rank, through the operator; rank 0 keeps the largest error of each."""
+    from kp_compiler.lowering import reference, ring
+    from kp_compiler.lowering.context.layout import Layout
+    from kp_compiler.specs import AttentionSpec
+    from tests.helpers import relative_error
+    from tests.test_context import MASKS, tensors
+
+    start(rank, size, file)
+    worst: dict[str, float] = {}
+    for number, (schedule, name, kind, heads) in enumerate(CONTEXT_CASES):
+        generator = torch.Generator().manual_seed(number)
+        mask, scalars = MASKS[name]
+        spec, layout = AttentionSpec(0.3, mask, dead_rows="zero"), Layout(kind, size, 48)  # type: ignore[arg-type]
+        whole = [torch.randn(2, h, 48, 8, generator=generator) for h in (heads[0], heads[1], heads[1])]
+        exact = [x.double().requires_grad_() for x in whole]
+        want = reference.attention_over(*exact, tensors(), scalars, spec)
+        want.square().sum().backward()
+        place = layout.positions(rank)
+        mine = [x.index_select(2, place).requires_grad_() for x in whole]
+        plan = ring.Plan(spec, schedule, kind, dist.group.WORLD.group_name, rank, size).to_json()  # type: ignore[arg-type]
+
+        operator, operands = ring.context_attention(), tensors()
+
+        def site(q: Any, k: Any, v: Any, given: Any = (operator, operands, scalars, plan)) -> Any:
+            return given[0](q, k, v, *given[1:])[0]
+
+        torch._dynamo.reset()
+        function = torch.compile(site, backend="aot_eager", fullgraph=True) if compiled else site
+        result = function(*mine)
+        result.square().sum().backward()
+        pairs = zip((result, *(x.grad for x in mine)), (want, *(x.grad for x in exact)), strict=True)
+        errors = [relative_error(a.detach(), b.detach().index_select(2, place)) for a, b in pairs]
+        worst[f"{schedule} {name}"] = max(errors)
+    worst["sharding"] = sharding(rank, size)
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, worst)
+    if rank == 0:
+        torch.save({name: max(each[name] for each in everyone) for name in worst}, out)
+    dist.destroy_process_group()

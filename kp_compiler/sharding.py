@@ -1,0 +1,131 @@
+"""Dividing a batch's sequences among ranks, and putting them together again.
+
+    mine = shard_sequence(batch, mesh)       this rank's part of tokens, shifted labels, positions, masks
+    out  = unshard_sequence(model(**mine).logits, mesh, length=…)
+
+Labels are shifted before they are divided: a token's label is the next one's, which may be on another rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kp_compiler.errors import KPError
+from kp_compiler.lowering.context.layout import Kind, Layout
+
+IGNORED = -100  # a label that no loss counts
+# What stands at positions that a sequence is lengthened by
+PADDING = {"input_ids": 0, "labels": IGNORED, "shift_labels": IGNORED, "attention_mask": 0}
+
+
+def shard_sequence(
+    batch: Mapping[str, Any],
+    mesh: Any,
+    *,
+    layout: Kind = "zigzag",
+    dim: int = 1,
+    multiple: int = 1,
+    padding: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """This rank's part of every tensor of `batch` that has the sequence along `dim`; other values stay.
+
+    `mesh`: a one-dimensional DeviceMesh, or a process group. Tensors [B,N,…] become [B,n,…] with n = N / P,
+    after they were lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times
+    `multiple`) by `padding` (by name; known for `input_ids`, `labels` and `attention_mask`). `labels` [B,N]
+    become the labels of the next tokens and come as `labels` and as `shift_labels`, which losses of
+    transformers take as they are. `position_ids` are added where there are none. Raises KPError where lengths
+    differ, and where a sequence has to be lengthened by what is not known.
+    """
+    size, rank = _place(mesh)
+    if layout not in ("contiguous", "zigzag"):
+        raise KPError(f"layout: got {layout!r}, expected one of 'contiguous', 'zigzag'")
+    given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > dim}
+    lengths = {name: x.shape[dim] for name, x in given.items()}
+    if len(set(lengths.values())) != 1:
+        raise KPError(f"shard_sequence: tensors have no one length along dimension {dim}: {lengths}")
+    length = next(iter(lengths.values()))
+    parts = Layout(layout, size, 0).parts * multiple
+    whole = Layout(layout, size, -(-length // parts) * parts)
+    if "labels" in given:
+        given["labels"] = given["shift_labels"] = shifted_labels(given["labels"], dim)
+    places = whole.positions(rank)
+    found = dict(batch)
+    for name, x in given.items():
+        found[name] = _longer(name, x, dim, whole.tokens, padding or {}).index_select(
+            dim, places.to(x.device)
+        )
+    if "position_ids" not in given:
+        first = next(iter(given.values()))
+        found["position_ids"] = places.to(first.device).expand(first.shape[0], -1).contiguous()
+    return found
+
+
+def shifted_labels(labels: Tensor, dim: int = 1) -> Tensor:
+    """The next token's label [B,N] at each token; nothing is counted at the last."""
+    rest = labels.narrow(dim, 1, labels.shape[dim] - 1)
+    return torch.cat([rest, torch.full_like(labels.narrow(dim, 0, 1), IGNORED)], dim)
+
+
+def unshard_sequence(
+    x: Tensor, mesh: Any, *, layout: Kind = "zigzag", dim: int = 1, length: int | None = None
+) -> Tensor:
+    """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
+    `length` tokens, if given."""
+    size, _ = _place(mesh)
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, x.detach().contiguous(), group=_group(mesh))
+    whole = Layout(layout, size, size * x.shape[dim])
+    found = torch.cat(parts, dim).index_select(dim, whole.inverse(x.device))
+    return found if length is None else found.narrow(dim, 0, length)
+
+
+def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:
+    """The mean over all ranks' tokens, from the sum over this rank's, a scalar, and their number.
+
+    Every rank gets the same value. Its gradient on a rank is that of this rank's tokens: gradients of
+    parameters are to be added up over the ranks. (What divides by their number, as DistributedDataParallel
+    does, wants the mean times P.)
+    """
+    counts = torch.as_tensor(count, dtype=torch.float32, device=total.device).clone()
+    sums = total.detach().float().clone()
+    for x in (counts, sums):
+        dist.all_reduce(x, group=_group(mesh))
+    mine = total / counts
+    return mine + (sums / counts - mine.detach())
+
+
+def _longer(name: str, x: Tensor, dim: int, tokens: int, padding: Mapping[str, float]) -> Tensor:
+    more = tokens - x.shape[dim]
+    if not more:
+        return x
+    sizes = [*x.shape[:dim], more, *x.shape[dim + 1 :]]
+    if name == "position_ids" and name not in padding:
+        last = x.narrow(dim, x.shape[dim] - 1, 1)
+        steps = torch.arange(1, more + 1, device=x.device).view(
+            [-1 if i == dim else 1 for i in range(x.dim())]
+        )
+        return torch.cat([x, last + steps.to(x.dtype)], dim)
+    known = {**PADDING, **padding}
+    if name not in known:
+        raise KPError(
+            f"shard_sequence: {name} has {x.shape[dim]} tokens, {tokens} are needed: padding={{{name!r}: …}} "
+            "says what to add"
+        )
+    return torch.cat([x, x.new_full(sizes, known[name])], dim)
+
+
+def _group(mesh: Any) -> Any:
+    return mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
+
+
+def _place(mesh: Any) -> tuple[int, int]:
+    """Ranks, and which one this is."""
+    if getattr(mesh, "ndim", 1) != 1:
+        raise KPError(f"mesh: got one of {mesh.ndim} dimensions, expected one: mesh['cp'], say")
+    group = _group(mesh)
+    return dist.get_world_size(group), dist.get_rank(group)

@@ -1,0 +1,91 @@
+"""What a mask over a whole sequence is between a part of its queries and a part of its keys.
+
+    relation(lines, …)   nothing kept, all kept, or some: from the mask's inequalities alone
+    local(mask)          the mask in indices of the two parts, which begin at two more of its scalars;
+                         per-token vectors come as slices
+
+A mask `k <= q` of the sequence is `k + n1 <= q + n0` of a pair of parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import sympy
+from torch import Tensor
+
+from kp_compiler.lowering import mask_render
+from kp_compiler.lowering.selection.site import Lines
+from kp_compiler.specs import MaskSpec
+
+Relation = Literal["none", "some", "all"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A mask of a pair of parts. Its tensor m is a slice of the sequence's tensor `slices[m][0]`, along
+    queries or along keys; its last two scalars are where queries and keys begin."""
+
+    mask: MaskSpec
+    slices: tuple[tuple[int, Literal["q", "k"]], ...]
+
+    def operands(
+        self, whole: list[Tensor], q_start: int, queries: int, k_start: int, keys: int
+    ) -> list[Tensor]:
+        spans = {"q": (q_start, queries), "k": (k_start, keys)}
+        return [whole[index].narrow(-1, *spans[along]) for index, along in self.slices]
+
+
+@lru_cache(maxsize=1024)
+def local(mask: MaskSpec) -> Local | None:
+    """None where the mask reads a tensor at anything but a pair's own query or key."""
+    if mask.kind == "tensor":
+        return None
+    expr = mask_render.parse(mask.expr)
+    if expr == sympy.true:
+        return Local(mask, ())
+    slices: list[tuple[int, Literal["q", "k"]]] = []
+    stand_ins: dict[Any, Any] = {}
+    back: dict[Any, Any] = {}
+    for call in sorted(expr.atoms(sympy.core.function.AppliedUndef), key=str):
+        *batch, index = call.args
+        name = next((n for n in ("q", "k") if index == mask_render.symbol(n)), None)
+        if name is None or any(arg != mask_render.symbol("b") for arg in batch):
+            return None
+        stand_in = stand_ins[call] = sympy.Dummy(integer=True)
+        back[stand_in] = sympy.Function(f"t{len(slices)}", integer=True)(*call.args)
+        slices.append((int(call.func.__name__[1:]), name))  # type: ignore[arg-type]
+    begin = (sympy.Symbol(f"n{mask.scalars + i}", integer=True) for i in range(2))
+    moved = {
+        mask_render.symbol(name): mask_render.symbol(name) + n for name, n in zip("qk", begin, strict=True)
+    }
+    expr = expr.xreplace(stand_ins).xreplace(moved).xreplace(back)
+    found = replace(
+        mask, kind="pointwise", expr=str(expr), tensors=tuple(range(len(slices))), scalars=mask.scalars + 2,
+        monotone=(), window=None,
+    )  # fmt: skip
+    return Local(found, tuple(slices))
+
+
+@lru_cache(maxsize=1024)
+def bounds(mask: MaskSpec) -> tuple[Any, ...]:
+    """The inequalities among what a mask demands, as `mask_render.inequalities` has them."""
+    expr = mask_render.parse(mask.expr)
+    parts = expr.args if isinstance(expr, sympy.And) else (expr,)
+    found = (mask_render.inequalities(replace(mask, expr=str(part), kind="pointwise")) for part in parts)
+    return tuple(form for forms in found if forms for form in forms)
+
+
+def relation(lines: Lines, whole: bool, q_start: int, queries: int, k_start: int, keys: int) -> Relation:
+    """`lines` of the sequence's inequalities; `whole`: they are all that the mask demands."""
+    answer: Relation = "all" if whole else "some"
+    for (q_slope, k_slope), rest in lines:
+        ends = [q_slope * q + k_slope * k + rest
+                for q in (q_start, q_start + queries - 1) for k in (k_start, k_start + keys - 1)]  # fmt: skip
+        if min(ends) > 0:
+            return "none"
+        if max(ends) > 0:
+            answer = "some"
+    return answer

@@ -1,0 +1,79 @@
+"""Attention of some queries over some of their keys, and its gradients, in plain PyTorch: what a schedule is
+made of, and what it means.
+
+    out, lse = forward(q, k, v, keep, spec, start)       start: what other keys gave, taken in
+    dq, dk, dv = backward(grad, q, k, v, keep, spec, lse, delta)
+
+out and lse are in float32 or wider. lse is that of all keys in `backward`, where p = exp(s − lse), and delta
+= rowsum(grad ∘ out) of the whole result: partial gradients add up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kp_compiler.specs import AttentionSpec
+
+Start = tuple[Tensor, Tensor]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, spec: AttentionSpec, start: Start | None
+) -> Start:
+    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E], keep broadcasting to [B,H,n,m]."""
+    scores = _scores(q, k, keep, spec)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+    out = _grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)
+    out = out.flatten(1, 2)
+    return (out, lse) if start is None else merged((out, lse), start)
+
+
+def merged(one: Start, other: Start) -> Start:
+    """Of two sets of keys, both."""
+    lse = torch.logaddexp(one[1], other[1])
+    shares = (torch.exp(x - _finite(lse)).unsqueeze(-1) for x in (one[1], other[1]))
+    return sum(share * out for share, out in zip(shares, (one[0], other[0]), strict=True)), lse  # type: ignore[return-value]
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, spec: AttentionSpec, lse: Tensor,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """In float32 or wider."""
+    heads = k.shape[1]
+    scores = _scores(q, k, keep, spec)
+    p = torch.exp(scores - _finite(lse).unsqueeze(-1))
+    grad = _grouped(_wide(grad), heads)
+    p, delta = _grouped(p, heads), _grouped(delta.unsqueeze(-1), heads)
+    dv = (p.mT @ grad).sum(2)
+    ds = p * (grad @ _wide(v).unsqueeze(2).mT - delta)
+    if spec.softcap is not None:
+        bent = _grouped(_scores(q, k, None, spec), heads) / spec.softcap
+        ds = ds * (1.0 - bent.square())
+    ds = ds * spec.scale
+    dq = (ds @ _wide(k).unsqueeze(2)).flatten(1, 2)
+    dk = (ds.mT @ _grouped(_wide(q), heads)).sum(2)
+    return dq, dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, keep: Tensor | None, spec: AttentionSpec) -> Tensor:
+    scores = (_grouped(_wide(q), k.shape[1]) @ _wide(k).unsqueeze(2).mT).flatten(1, 2) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    return scores if keep is None else scores.masked_fill(~keep, float("-inf"))
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """[B,H,…] by the key head that each head reads."""
+    return x.unflatten(1, (heads, -1))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Zero for rows without a key, whose weights are then zeros."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)

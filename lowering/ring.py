@@ -1,0 +1,159 @@
+"""Attention over a sequence that ranks share, as an operator with autograd.
+
+    kp.attention(q, k, v, operands, scalars, spec) ─▶ kp.context_attention(…, plan)[0]
+
+q, k, v are this rank's tokens, `operands` and `scalars` the whole sequence's. What travels, and when, is
+`context.schedules`; every rank of the group has to call the operator, in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.layout import Kind, of_local
+from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.ops import fragment
+from kp_compiler.specs import AttentionSpec
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars"
+_FORWARD = f"({_INPUTS}, str plan) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    f"(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, bool wants_sink, str plan)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known when a graph is compiled. Rank and size stand in it for the sake of caches."""
+
+    spec: AttentionSpec
+    schedule: str
+    layout: Kind
+    group: str  # its name
+    rank: int
+    size: int
+
+    def to_json(self) -> str:
+        data = {**asdict(self), "spec": self.spec.to_json(), "fingerprint": fingerprint()}
+        return json.dumps(data, sort_keys=True)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Plan:
+        data = json.loads(text)
+        del data["fingerprint"]
+        return Plan(**{**data, "spec": AttentionSpec.from_json(data["spec"])})
+
+    def peers(self) -> Peers:
+        """Raises ValueError where the group is not the one that the graph was compiled for."""
+        group = dist.distributed_c10d._resolve_process_group(self.group)
+        here = (dist.get_rank(group), dist.get_world_size(group))
+        if here != (self.rank, self.size):
+            raise ValueError(
+                f"kp::context_attention: compiled for rank {self.rank} of {self.size}, this is {here[0]} of "
+                f"{here[1]}"
+            )
+        return Peers(group)
+
+    def shard(self, q: Tensor, operands: list[Tensor], scalars: list[int]) -> Shard:
+        layout = of_local(self.layout, self.size, q.shape[2])
+        if q.shape[2] % layout.each:
+            raise ValueError(f"kp::context_attention: {q.shape[2]} tokens are not {layout.each} equal parts")
+        return Shard(self.spec, layout, self.rank, operands, scalars)
+
+
+def context_attention() -> Any:
+    """`kp::context_attention`: q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank, operands and scalars of
+    the whole sequence as the plan's spec numbers them; out [B,H,n,E] in q's dtype and lse [B,H,n] in
+    float32."""
+    _operators()
+    return torch.ops.kp.context_attention.default
+
+
+@cache
+def _operators() -> tuple[Any, Any]:
+    """Define both operators, once."""
+    key = "CompositeExplicitAutograd"
+    run = fragment("context_attention", _FORWARD, {key: _forward}, _forward_fake)
+    back = fragment("context_attention_backward", _BACKWARD, {key: _backward}, _backward_fake)
+    torch.library.register_autograd("kp::context_attention", _gradients, setup_context=_save, lib=run)
+    return run, back
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[int], plan: str
+) -> tuple[Tensor, Tensor]:
+    parsed = Plan.parse(plan)
+    forward, _ = SCHEDULES[parsed.schedule]
+    out, lse = forward(parsed.shard(q, operands, scalars), parsed.peers(), q, k, v)
+    return out.to(q.dtype), lse.contiguous()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_wide(q))
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[int], out: Tensor,
+    lse: Tensor, wants_sink: bool, plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    parsed = Plan.parse(plan)
+    _, backward = SCHEDULES[parsed.schedule]
+    delta = (grad.to(lse.dtype) * out).sum(-1)
+    shard = parsed.shard(q, operands, scalars)
+    found = backward(shard, parsed.peers(), grad, q, k, v, lse, delta)
+    dq, dk, dv = (x.to(like.dtype).contiguous() for x, like in zip(found, (q, k, v), strict=True))
+    dsink = q.new_empty(0)
+    if wants_sink and parsed.spec.sink is not None:
+        sink = operands[parsed.spec.sink]
+        share = torch.exp(sink.to(lse.dtype).reshape(1, -1, 1) - lse)
+        dsink = -(share * delta).sum((0, 2)).sum_to_size(sink.numel()).view_as(sink).to(sink.dtype)
+    return dq, dk, dv, dsink
+
+
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, wants_sink, plan = rest
+    sink = Plan.parse(plan).spec.sink
+    dsink = (
+        operands[sink].new_empty(operands[sink].shape) if wants_sink and sink is not None else q.new_empty(0)
+    )
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, dsink
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, operands, scalars, plan = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, *operands)
+    ctx.scalars, ctx.plan = scalars, plan
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    q, k, v, out, lse, *operands = ctx.saved_tensors
+    sink = Plan.parse(ctx.plan).spec.sink
+    wants_sink = sink is not None and bool(ctx.needs_input_grad[3][sink])
+    if grad is None:  # the other ranks wait for this one all the same
+        grad = torch.zeros_like(out)
+    dq, dk, dv, dsink = torch.ops.kp.context_attention_backward(
+        grad, q, k, v, operands, ctx.scalars, out, lse, wants_sink, ctx.plan
+    )
+    of_operands = [dsink if wants_sink and i == sink else None for i in range(len(operands))]
+    return dq, dk, dv, of_operands, None if ctx.scalars else [], None

@@ -1,0 +1,23 @@
+"""Attention over a sequence that processes share, over gloo, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.distributed import workers
+
+
+@pytest.mark.parametrize(("size", "compiled"), [(2, True), (4, False)])
+def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
+    """Outputs and gradients, through the operator and under `torch.compile`; batches, divided and put
+    together."""
+    out = tmp_path / "errors.pt"
+    mp.spawn(workers.context, (size, str(tmp_path / "store"), compiled, str(out)), nprocs=size, join=True)
+    errors = torch.load(out)
+    assert errors.pop("sharding") < 1e-6
+    assert len(errors) == len(workers.CONTEXT_CASES)
+    assert max(errors.values()) < 2e-6, errors

@@ -1,0 +1,206 @@
+"""Attention over a sequence that ranks share: layouts, masks of parts, every schedule against one process;
+ranks are threads here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering import mask_render, reference
+from kp_compiler.lowering.context import pairs, partial
+from kp_compiler.lowering.context.layout import Layout
+from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.lowering.selection.site import lines_of
+from kp_compiler.specs import AttentionSpec, MaskSpec
+from tests.covering import pairwise
+from tests.helpers import relative_error
+from tests.virtual import VirtualPeers, run
+
+LOOKUP = "Eq(t0(b, k), t0(b, q))"
+MASKS: dict[str, tuple[MaskSpec, list[int]]] = {
+    "full": (MaskSpec(), []),
+    "causal": (MaskSpec("causal", "k <= q", parts=("causal",)), []),
+    "offset": (MaskSpec("causal", "k <= q + n0", scalars=1), [3]),
+    "window": (MaskSpec("window", "(k <= q) & (q - k <= 20)", window=21), []),
+    "prefix": (MaskSpec("prefix", "(k <= q) | (k < 13)"), []),
+    "documents": (MaskSpec("document", f"(k <= q) & {LOOKUP}", tensors=(0,), monotone=(0,)), []),
+    "padding": (MaskSpec("padding", "Ne(t0(b, k), 2)", tensors=(0,)), []),
+    "chunked": (MaskSpec("chunked", "(k <= q) & Eq(floor(q/16), floor(k/16))"), []),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_layout(kind: Any, size: int) -> None:
+    layout = Layout(kind, size, 24 * size)
+    order = layout.order()
+    assert order.sort().values.tolist() == list(range(24 * size))
+    assert order[layout.inverse()].tolist() == list(range(24 * size))
+    for rank in range(size):
+        part = layout.positions(rank)
+        assert torch.equal(part, order[24 * rank : 24 * rank + 24])
+        assert all(part[i * layout.part] == start for i, start in enumerate(layout.starts(rank)))
+
+
+def test_zigzag_is_balanced_under_a_causal_mask() -> None:
+    layout = Layout("zigzag", 4, 64)
+    counts = {int((layout.positions(rank) + 1).sum()) for rank in range(4)}
+    assert len(counts) == 1
+
+
+# -------------------------------------------------------------------------------------------- masks of parts
+
+
+def tensors(batch: int = 2, tokens: int = 48) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(batch, tokens, generator=generator) < 0.08
+    return [steps.cumsum(-1)]
+
+
+def whole_mask(mask: MaskSpec, scalars: list[int], tokens: int) -> Tensor:
+    like = torch.empty(2, 2, tokens, tokens)
+    found = reference.mask(mask, tensors(tokens=tokens), scalars, like)
+    return torch.ones(2, 2, tokens, tokens, dtype=torch.bool) if found is None else found.expand(2, 2, -1, -1)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_of_a_pair(name: str) -> None:
+    """Where parts begin anywhere, and of any length; nothing is called empty or whole wrongly."""
+    mask, scalars = MASKS[name]
+    local = pairs.local(mask)
+    assert local is not None
+    want = whole_mask(mask, scalars, 48)
+    lines = lines_of(pairs.bounds(mask), tuple(scalars))
+    bounded = mask_render.inequalities(mask) is not None
+    seen = set()
+    for q0, n, k0, m in ((0, 16, 0, 16), (16, 16, 0, 16), (0, 16, 32, 16), (30, 7, 10, 5), (40, 8, 0, 48)):
+        here = local.operands(tensors(), q0, n, k0, m)
+        found = reference.mask(local.mask, here, [*scalars, q0, k0], torch.empty(2, 2, n, m))
+        part = want[:, :, q0 : q0 + n, k0 : k0 + m]
+        if found is not None:
+            assert torch.equal(found.expand_as(part), part)
+        relation = pairs.relation(lines, bounded, q0, n, k0, m)
+        assert relation != "none" or not part.any()
+        assert relation != "all" or part.all()
+        seen.add(relation)
+    if name in ("causal", "window"):
+        assert seen == {"none", "some", "all"} or name == "window"
+
+
+def test_masks_that_look_elsewhere_are_refused() -> None:
+    for expr in ("Eq(t0(b, k + 1), t0(b, q))", "t0(q, k) <= 0", "Eq(t0(h, k), 1)"):
+        assert pairs.local(MaskSpec("pointwise", expr, tensors=(0,))) is None
+    assert pairs.local(MaskSpec("tensor", "", tensors=(0,))) is None
+
+
+# -------------------------------------------------------------------------------------------- partial results
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_partial_results_add_up(softcap: float | None) -> None:
+    """Over any division of the keys, with rows that have none in one of them."""
+    q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((4, 10), (2, 24), (2, 24)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    keep = torch.rand(2, 1, 10, 24) > 0.4
+    keep[:, :, 3, :9] = False
+    keep[:, :, 5] = False
+    spec = AttentionSpec(0.3, softcap=softcap, dead_rows="zero")
+    want = reference.attention_over(*leaves, [], [], spec, keep)
+    grad = torch.randn_like(want)
+    exact = torch.autograd.grad(want, leaves, grad)
+    with torch.no_grad():
+        result, spans = None, (slice(0, 9), slice(9, 10), slice(10, 24))
+        for span in spans:
+            result = partial.forward(q, k[:, :, span], v[:, :, span], keep[..., span], spec, result)
+        assert result is not None
+        out, lse = result
+        assert torch.allclose(out, want)
+        delta = (grad * out).sum(-1)
+        found = [
+            partial.backward(grad, q, k[:, :, s], v[:, :, s], keep[..., s], spec, lse, delta) for s in spans
+        ]
+    dq = sum(each[0] for each in found)
+    dk, dv = (torch.cat([each[i] for each in found], 2) for i in (1, 2))
+    for mine, theirs in zip((dq, dk, dv), exact, strict=True):
+        assert torch.allclose(mine, theirs)
+
+
+# -------------------------------------------------------------------------------------------------- schedules
+
+
+def on_ranks(
+    schedule: str, layout: Layout, spec: AttentionSpec, operands: list[Tensor], scalars: list[int],
+    whole: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """out, lse, dq, dk, dv of the whole sequence, from what each rank has of it. `whole`: q, k, v, grad."""
+    forward, backward = SCHEDULES[schedule]
+
+    def one(peers: VirtualPeers) -> list[Tensor]:
+        place = layout.positions(peers.rank)
+        q, k, v, grad = (x.index_select(2, place) for x in whole)
+        shard = Shard(spec, layout, peers.rank, operands, scalars)
+        out, lse = forward(shard, peers, q, k, v)  # type: ignore[arg-type]
+        delta = (grad * out).sum(-1)
+        return [out, lse, *backward(shard, peers, grad, q, k, v, lse, delta)]  # type: ignore[arg-type]
+
+    found = run(layout.size, one)
+    return [torch.cat(parts, 2).index_select(2, layout.inverse()) for parts in zip(*found, strict=True)]
+
+
+# 24 heads: as many for 2, 3, 4 and 8 ranks; 3 of keys are not
+CASES = pairwise(
+    list(itertools.product(SCHEDULES, MASKS)),
+    ["contiguous", "zigzag"], [2, 3, 4, 8], [24, 8, 3, 1], ["none", "softcap", "sink"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_schedules_against_one_process(case: tuple[Any, ...]) -> None:
+    schedule, name, kind, size, key_heads, change = case
+    mask, scalars = MASKS[name]
+    layout = Layout(kind, size, 48)
+    spec = AttentionSpec(0.3, mask, dead_rows="zero", softcap=2.0 if change == "softcap" else None)
+    operands = tensors()
+    if change == "sink":
+        spec = dataclasses.replace(spec, sink=1)
+        operands.append(torch.randn(24, dtype=torch.float64))
+    whole = [torch.randn(2, heads, 48, 8, dtype=torch.float64) for heads in (24, key_heads, key_heads)]
+    leaves = [x.clone().requires_grad_() for x in whole]
+    want = reference.attention_over(*leaves, operands, scalars, spec)
+    grad = torch.randn_like(want)
+    exact = torch.autograd.grad(want, leaves, grad)
+    out, _, *found = on_ranks(schedule, layout, spec, operands, scalars, [*whole, grad])
+    assert relative_error(out, want.detach()) < 1e-12
+    assert all(relative_error(mine, theirs) < 1e-12 for mine, theirs in zip(found, exact, strict=True))
+
+
+def test_what_travels() -> None:
+    """Keys and values once round, or once; of a window's neighbours nothing is computed with others."""
+    heads, tokens, size = (8, 2), 64, 4
+    layout = Layout("contiguous", size, tokens)
+    spec = AttentionSpec(0.3, MASKS["causal"][0], dead_rows="zero")
+    part = torch.randn(1, heads[1], tokens // size, 8)
+
+    def sent(schedule: str) -> int:
+        def one(peers: VirtualPeers) -> int:
+            q = torch.randn(1, heads[0], tokens // size, 8)
+            SCHEDULES[schedule][0](Shard(spec, layout, peers.rank, [], []), peers, q, part, part)  # type: ignore[arg-type]
+            return sum(peers.moved)
+
+        return max(run(size, one))
+
+    assert sent("ring") == (size - 1) * 2 * part.numel()
+    assert sent("allgather") == 2 * part.numel()
+    window = Shard(
+        dataclasses.replace(spec, mask=MASKS["window"][0]), Layout("contiguous", 4, 400), 2, [], []
+    )
+    assert [len(list(window.pairs(source))) for source in range(4)] == [0, 1, 1, 0]

@@ -1,0 +1,56 @@
+"""What of a batch each rank gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kp_compiler.errors import KPError
+from kp_compiler.sharding import shard_sequence, shifted_labels
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    """Rank 1 of 4; nothing is ever sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_zigzag(group: Any) -> None:
+    ids = torch.arange(100, 116).expand(2, -1)
+    found = shard_sequence({"input_ids": ids, "labels": ids, "flag": True, "scale": torch.ones(3)}, group)
+    assert found["position_ids"].tolist() == [[2, 3, 12, 13]] * 2
+    assert found["input_ids"].tolist() == [[102, 103, 112, 113]] * 2
+    assert found["labels"].tolist() == [[103, 104, 113, 114]] * 2
+    assert found["flag"] is True and torch.equal(found["scale"], torch.ones(3))
+    assert torch.equal(found["labels"], found["shift_labels"])
+
+
+def test_contiguous_and_lengthened(group: Any) -> None:
+    batch = {"input_ids": torch.arange(14)[None], "position_ids": torch.arange(7, 21)[None],
+             "attention_mask": torch.ones(1, 14), "labels": torch.arange(14)[None]}  # fmt: skip
+    found = shard_sequence(batch, group, layout="contiguous", multiple=2)
+    assert found["input_ids"].tolist() == [[4, 5, 6, 7]]
+    last = shard_sequence(batch, group, layout="contiguous", multiple=3)
+    assert last["input_ids"].shape == (1, 6)
+    whole = torch.arange(14)[None]
+    assert shifted_labels(whole).tolist() == [[*range(1, 14), -100]]
+
+
+def test_what_is_refused(group: Any) -> None:
+    ids = torch.arange(13)[None]
+    with pytest.raises(KPError, match="features has 13 tokens, 16 are needed"):
+        shard_sequence({"features": torch.randn(1, 13, 4)}, group)
+    assert shard_sequence({"features": torch.randn(1, 13, 4)}, group, padding={"features": 0.0})
+    with pytest.raises(KPError, match="no one length"):
+        shard_sequence({"input_ids": ids, "labels": ids[:, 1:]}, group)
+    with pytest.raises(KPError, match="expected one of 'contiguous', 'zigzag'"):
+        shard_sequence({"input_ids": ids}, group, layout="ring")  # type: ignore[arg-type]
+    with pytest.raises(KPError, match="of 2 dimensions"):
+        shard_sequence({"input_ids": ids}, type("Mesh", (), {"ndim": 2})())
