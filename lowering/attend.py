@@ -52,21 +52,24 @@ _BACKWARD = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known when a graph is compiled: the spec, and the numbers of queries and keys that a block of
-    `blocks` has."""
+    """What is known when a graph is compiled: the spec, the numbers of queries and keys that a block of
+    `blocks` has, and whether results and gradients are in float32, to be added up with others."""
 
     spec: AttentionSpec
     block: tuple[int, int] | None = None
+    wide: bool = False
 
     def to_json(self) -> str:
-        data = {"spec": self.spec.to_json(), "block": self.block, "fingerprint": fingerprint()}
+        data = {"spec": self.spec.to_json(), "block": self.block, "wide": self.wide}
+        data["fingerprint"] = fingerprint()
         return json.dumps(data, sort_keys=True)
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> Plan:
         data = json.loads(text)
-        return Plan(AttentionSpec.from_json(data["spec"]), tuple(data["block"]) if data["block"] else None)
+        block = tuple(data["block"]) if data["block"] else None
+        return Plan(AttentionSpec.from_json(data["spec"]), block, data["wide"])
 
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -161,10 +164,11 @@ def _operators() -> tuple[Any, Any]:
     return run, back
 
 
-def _by_row(x: Tensor, width: Any) -> Tensor:
-    """An empty [B,H,S,width] that lies in memory as [B,S,H,width]."""
+def _by_row(x: Tensor, width: Any, plan: str) -> Tensor:
+    """An empty [B,H,S,width] that lies in memory as [B,S,H,width], in the dtype of the plan's results."""
     batch, heads, rows, _ = x.shape
-    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    dtype = torch.float32 if Plan.parse(plan).wide else x.dtype
+    return x.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
 
 
 def _forward(
@@ -173,7 +177,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     check_start(q, v, start_out, start_lse)
-    out = _by_row(q, v.shape[-1])
+    out = _by_row(q, v.shape[-1], plan)
     lists = Lists(*blocks[:4]) if blocks else None
     start = None
     if start_out is not None and start_lse is not None:
@@ -183,7 +187,7 @@ def _forward(
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _by_row(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _by_row(q, v.shape[-1], rest[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward(
@@ -196,7 +200,7 @@ def _backward(
     if len(blocks) == 4 and wanted[1]:
         raise ValueError("kp::attend: gradients of k and v need the lists by blocks of keys, too")
     by_query, by_key = (Lists(*blocks[i : i + 4]) if len(blocks) > i else None for i in (0, 4))
-    dq, dk, dv = _matrices(q, k, v, wanted)
+    dq, dk, dv = _matrices(q, k, v, wanted, plan)
     hopper = None if torch.are_deterministic_algorithms_enabled() else _hopper(site)
     if not (wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad)):
         hopper = None
@@ -215,15 +219,17 @@ def _backward(
 def _backward_fake(
     grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    wanted = rest[-2]
+    wanted, plan = rest[-2:]
     given = [o.new_empty(o.shape if want else (0,)) for o, want in zip(operands, wanted[2:], strict=True)]
-    return *_matrices(q, k, v, wanted), given
+    return *_matrices(q, k, v, wanted, plan), given
 
 
-def _matrices(q: Tensor, k: Tensor, v: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(
+    q: Tensor, k: Tensor, v: Tensor, wanted: list[bool], plan: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of q, k and v; of no size where none is wanted."""
     wants = zip((q, k, v), (wanted[0], wanted[1], wanted[1]), strict=True)
-    dq, dk, dv = (_by_row(x, x.shape[-1]) if want else x.new_empty((0,)) for x, want in wants)
+    dq, dk, dv = (_by_row(x, x.shape[-1], plan) if want else x.new_empty((0,)) for x, want in wants)
     return dq, dk, dv
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kp_compiler
 from kp_compiler.lowering import reference
-from kp_compiler.lowering.attend import Plan, attend
+from kp_compiler.lowering.attend import Plan, attend, attend_backward
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
 from tests.covering import pairwise
@@ -249,6 +249,43 @@ def test_going_on_from_other_keys(sink: bool) -> None:
     got = [out.detach(), lse.detach(), *(x.grad for x in leaves)]
     for mine, theirs in zip(got, exact(one, weights, lse_weights), strict=True):
         assert relative_error(mine, theirs) < 2e-6
+
+
+def test_results_to_be_added_up() -> None:
+    """In float32: sixteen sets of keys one after the other, in half precision, are off no more than one."""
+    q, k, v, grad = (torch.randn(1, h, n, 16).half() for h, n in ((4, 40), (2, 256), (2, 256), (4, 40)))
+    spec = AttentionSpec(0.25)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = reference.attention_over(*leaves, [], [], spec)
+    exact = torch.autograd.grad(want, leaves, grad.double())
+    plan = Plan(spec, wide=True).to_json()
+    out, lse = None, None
+    for span in range(0, 256, 16):
+        keys = slice(span, span + 16)
+        out, lse = attend()(q, k[:, :, keys], v[:, :, keys], [], [], [], out, lse, None, plan)
+        assert out.dtype == torch.float32
+    assert relative_error(out, want.detach()) < 2e-4
+    parts = [
+        attend_backward()(
+            grad,
+            None,
+            q,
+            k[:, :, s : s + 16],
+            v[:, :, s : s + 16],
+            [],
+            [],
+            [],
+            None,
+            out,
+            lse,
+            [True, True],
+            plan,
+        )
+        for s in range(0, 256, 16)
+    ]
+    found = [sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
+    assert all(x.dtype == torch.float32 for x in found)
+    assert all(relative_error(mine, theirs) < 1e-3 for mine, theirs in zip(found, exact, strict=True))
 
 
 def test_starting_from_nothing() -> None:

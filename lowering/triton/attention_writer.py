@@ -59,6 +59,7 @@ class Layout:
     described: frozenset[str] = frozenset()  # tensors that come as descriptors of the loop's tiles
     start: bool = False  # the forward pass goes on from an earlier (out, lse)
     exact: bool = False  # float32 all the way
+    wide: bool = False  # `out` in float32, whatever q is
     bias: int = 0  # which bias dbias is the gradient of
     summed: frozenset[str] = frozenset()  # of "q" and "k", those that this bias does not vary with
 

@@ -80,9 +80,12 @@ def forward(
 ) -> Tensor:
     """As `triton.attention.forward`, for a site that it `takes`."""
     tile = _tile("hopper forward", site)
-    layout = site.layout("forward", tile, start=start is not None)
+    wide = out.dtype != site.q.dtype
+    layout = site.layout("forward", tile, start=start is not None, wide=wide)
     found = site.arguments() | forward_arguments(site, out, start)
-    found |= {"q": _descriptor(site.q, ROWS), "out": _descriptor(out, ROWS)}
+    found["q"] = _descriptor(site.q, ROWS)
+    if not wide:
+        found["out"] = _descriptor(out, ROWS)
     found |= {name: _descriptor(found[name], tile.inner) for name in "kv"}
     found |= lists.arguments() if lists is not None else {}
     batch, heads, queries, _ = site.q.shape

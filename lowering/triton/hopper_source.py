@@ -48,9 +48,11 @@ ITEMS = ("taken", *CHUNKS)
 
 
 def hopper_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
-    """Those of the portable kernel, where q, k, v and out are descriptors [1,1,rows,D] of [B,H,S,D]; then
-    `taken`, a zero in int32, PAIRS, B·H, and CHUNK, how many heads are gone through together."""
-    strides = {f"{name}_{dim}" for name in ("q", "k", "v", "out") for dim in "bhs"}
+    """Those of the portable kernel, where q, k, v and out are descriptors [1,1,rows,D] of [B,H,S,D], but out
+    where it is wide; then `taken`, a zero in int32, PAIRS, B·H, and CHUNK, how many heads are gone through
+    together."""
+    described = ("q", "k", "v") if layout.wide else ("q", "k", "v", "out")
+    strides = {f"{name}_{dim}" for name in described for dim in "bhs"}
     return (*(name for name in parameters("forward", spec, layout) if name not in strides), *ITEMS)
 
 
@@ -317,26 +319,33 @@ def _round(writer: Writer) -> list[str]:
 
 
 def _end(writer: Writer) -> list[str]:
-    """Sinks, what the pass started from, and both results. `out` goes by way of these queries' memory."""
-    whole = "q" in writer.layout.whole
+    """Sinks, what the pass started from, and both results. `out` goes by way of these queries' memory, but in
+    float32 straight from registers."""
+    whole, size = "q" in writer.layout.whole, writer.layout.value_dim
     index = "mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))"
     at, there = f"(batch * H + head).to(tl.int64) * S + {index}", "" if whole else f", mask={index} < S"
     lines = writer.finish(at, there)
     value = "acc * tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
+    rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
+    columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
+
+    def place(name: str) -> str:
+        base = f"{name} + batch.to(tl.int64) * {name}_b + head.to(tl.int64) * {name}_h"
+        return f"{base} + {rows}.to(tl.int64) * {name}_s + {columns}"
+
     if writer.layout.start:
-        rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
-        columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
-        base = "start_out + batch.to(tl.int64) * start_out_b + head.to(tl.int64) * start_out_h"
-        size = writer.layout.value_dim
         masked = inside(rows=None if whole else f"{rows} < S", columns=columns, size=size)
         lines += [
-            f"before = tl.load({base} + {rows}.to(tl.int64) * start_out_s + {columns}{masked})",
+            f"before = tl.load({place('start_out')}{masked})",
             "rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]",
         ]
         value += " + tl.where(rest > 0.0, before.to(tl.float32) * rest, 0.0)"
+    lines.append(f"tl.store(lse + {at}, lse2 * {LN2}{there})")
+    if writer.layout.wide:
+        masked = inside(rows=None if whole else f"{rows} < S", columns=columns, size=size)
+        return [*lines, f"tl.store({place('out')}, {value}{masked})"]
     return [
         *lines,
-        f"tl.store(lse + {at}, lse2 * {LN2}{there})",
         "result = held._reinterpret(q_tiles.dtype, [1, 1, ROWS, E], out.layout)",
         f"result.reshape([ROWS, E]).store(({value}).to(q_tiles.dtype))",
         "fence_async_shared()",
