@@ -45,7 +45,7 @@ _FORWARD = (
     f"({_INPUTS}, Tensor? start_out, Tensor? start_lse, Tensor? seed, str plan) -> (Tensor out, Tensor lse)"
 )
 _BACKWARD = (
-    f"(Tensor grad, Tensor? grad_lse, {_INPUTS}, Tensor? seed, Tensor out, Tensor lse, bool[] wanted,"
+    f"(Tensor grad, Tensor? grad_lse, {_INPUTS}, Tensor? seed, Tensor? out, Tensor lse, bool[] wanted,"
     " str plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)"  # wanted: of q, of k or v, operands
 )
 
@@ -149,7 +149,8 @@ def attend() -> Any:
 
 def attend_backward() -> Any:
     """`kp::attend_backward`: the gradients of q, k and v, laid out as [B,S,H,D], and of those operands that
-    are `wanted`; empty tensors for the others. Bitwise the same in every run under
+    are `wanted`; empty tensors for the others. Without `out`, `grad_lse` is minus rowsum(grad ∘ out), of
+    results over more keys than these. Bitwise the same in every run under
     `torch.use_deterministic_algorithms`; else the Hopper kernel adds up dq in an order that varies."""
     _operators()
     return torch.ops.kp.attend_backward.default
@@ -192,11 +193,11 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 def _backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor],
-    scalars: list[Any], blocks: list[Tensor], seed: Tensor | None, out: Tensor, lse: Tensor,
+    scalars: list[Any], blocks: list[Tensor], seed: Tensor | None, out: Tensor | None, lse: Tensor,
     wanted: list[bool], plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
-    grad, out, lse = kernels.readable(grad), kernels.readable(out), lse.contiguous()
+    grad, lse = kernels.readable(grad), lse.contiguous()
     if len(blocks) == 4 and wanted[1]:
         raise ValueError("kp::attend: gradients of k and v need the lists by blocks of keys, too")
     by_query, by_key = (Lists(*blocks[i : i + 4]) if len(blocks) > i else None for i in (0, 4))
@@ -205,7 +206,15 @@ def _backward(
     if not (wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad)):
         hopper = None
     total = None if hopper is None else torch.empty_like(dq, dtype=torch.float32)
-    delta = kernels.delta_of(grad, out, grad_lse, total)
+    if out is not None:
+        delta = kernels.delta_of(grad, kernels.readable(out), grad_lse, total)
+    elif grad_lse is None:
+        raise ValueError(
+            "kp::attend_backward: needs out, or minus rowsum(grad ∘ out) in the place of grad_lse"
+        )
+    else:
+        delta = torch.neg(grad_lse)
+        total = None if total is None else total.zero_()
     if hopper is not None:
         hopper.gradients(site, by_key, grad, lse, delta, total, dq, dk, dv)
     else:

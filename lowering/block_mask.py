@@ -8,12 +8,15 @@ the tensors hold. The work is O((S/128) · (T/128)) on the device, once per dist
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kp_compiler.lowering import mask_render
@@ -84,6 +87,30 @@ def _tensors(node: Node, spec: AttentionSpec) -> tuple[Node, ...]:
 def block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int = BLOCK) -> tuple[Node, Node]:
     """Flags [Bm,1,nQ,nK] of the partly masked and of the full blocks of a site."""
     return _once(emit, node, spec, block, lambda: _block_flags(emit, node, spec, block))
+
+
+class _Now:
+    """In place of an emitter: operations on tensors that are there."""
+
+    def __init__(self) -> None:
+        self.graph = SimpleNamespace()
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    def size(self, x: Tensor, dim: int) -> int:
+        return x.shape[dim]
+
+    def product(self, sizes: Iterable[int]) -> int:
+        return math.prod(sizes)
+
+
+def lists_now(
+    q: Tensor, k: Tensor, operands: Sequence[Tensor], scalars: Sequence[int], spec: AttentionSpec
+) -> list[Tensor]:
+    """`visit_lists` of tensors that are there: by blocks of queries, and by blocks of keys."""
+    node: Any = SimpleNamespace(args=(q, k, None, list(operands), list(scalars)))
+    return visit_lists(_Now(), node, spec)
 
 
 def _block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int) -> tuple[Node, Node]:
@@ -177,7 +204,7 @@ class _Grid:
         """A boolean or a flag per block as a tensor [Bm,1,nQ,nK]."""
         call = self.emit.call
         shape = [1, 1, self.count["q"], self.count["k"]]
-        if not isinstance(value, Node):
+        if tensor_of(value) is None:
             return call(torch.full, shape, bool(value), dtype=torch.bool, device=self.device)
         return call(torch.ops.aten.expand.default, value, [-1, -1, *shape[2:]])
 

@@ -16,6 +16,7 @@ from kp_compiler.lowering.context import pairs, partial
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.selection.site import lines_of
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from tests.covering import pairwise
@@ -105,6 +106,17 @@ def test_masks_that_look_elsewhere_are_refused() -> None:
 # -------------------------------------------------------------------------------------------- partial results
 
 
+class Masked(Task):
+    """A task whose mask is a tensor."""
+
+    def __init__(self, spec: AttentionSpec, kept: Tensor) -> None:
+        super().__init__(spec)
+        object.__setattr__(self, "kept", kept)
+
+    def keep(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.kept  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_partial_results_add_up(softcap: float | None) -> None:
     """Over any division of the keys, with rows that have none in one of them."""
@@ -120,13 +132,15 @@ def test_partial_results_add_up(softcap: float | None) -> None:
     with torch.no_grad():
         result, spans = None, (slice(0, 9), slice(9, 10), slice(10, 24))
         for span in spans:
-            result = partial.forward(q, k[:, :, span], v[:, :, span], keep[..., span], spec, result)
+            task = Masked(spec, keep[..., span])
+            result = partial.forward(q, k[:, :, span], v[:, :, span], task, result)
         assert result is not None
         out, lse = result
         assert torch.allclose(out, want)
         delta = (grad * out).sum(-1)
         found = [
-            partial.backward(grad, q, k[:, :, s], v[:, :, s], keep[..., s], spec, lse, delta) for s in spans
+            partial.backward(grad, q, k[:, :, s], v[:, :, s], Masked(spec, keep[..., s]), lse, delta)
+            for s in spans
         ]
     dq = sum(each[0] for each in found)
     dk, dv = (torch.cat([each[i] for each in found], 2) for i in (1, 2))
@@ -181,6 +195,38 @@ def test_schedules_against_one_process(case: tuple[Any, ...]) -> None:
     out, _, *found = on_ranks(schedule, layout, spec, operands, scalars, [*whole, grad])
     assert relative_error(out, want.detach()) < 1e-12
     assert all(relative_error(mine, theirs) < 1e-12 for mine, theirs in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """kp's own, in Triton's interpreter: partial results and gradients in float32 of half precision."""
+    from kp_compiler.lowering.context import kernels, shard
+
+    monkeypatch.setattr(shard, "_engine", lambda q: kernels)
+    mask, scalars = MASKS[name]
+    spec, layout = AttentionSpec(0.3, mask, dead_rows="zero", softcap=4.0), Layout("zigzag", 2, 48)
+    whole = [torch.randn(2, heads, 48, 16).half() for heads in (4, 2, 2)]
+    leaves = [x.double().requires_grad_() for x in whole]
+    want = reference.attention_over(*leaves, tensors(), scalars, spec)
+    grad = torch.randn(want.shape).half()
+    exact = torch.autograd.grad(want, leaves, grad.double())
+    parts = [[x.index_select(2, layout.positions(r)) for x in (*whole, grad)] for r in range(2)]
+    outs, dqs, dks, dvs = [], [], [torch.zeros(2, 2, 24, 16) for _ in range(2)], [0.0, 0.0]
+    for rank, (q, _, _, given) in enumerate(parts):
+        here = Shard(spec, layout, rank, tensors(), scalars)
+        results = here.start(q, 16)
+        for source, (_, k, v, _) in enumerate(parts):
+            here.attend(q, k, v, source, results)
+        out, lse = (torch.cat(each, 2) for each in zip(*results, strict=True))
+        outs.append(out)
+        dqs.append(torch.zeros_like(out))
+        for source, (_, k, v, _) in enumerate(parts):
+            delta = (given * out).sum(-1)
+            dk, dv = here.gradients(given, q, k, v, source, lse, delta, dqs[-1])
+            dks[source], dvs[source] = dks[source] + dk, dvs[source] + dv
+    found = [torch.cat(each, 2).index_select(2, layout.inverse()) for each in (outs, dqs, dks, dvs)]
+    assert found[0].dtype == torch.float32 and relative_error(found[0], want.detach()) < 5e-4
+    assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
 
 
 def test_what_travels() -> None:

@@ -1,8 +1,8 @@
 """Attention of some queries over some of their keys, and its gradients, in plain PyTorch: what a schedule is
 made of, and what it means.
 
-    out, lse = forward(q, k, v, keep, spec, start)       start: what other keys gave, taken in
-    dq, dk, dv = backward(grad, q, k, v, keep, spec, lse, delta)
+    out, lse = forward(q, k, v, task, start)       start: what other keys gave, taken in
+    dq, dk, dv = backward(grad, q, k, v, task, lse, delta)
 
 out and lse are in float32 or wider. lse is that of all keys in `backward`, where p = exp(s − lse), and delta
 = rowsum(grad ∘ out) of the whole result: partial gradients add up.
@@ -13,16 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering.context.task import Task
 from kp_compiler.specs import AttentionSpec
 
 Start = tuple[Tensor, Tensor]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, spec: AttentionSpec, start: Start | None
-) -> Start:
-    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E], keep broadcasting to [B,H,n,m]."""
-    scores = _scores(q, k, keep, spec)
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None) -> Start:
+    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E]."""
+    scores = _scores(q, k, task.keep(q, k), task.spec)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
     out = _grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)
@@ -38,12 +37,11 @@ def merged(one: Start, other: Start) -> Start:
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, spec: AttentionSpec, lse: Tensor,
-    delta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, task: Task, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """In float32 or wider."""
     heads = k.shape[1]
-    scores = _scores(q, k, keep, spec)
+    scores, spec = _scores(q, k, task.keep(q, k), task.spec), task.spec
     p = torch.exp(scores - _finite(lse).unsqueeze(-1))
     grad = _grouped(_wide(grad), heads)
     p, delta = _grouped(p, heads), _grouped(delta.unsqueeze(-1), heads)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kp_compiler.lowering import mask_render, reference
+from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.context import pairs, partial
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.partial import Start
+from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.selection.site import Lines, lines_of
 from kp_compiler.specs import AttentionSpec
 
@@ -56,16 +58,14 @@ class Shard:
     def _bounded(self) -> bool:
         return mask_render.inequalities(self.spec.mask) is not None
 
-    def keep(self, pair: Pair, q: Tensor, k: Tensor) -> Tensor | None:
-        """The mask of a pair, None where all is kept."""
+    def task(self, pair: Pair) -> Task:
         if pair.whole:
-            return None
-        mask = pairs.local(self.spec.mask)
+            return Task(self.spec)
+        mask, n = pairs.local(self.spec.mask), self.layout.part
         assert mask is not None
         given = [self.operands[index] for index in self.spec.mask.tensors]
-        slices = mask.operands(given, pair.q_start, q.shape[2], pair.k_start, k.shape[2])
-        like = q.new_empty(1, 1, 1, 1).expand(*q.shape[:3], k.shape[2])
-        return reference.mask(mask.mask, slices, [*self.scalars, pair.q_start, pair.k_start], like)
+        slices = mask.operands(given, pair.q_start, n, pair.k_start, n)
+        return Task(self.spec, mask.mask, slices, [*self.scalars, pair.q_start, pair.k_start])
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B,H,tokens,…] by parts."""
@@ -87,9 +87,8 @@ class Shard:
         """Take the keys of a rank into the results, by part."""
         queries, keys, values = self.split(q), self.split(k), self.split(v)
         for pair in self.pairs(source):
-            mine, theirs = queries[pair.query], keys[pair.key]
-            results[pair.query] = partial.forward(
-                mine, theirs, values[pair.key], self.keep(pair, mine, theirs), self.spec, results[pair.query]
+            results[pair.query] = _engine(q).forward(
+                queries[pair.query], keys[pair.key], values[pair.key], self.task(pair), results[pair.query]
             )
 
     def gradients(
@@ -109,8 +108,16 @@ class Shard:
         for pair in self.pairs(source):
             out, mine, own_lse, own_delta, own_dq = (x[pair.query] for x in parts[:5])
             theirs, value, of_k, of_v = (x[pair.key] for x in parts[5:])
-            keep = self.keep(pair, mine, theirs)
-            found = partial.backward(out, mine, theirs, value, keep, self.spec, own_lse, own_delta)
+            found = _engine(q).backward(out, mine, theirs, value, self.task(pair), own_lse, own_delta)
             for total, part in zip((own_dq, of_k, of_v), found, strict=True):
                 total += part
         return dk, dv
+
+
+def _engine(q: Tensor) -> Any:
+    """What computes a pair: kp's kernels, or PyTorch."""
+    if not q.is_cuda:
+        return partial
+    from kp_compiler.lowering.context import kernels
+
+    return kernels
