@@ -21,7 +21,7 @@ from kp_compiler.lowering.selection.site import lines_of
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from tests.covering import pairwise
 from tests.helpers import relative_error
-from tests.virtual import VirtualPeers, run
+from tests.virtual import VirtualPeers, one_after_the_other, run
 
 LOOKUP = "Eq(t0(b, k), t0(b, q))"
 MASKS: dict[str, tuple[MaskSpec, list[int]]] = {
@@ -210,21 +210,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     want = reference.attention_over(*leaves, tensors(), scalars, spec)
     grad = torch.randn(want.shape).half()
     exact = torch.autograd.grad(want, leaves, grad.double())
-    parts = [[x.index_select(2, layout.positions(r)) for x in (*whole, grad)] for r in range(2)]
-    outs, dqs, dks, dvs = [], [], [torch.zeros(2, 2, 24, 16) for _ in range(2)], [0.0, 0.0]
-    for rank, (q, _, _, given) in enumerate(parts):
-        here = Shard(spec, layout, rank, tensors(), scalars)
-        results = here.start(q, 16)
-        for source, (_, k, v, _) in enumerate(parts):
-            here.attend(q, k, v, source, results)
-        out, lse = (torch.cat(each, 2) for each in zip(*results, strict=True))
-        outs.append(out)
-        dqs.append(torch.zeros_like(out))
-        for source, (_, k, v, _) in enumerate(parts):
-            delta = (given * out).sum(-1)
-            dk, dv = here.gradients(given, q, k, v, source, lse, delta, dqs[-1])
-            dks[source], dvs[source] = dks[source] + dk, dvs[source] + dv
-    found = [torch.cat(each, 2).index_select(2, layout.inverse()) for each in (outs, dqs, dks, dvs)]
+    found = one_after_the_other(layout, spec, tensors(), scalars, [*whole, grad])
     assert found[0].dtype == torch.float32 and relative_error(found[0], want.detach()) < 5e-4
     assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
 

@@ -1,4 +1,5 @@
-"""Ranks as threads of one process: what `context.exchange.Peers` does, without a process group."""
+"""Ranks in one process: as threads, which do what `context.exchange.Peers` does without a process group, or
+one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from kp_compiler.lowering.context.layout import Layout
+from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.specs import AttentionSpec
 
 
 class World:
@@ -89,3 +95,29 @@ def run(size: int, function: Callable[[VirtualPeers], Any]) -> list[Any]:
         if errors:
             raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
         return [each.result() for each in results]
+
+
+def one_after_the_other(
+    layout: Layout, spec: AttentionSpec, operands: list[Tensor], scalars: list[int], whole: list[Tensor]
+) -> list[Tensor]:
+    """out, dq, dk, dv of the whole sequence in float32 or wider, from each rank's part of q, k, v and grad,
+    which `whole` holds: what any schedule computes that exchanges keys."""
+    parts = [
+        [x.index_select(2, layout.positions(rank, x.device)) for x in whole] for rank in range(layout.size)
+    ]
+    outs, dqs = [], []
+    dks, dvs = ([torch.zeros_like(part[i], dtype=torch.float32) for part in parts] for i in (1, 2))
+    for rank, (q, _, value, grad) in enumerate(parts):
+        shard = Shard(spec, layout, rank, operands, scalars)
+        results = shard.start(q, value.shape[3])
+        for source, (_, k, v, _) in enumerate(parts):
+            shard.attend(q, k, v, source, results)
+        out, lse = (torch.cat(each, 2) for each in zip(*results, strict=True))
+        outs.append(out)
+        dqs.append(torch.zeros_like(q, dtype=out.dtype))
+        delta = (grad * out).sum(-1)
+        for source, (_, k, v, _) in enumerate(parts):
+            found = shard.gradients(grad, q, k, v, source, lse, delta, dqs[-1])
+            dks[source], dvs[source] = dks[source] + found[0], dvs[source] + found[1]
+    back = layout.inverse(whole[0].device)
+    return [torch.cat(each, 2).index_select(2, back) for each in (outs, dqs, dks, dvs)]
