@@ -1,0 +1,132 @@
+"""Which graphs treat the tokens of a shared sequence one by one: real models, and operations that do not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from kp_compiler.config import Config
+from kp_compiler.metadata import fill_metadata
+from kp_compiler.passes import sequence
+from kp_compiler.passes.base import Context
+from kp_compiler.passes.prove_masks import ProveMasks
+from kp_compiler.passes.raise_attention import RaiseAttention
+from kp_compiler.report import Rejection
+from kp_compiler.target import Target
+from tests.zoo import models
+
+TOKENS, DIM = 24, 32
+
+
+def traced(function: Any, *args: Any, **kwargs: Any) -> tuple[GraphModule, sequence.Sharing | Rejection]:
+    """The graph with its sites recognised, and what was found."""
+    found: list[Any] = []
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Any:
+        fill_metadata(gm)
+        for each in (RaiseAttention(), ProveMasks()):
+            ctx = Context(gm, Config(), Target("cuda", 90))
+            for site in list(each.sites(gm.graph)):
+                match = each.inspect(site, ctx)
+                if not isinstance(match, Rejection):
+                    each.rewrite(gm.graph, match, ctx)
+        found.extend([gm, sequence.trace(gm.graph)])
+        return _stop
+
+    torch._dynamo.reset()
+    with pytest.raises(_Stop):
+        torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
+    return found[0], found[1]
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop(*args: Any) -> None:
+    raise _Stop
+
+
+class Block(nn.Module):
+    """Attention with learned positions, in one of several ways wrong."""
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how = how
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+        self.norm, self.places = nn.LayerNorm(DIM), nn.Embedding(64, DIM)
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding=1)
+        self.register_buffer("table", torch.randn(TOKENS, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.places(torch.arange(x.shape[1], device=x.device))
+        if self.how == "convolution":
+            x = self.conv(x.mT).mT
+        if self.how == "table":
+            x = x + self.table
+        if self.how == "cumsum":
+            x = x.cumsum(1)
+        if self.how == "mean over tokens":
+            x = x - x.mean(1, keepdim=True)
+        if self.how == "shift":
+            x = x + F.pad(x[:, :-1], (0, 0, 1, 0))
+        if self.how == "from one":
+            x = x * torch.arange(1, x.shape[1] + 1).view(1, -1, 1)
+        q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(a.transpose(1, 2).flatten(2))
+        return x[:, -1] if self.how == "last token" else x
+
+
+def test_token_by_token() -> None:
+    gm, found = traced(Block(), torch.randn(2, TOKENS, DIM))
+    assert isinstance(found, sequence.Sharing), found
+    assert [node.target for node in found.positions] == [torch.arange]
+    assert not found.sums
+    (result,) = gm.graph.output_node().args[0]
+    assert found.along[result] == sequence.Along(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("convolution", "not known to treat tokens one by one"), ("table", "is not shared among ranks"),
+        ("cumsum", "cumsum"), ("mean over tokens", "a sum over the tokens of one rank"),
+        ("shift", "some tokens"),
+        ("from one", "not from zero"), ("last token", "some tokens"),
+    ],
+)  # fmt: skip
+def test_what_mixes_tokens(how: str, why: str) -> None:
+    _, found = traced(Block(how), torch.randn(2, TOKENS, DIM))
+    assert isinstance(found, Rejection) and found.code == "mixes-tokens"
+    assert re.search(why, found.text), found.text
+
+
+def test_nothing_to_share() -> None:
+    _, found = traced(lambda x: x * 2, torch.randn(3))
+    assert isinstance(found, Rejection) and found.code == "no-site"
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("gemma2", "eager"),
+     ("gpt2", "sdpa")],
+)  # fmt: skip
+def test_models(name: str, how: str, positions: bool) -> None:
+    """Losses of transformers' models; what they make of indices are positions."""
+    family = next(each for each in models.FAMILIES if each.name == name)
+    ids = models.ids(TOKENS)
+    more = {"position_ids": torch.arange(TOKENS).expand(2, -1)} if positions else {}
+    if name != "gpt2":  # whose loss breaks the graph
+        more |= {"labels": ids, "shift_labels": ids}
+    _, found = traced(family.make(how), input_ids=ids, use_cache=False, **more)
+    assert isinstance(found, sequence.Sharing), found
+    assert len(found.sums) == (name != "gpt2")
+    assert bool(found.positions) != positions
