@@ -129,6 +129,17 @@ def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, r
 
 
 @triton.jit
+def _phase(begin, low, high, end, PHASE: tl.constexpr):
+    """The parts of a row, in this order: some that need the mask, those that don't, some that do."""
+    if PHASE == 0:
+        return begin, low
+    elif PHASE == 1:
+        return low, high
+    else:
+        return high, end
+
+
+@triton.jit
 def _total(top, total, begin, end, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1, rest2,
            D: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, PART: tl.constexpr, Q0: tl.constexpr,
            K0: tl.constexpr, Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
@@ -197,123 +208,22 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     high = tl.maximum(high, low)
     top = tl.full([ROWS * PER], float("-inf"), tl.float32)
     total = tl.zeros([ROWS * PER], tl.float32)
-    top, total = _total(top, total, begin, low, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
-                        rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, True)  # fmt: skip
-    top, total = _total(top, total, low, high, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
-                        rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, False)  # fmt: skip
-    top, total = _total(top, total, high, end, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
-                        rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP, True)  # fmt: skip
+    for PHASE in tl.static_range(3):
+        start, stop = _phase(begin, low, high, end, PHASE)
+        top, total = _total(top, total, start, stop, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
+                            rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP,
+                            PHASE != 1)  # fmt: skip
     some = (total > 0.0) & (q_part * PART < S)
     base = tl.where(some, top + tl.log2(total), float("inf"))  # rows without a key, or not there: no share
     alive = tl.sum(tl.reshape(some.to(tl.float32), [ROWS, PER]), 1)
     weight = 1.0 / tl.maximum(alive, 1.0)
     row = tile * ROWS + tl.arange(0, ROWS)
     place, inside = out + (pair * COUNT + row)[:, None] * BLOCKS, row < COUNT
-    _write(
-        base,
-        weight,
-        begin,
-        low,
-        place,
-        BLOCKS,
-        inside,
-        query,
-        keys,
-        q_part,
-        S,
-        T,
-        KP,
-        scale,
-        cap,
-        rest0,
-        rest1,
-        rest2,
-        D,
-        WIDTH,
-        ROWS,
-        PER,
-        INNER,
-        PART,
-        Q0,
-        K0,
-        Q1,
-        K1,
-        Q2,
-        K2,
-        FORMS,
-        CAP,
-        True,
-    )
-    _write(
-        base,
-        weight,
-        low,
-        high,
-        place,
-        BLOCKS,
-        inside,
-        query,
-        keys,
-        q_part,
-        S,
-        T,
-        KP,
-        scale,
-        cap,
-        rest0,
-        rest1,
-        rest2,
-        D,
-        WIDTH,
-        ROWS,
-        PER,
-        INNER,
-        PART,
-        Q0,
-        K0,
-        Q1,
-        K1,
-        Q2,
-        K2,
-        FORMS,
-        CAP,
-        False,
-    )
-    _write(
-        base,
-        weight,
-        high,
-        end,
-        place,
-        BLOCKS,
-        inside,
-        query,
-        keys,
-        q_part,
-        S,
-        T,
-        KP,
-        scale,
-        cap,
-        rest0,
-        rest1,
-        rest2,
-        D,
-        WIDTH,
-        ROWS,
-        PER,
-        INNER,
-        PART,
-        Q0,
-        K0,
-        Q1,
-        K1,
-        Q2,
-        K2,
-        FORMS,
-        CAP,
-        True,
-    )
+    for PHASE in tl.static_range(3):
+        start, stop = _phase(begin, low, high, end, PHASE)
+        _write(base, weight, start, stop, place, BLOCKS, inside, query, keys, q_part, S, T, KP, scale, cap,
+               rest0, rest1, rest2, D, WIDTH, ROWS, PER, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP,
+               PHASE != 1)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ROWS_ALL", "FIRST", "COUNT", "BLOCKS", "S", "T", "kind_b", "kind_h", "MOST",
