@@ -27,6 +27,7 @@ from kp_compiler.specs import AttentionSpec
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars"
 _FORWARD = f"({_INPUTS}, str plan) -> (Tensor out, Tensor lse)"
+_GATHER = "(Tensor x, int dim, str plan) -> Tensor"
 _BACKWARD = (
     f"(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, bool wants_sink, str plan)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
@@ -81,14 +82,34 @@ def context_attention() -> Any:
     return torch.ops.kp.context_attention.default
 
 
+def gather_sequence() -> Any:
+    """`kp::gather_sequence`: every rank's part of x along a dimension, in the order of the sequence, on every
+    rank; for what has no gradient."""
+    _operators()
+    return torch.ops.kp.gather_sequence.default
+
+
 @cache
-def _operators() -> tuple[Any, Any]:
-    """Define both operators, once."""
+def _operators() -> tuple[Any, ...]:
+    """Define the operators, once."""
     key = "CompositeExplicitAutograd"
     run = fragment("context_attention", _FORWARD, {key: _forward}, _forward_fake)
     back = fragment("context_attention_backward", _BACKWARD, {key: _backward}, _backward_fake)
     torch.library.register_autograd("kp::context_attention", _gradients, setup_context=_save, lib=run)
-    return run, back
+    return run, back, fragment("gather_sequence", _GATHER, {key: _gather}, _gather_fake)
+
+
+def _gather(x: Tensor, dim: int, plan: str) -> Tensor:
+    parsed = Plan.parse(plan)
+    layout = of_local(parsed.layout, parsed.size, x.shape[dim])
+    whole = torch.cat(parsed.peers().gather(x), dim)
+    return whole.index_select(dim, layout.inverse(x.device))
+
+
+def _gather_fake(x: Tensor, dim: int, plan: str) -> Tensor:
+    sizes = list(x.shape)
+    sizes[dim] = sizes[dim] * Plan.parse(plan).size
+    return x.new_empty(sizes)
 
 
 def _forward(

@@ -39,6 +39,7 @@ class Sharing:
     """`along` by node, for those that have the sequence; `positions` make a token's place out of nothing;
     `sums` are over this rank's tokens, and what is made of them."""
 
+    tokens: Any  # of one rank
     along: dict[Node, Along] = field(default_factory=dict)
     positions: list[Node] = field(default_factory=list)
     sums: list[Node] = field(default_factory=list)
@@ -108,10 +109,19 @@ def _spelt(node: Node) -> str:
     return op.name if op is not None else getattr(node.target, "__name__", str(node.target))
 
 
+def given(node: Node, tokens: Any) -> Along | None:
+    """Of an input that is no weight: [B,tokens,…] or [tokens]."""
+    value = tensor_of(node)
+    if value is None or isinstance(value, torch.nn.Parameter) or "_buffers_" in node.name:
+        return None
+    dim = 1 if value.dim() > 1 else 0
+    return Along(dim) if value.dim() and same(value.shape[dim], tokens) else None
+
+
 class _Tracer:
     def __init__(self, tokens: Any) -> None:
         self.tokens = tokens
-        self.found = Sharing()
+        self.found = Sharing(tokens)
 
     def visit(self, node: Node) -> None:
         along = self._along(node)
@@ -120,7 +130,7 @@ class _Tracer:
 
     def _along(self, node: Node) -> Along | None:
         if node.op == "placeholder":
-            return self._given(node)
+            return given(node, self.tokens)
         if node.op in ("output", "get_attr"):
             return None
         op = canonical(node)
@@ -149,14 +159,6 @@ class _Tracer:
         return rule(node, op)
 
     # --------------------------------------------------------------------------------------------- beginnings
-
-    def _given(self, node: Node) -> Along | None:
-        """Inputs that are no weights: [B,tokens,…] or [tokens]."""
-        value = tensor_of(node)
-        if value is None or isinstance(value, torch.nn.Parameter) or "_buffers_" in node.name:
-            return None
-        dim = 1 if value.dim() > 1 else 0
-        return Along(dim) if value.dim() and same(value.shape[dim], self.tokens) else None
 
     def _positions(self, node: Node, op: Op) -> Along | None:
         value = tensor_of(node)

@@ -29,13 +29,7 @@ def traced(function: Any, *args: Any, **kwargs: Any) -> tuple[GraphModule, seque
     found: list[Any] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
-        fill_metadata(gm)
-        for each in (RaiseAttention(), ProveMasks()):
-            ctx = Context(gm, Config(), Target("cuda", 90))
-            for site in list(each.sites(gm.graph)):
-                match = each.inspect(site, ctx)
-                if not isinstance(match, Rejection):
-                    each.rewrite(gm.graph, match, ctx)
+        recognised(gm)
         found.extend([gm, sequence.trace(gm.graph)])
         return _stop
 
@@ -43,6 +37,17 @@ def traced(function: Any, *args: Any, **kwargs: Any) -> tuple[GraphModule, seque
     with pytest.raises(_Stop):
         torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
     return found[0], found[1]
+
+
+def recognised(gm: GraphModule) -> None:
+    """Attention sites with proved masks."""
+    fill_metadata(gm)
+    for each in (RaiseAttention(), ProveMasks()):
+        ctx = Context(gm, Config(), Target("cuda", 90))
+        for site in list(each.sites(gm.graph)):
+            match = each.inspect(site, ctx)
+            if not isinstance(match, Rejection):
+                each.rewrite(gm.graph, match, ctx)
 
 
 class _Stop(Exception):

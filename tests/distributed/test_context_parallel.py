@@ -21,3 +21,12 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
     assert errors.pop("sharding") < 1e-6
     assert len(errors) == len(workers.CONTEXT_CASES)
     assert max(errors.values()) < 2e-6, errors
+
+
+def test_models(tmp_path: Path) -> None:
+    """Logits and gradients of transformers' models, whose positions and masks are made in the graph."""
+    out = tmp_path / "errors.pt"
+    mp.spawn(workers.shared_model, (2, str(tmp_path / "store"), str(out)), nprocs=2, join=True)
+    errors = torch.load(out)
+    assert len(errors) == len(workers.MODEL_CASES)
+    assert max(errors.values()) < 1e-5, errors

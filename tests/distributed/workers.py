@@ -279,3 +279,66 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     if rank == 0:
         torch.save({name: max(each[name] for each in everyone) for name in worst}, out)
     dist.destroy_process_group()
+
+
+MODEL_CASES = [
+    ("llama", "ring", "zigzag", ""), ("llama", "allgather", "zigzag", "packed"),
+    ("mistral", "ring", "contiguous", ""), ("llama", "ulysses", "contiguous", "padded"),
+    ("gpt2", "ring", "zigzag", ""),
+]  # fmt: skip
+
+
+def shared_model(rank: int, size: int, file: str, out: str) -> None:
+    """Whole models on parts of a sequence: logits and gradients of weights, against one process."""
+    start(rank, size, file)
+    worst = {"-".join(case): _shared_model(rank, size, *case) for case in MODEL_CASES}
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, worst)
+    if rank == 0:
+        torch.save({name: max(each[name] for each in everyone) for name in worst}, out)
+    dist.destroy_process_group()
+
+
+def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, kind: str) -> float:
+    from kp_compiler.lowering.context.layout import Layout
+    from kp_compiler.passes.context_parallel import Sharing, share
+    from tests.helpers import relative_error
+    from tests.test_sequence import recognised
+    from tests.zoo import models
+
+    count, vocabulary = 48, models.VOCAB
+    torch.manual_seed(5)
+    inputs: dict[str, Any] = {"input_ids": torch.randint(0, vocabulary, (2, count))}
+    if kind == "packed":
+        inputs["position_ids"] = torch.stack([torch.arange(count) % 17, torch.arange(count) % 30])
+    if kind == "padded":
+        inputs["attention_mask"] = (torch.arange(count) < torch.tensor([[count], [31]])).long()
+    weights = torch.randn(2, count, vocabulary)
+    if kind == "padded":  # what stands at padding means nothing
+        weights = weights * inputs["attention_mask"].unsqueeze(-1)
+    family = next(each for each in models.FAMILIES if each.name == name)
+    one, other = (family.make("sdpa") for _ in range(2))
+    want = one(**inputs, use_cache=False).logits
+    (want * weights).sum().backward()
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager
+
+        recognised(gm)
+        share(gm.graph, Sharing(dist.group.WORLD.group_name, rank, size, layout, schedule))  # type: ignore[arg-type]
+        gm.graph.lint()
+        gm.recompile()
+        return aot_eager(gm, example_inputs)
+
+    place = Layout(layout, size, count).positions(rank)
+    mine = {key: x.index_select(1, place) for key, x in inputs.items()}
+    torch._dynamo.reset()
+    got = torch.compile(other, backend=backend, fullgraph=True)(**mine, use_cache=False).logits
+    part = weights.index_select(1, place)
+    (got * part).sum().backward()
+    seen = part != 0
+    errors = [relative_error((got * seen).detach(), (want.index_select(1, place) * seen).detach())]
+    for a, b in zip(other.parameters(), one.parameters(), strict=True):
+        dist.all_reduce(a.grad)
+        errors.append(relative_error(a.grad, b.grad))  # type: ignore[arg-type]
+    return max(errors)
