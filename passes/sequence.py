@@ -216,6 +216,14 @@ class _Tracer:
         return along
 
     def _matmul(self, node: Node, op: Op) -> Along:
+        """Tokens are rows of the first factor, or columns of the second, as rotary angles have them."""
+        other = op["other"]
+        if op["input"] not in self.found.along:
+            along, value, out = self._one(node, other), tensor_of(other), tensor_of(node)
+            assert value is not None and out is not None
+            if value.dim() < 2 or along.dim != value.dim() - 1:
+                raise _Mixed("it sums over the sequence, or shares batches")
+            return Along(out.dim() - 1, along.outer)
         along, value, out = self._one(node, op["input"]), tensor_of(op["input"]), tensor_of(node)
         assert value is not None and out is not None
         if along.dim == value.dim() - 1:

@@ -239,6 +239,12 @@ def sharding(rank: int, size: int) -> float:
     return wrong
 
 
+def finish() -> None:
+    """Together: gloo's threads abort a process whose peer leaves while it still listens."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     """Every case on this rank, through the operator; rank 0 keeps the largest error of each."""
     from kp_compiler.lowering import reference, ring
@@ -278,7 +284,7 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     dist.all_gather_object(everyone, worst)
     if rank == 0:
         torch.save({name: max(each[name] for each in everyone) for name in worst}, out)
-    dist.destroy_process_group()
+    finish()
 
 
 MODEL_CASES = [
@@ -296,7 +302,7 @@ def shared_model(rank: int, size: int, file: str, out: str) -> None:
     dist.all_gather_object(everyone, worst)
     if rank == 0:
         torch.save({name: max(each[name] for each in everyone) for name in worst}, out)
-    dist.destroy_process_group()
+    finish()
 
 
 def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, kind: str) -> float:
