@@ -7,8 +7,7 @@ bfloat16, 16384 tokens in all where one sequence is shorter, a hidden size of 20
 D256 8). TFLOP/s count pairs that the mask keeps, 4·D each forward and 2.5 times that backward. `packed` holds
 documents of up to a quarter of the length, `window` 1024 keys, both from 2048 tokens on. cuDNN and
 FlashAttention-2 know causal and full masks; `masked` is PyTorch's attention with the mask as a tensor.
-FlexAttention and kp's kernels read the same block lists, which are made before anything is timed;
-All run as
+FlexAttention and kp's kernels read the same block lists, which are made before anything is timed. All run as
 CUDA graphs, the backward pass as both passes less the forward. FlexAttention is measured with D128 and at two
 lengths, as it compiles for ten seconds at each. `portable` is kp's forward kernel for any GPU, where `kp`
 takes the one for Hopper. A product of 8192³ is timed before and after: what the device gives that day.

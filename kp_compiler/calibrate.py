@@ -46,12 +46,13 @@ class _Measuring:
 
     def __call__(self, seen: tap.Tapped) -> None:
         sums = self.sites.setdefault(seen.module, [None] * len(self.candidates))
+        allowed = measure.allowed(seen.site)
         for place, sparse in enumerate(self.candidates):
             own = sparse_choice.seeded(sparse, seen.module)
-            sums[place] = _added(sums[place], dataclasses.replace(seen.site, sparse=own), seen)
+            sums[place] = _added(sums[place], dataclasses.replace(seen.site, sparse=own), seen, allowed)
 
 
-def _added(sums: _Sums | None, site: Site, seen: tap.Tapped) -> _Sums:
+def _added(sums: _Sums | None, site: Site, seen: tap.Tapped, allowed: float) -> _Sums:
     found = lists.by_query(site)
     cost = measure.cost(site, seen.v, measure.sampled(site, found), seen.operands)
     zeros = torch.zeros(site.q.shape[1])
@@ -61,7 +62,7 @@ def _added(sums: _Sums | None, site: Site, seen: tap.Tapped) -> _Sums:
     sums.mass = sums.mass + cost.mass.sum(0).cpu()
     sums.error = sums.error + cost.error.square().sum(0).cpu()
     sums.computed += float(found.count.double().mean(1).sum())
-    sums.allowed += measure.allowed(site)
+    sums.allowed += allowed
     sums.sequences += site.q.shape[0]
     sums.tokens = max(sums.tokens, site.k.shape[2])
     return sums

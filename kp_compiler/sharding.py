@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kp_compiler.errors import KPError
-from kp_compiler.lowering.context.layout import Kind, Layout
+from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.layout import Kind, Layout, of_local
 
 IGNORED = -100  # a label that no loss counts
 # What stands at positions that a sequence is lengthened by
@@ -77,10 +78,8 @@ def unshard_sequence(
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
     `length` tokens, if given."""
     size, _ = _place(mesh)
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(parts, x.detach().contiguous(), group=_group(mesh))
-    whole = Layout(layout, size, size * x.shape[dim])
-    found = torch.cat(parts, dim).index_select(dim, whole.inverse(x.device))
+    parts = Peers(_group(mesh)).gather(x.detach())
+    found = of_local(layout, size, x.shape[dim]).joined(parts, dim)
     return found if length is None else found.narrow(dim, 0, length)
 
 

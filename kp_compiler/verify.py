@@ -44,11 +44,9 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
         from kp_compiler.verify_sparse import verify_sparse
 
         return verify_sparse(site, match, ctx)
-    sizes = [hint(x) for x in (shape.batch, shape.heads, shape.queries, shape.keys)]
-    if math.prod(sizes) > MAX_SCORES:
-        return Verdict(f"skipped: {math.prod(sizes)} scores are too many for a float64 run")
-    if ctx.calls:
-        return Verdict("skipped: the site lies in a checkpoint body")
+    skipped = not_checked((shape.batch, shape.heads, shape.queries, shape.keys), ctx)
+    if skipped is not None:
+        return skipped
     graph, originals, copied = extract(site)
     owner = GraphModule(torch.nn.Module(), graph)
     emit = Emitter(copied, copied)
@@ -56,9 +54,22 @@ def verify_site(site: Node, match: Match, ctx: Context) -> Verdict:
     copied.replace_all_uses_with(lowered)
     graph.erase_node(copied)
     owner.recompile()
-    devices = {t.device.index or 0 for t in map(tensor_of, originals) if t is not None and t.is_cuda}
-    with torch.random.fork_rng(devices=devices):
+    with forked(originals):
         return _compare(owner, originals, shape.training)
+
+
+def not_checked(scores: tuple[Any, ...], ctx: Context) -> Verdict | None:
+    """Why a site is not run: more scores, of these sizes, than a float64 run has memory for, or no inputs."""
+    count = math.prod(hint(x) for x in scores)
+    if count > MAX_SCORES:
+        return Verdict(f"skipped: {count} scores are too many for a float64 run")
+    return Verdict("skipped: the site lies in a checkpoint body") if ctx.calls else None
+
+
+def forked(inputs: list[Node]) -> Any:
+    """Random numbers that are drawn inside leave the user's as they were."""
+    devices = {t.device.index or 0 for t in map(tensor_of, inputs) if t is not None and t.is_cuda}
+    return torch.random.fork_rng(devices=devices)
 
 
 def extract(site: Node) -> tuple[Graph, list[Node], Node]:

@@ -9,7 +9,6 @@ holds more than others; `kp.calibrate` measures it on a model's own.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -20,12 +19,20 @@ from kp_compiler.lowering import attend, reference
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.selection import measure
 from kp_compiler.lowering.selection.site import Site
-from kp_compiler.metadata import hint
 from kp_compiler.passes.base import Context, Emitter, Match
 from kp_compiler.report import Rejection
 from kp_compiler.runtime import provided_input, providers
 from kp_compiler.specs import AttentionSpec
-from kp_compiler.verify import MAX_SCORES, SLACK, TOLERANCE, Verdict, extract, random_value, relative_error
+from kp_compiler.verify import (
+    SLACK,
+    TOLERANCE,
+    Verdict,
+    extract,
+    forked,
+    not_checked,
+    random_value,
+    relative_error,
+)
 
 NAMES = ("out", "grad q", "grad k", "grad v")
 
@@ -33,20 +40,16 @@ NAMES = ("out", "grad q", "grad k", "grad v")
 def verify_sparse(site: Node, match: Match, ctx: Context) -> Verdict:
     """Check one site that the attention pass is about to lower."""
     implementation, spec, shape = match.data
-    sizes = [hint(x) for x in (shape.batch, shape.heads, measure.SAMPLES, shape.keys)]
-    if math.prod(sizes) > MAX_SCORES:
-        return Verdict(f"skipped: {math.prod(sizes)} scores are too many for a float64 run")
-    if ctx.calls:
-        return Verdict("skipped: the site lies in a checkpoint body")
+    skipped = not_checked((shape.batch, shape.heads, measure.SAMPLES, shape.keys), ctx)
+    if skipped is not None:
+        return skipped
     graph, originals, copied = extract(site)
     lowered = implementation.emit(Emitter(copied, copied), copied, spec, shape)
     kernel = next((node for node in graph.nodes if node.target is attend.attend()), None)
     lists = () if kernel is None else tuple(kernel.args[5][:4])
     graph.output_node().args = ((lowered, lists, tuple(copied.args[:5])),)
-    values = [_value(node, ctx) for node in originals]
-    devices = {x.device.index or 0 for x in values if isinstance(x, Tensor) and x.is_cuda}
-    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(shape.training):
-        leaves = [_leaf(x, shape.training) for x in values]
+    with forked(originals), torch.set_grad_enabled(shape.training):
+        leaves = [_leaf(_value(node, ctx), shape.training) for node in originals]
         return _verdict(spec, *GraphModule(torch.nn.Module(), graph)(*leaves))
 
 

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from kp_compiler.specs import AttentionSpec, LinearSpec
 
@@ -90,6 +90,11 @@ def is_raised(node: Node) -> bool:
 
 def is_attention(node: Node) -> bool:
     return node.op == "call_function" and node.target is attention()
+
+
+def attentions(graph: Graph) -> list[Node]:
+    """The `kp.attention` nodes of a graph, in its order."""
+    return [node for node in graph.nodes if is_attention(node)]
 
 
 @lru_cache(maxsize=4096)

@@ -101,9 +101,7 @@ def _operators() -> tuple[Any, ...]:
 
 def _gather(x: Tensor, dim: int, plan: str) -> Tensor:
     parsed = Plan.parse(plan)
-    layout = of_local(parsed.layout, parsed.size, x.shape[dim])
-    whole = torch.cat(parsed.peers().gather(x), dim)
-    return whole.index_select(dim, layout.inverse(x.device))
+    return of_local(parsed.layout, parsed.size, x.shape[dim]).joined(parsed.peers().gather(x), dim)
 
 
 def _gather_fake(x: Tensor, dim: int, plan: str) -> Tensor:

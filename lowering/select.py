@@ -160,17 +160,24 @@ def refused(spec: AttentionSpec, shape: AttentionShape) -> Rejection | None:
     return None
 
 
+def emit_flags(emit: Any, node: Node, spec: AttentionSpec) -> list[Node]:
+    """What `site_of` takes of a `kp.attention` node's mask beside its formula."""
+    from kp_compiler.lowering.block_mask import block_flags
+
+    assert spec.sparse is not None
+    bounded = mask_render.inequalities(spec.mask) is not None
+    return [] if bounded else list(block_flags(emit, node, spec, spec.sparse.block))
+
+
 def emit_lists(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> list[Node]:
     """Lists of the blocks that a `kp.attention` node's selector chooses, by blocks of keys too where it
     trains."""
-    from kp_compiler.lowering.block_mask import block_flags, visit_lists
+    from kp_compiler.lowering.block_mask import visit_lists
 
     sparse = spec.sparse
     assert sparse is not None
     q, k, v = (emit.call(torch.ops.aten.detach.default, x) for x in node.args[:3])
-    bounded = mask_render.inequalities(spec.mask) is not None
-    flags = [] if bounded else list(block_flags(emit, node, spec, sparse.block))
-    text = stamped(spec)
+    flags, text = emit_flags(emit, node, spec), stamped(spec)
     gates = [node.args[3][i] for i in sparse.gates]
     found = _items(emit, emit.call(select_blocks(), q, k, flags, gates, node.args[4], text))
     both = [found]

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.fingerprint import stamped
 from kp_compiler.lowering.ops import fragment, parse_spec
-from kp_compiler.lowering.select import site_of
+from kp_compiler.lowering.select import emit_flags, site_of
 from kp_compiler.lowering.selection import measure
 from kp_compiler.lowering.selection.site import Site
 from kp_compiler.specs import AttentionSpec
@@ -79,11 +78,7 @@ def current() -> str | None:
 
 def emit_tap(emit: Any, node: Node, spec: AttentionSpec, module: str, observer: str) -> Node:
     """q of a `kp.attention` node, seen by an observer."""
-    from kp_compiler.lowering.block_mask import block_flags
-
-    assert spec.sparse is not None
-    bounded = mask_render.inequalities(spec.mask) is not None
-    flags = [] if bounded else list(block_flags(emit, node, spec, spec.sparse.block))
+    flags = emit_flags(emit, node, spec)
     return emit.call(_operator(), *node.args[:5], flags, module, observer, stamped(spec))
 
 

@@ -36,7 +36,7 @@ class Attention:
         return not_on_cpu(ctx)
 
     def sites(self, graph: Graph) -> Iterator[Node]:
-        yield from (node for node in graph.nodes if ops.is_attention(node))
+        yield from ops.attentions(graph)
 
     def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
         spec = ops.spec_of(site)

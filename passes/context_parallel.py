@@ -53,7 +53,7 @@ def share(graph: Graph, how: Sharing) -> None:
     found = sequence.trace(graph)
     if isinstance(found, Rejection):
         raise KPError(f"the sequence can't be shared: {found}")
-    sites = [node for node in graph.nodes if ops.is_attention(node)]
+    sites = ops.attentions(graph)
     for site in sites:
         if (refused := refusal(site, how)) is not None:
             raise KPError(f"the sequence can't be shared: {refused}")

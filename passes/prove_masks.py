@@ -79,11 +79,10 @@ class ProveMasks:
         return None
 
     def sites(self, graph: Graph) -> Iterator[Node]:
-        for node in graph.nodes:
-            if ops.is_attention(node):
-                spec = ops.spec_of(node)
-                if spec.mask.kind == "tensor" or spec.biases:
-                    yield node
+        for node in ops.attentions(graph):
+            spec = ops.spec_of(node)
+            if spec.mask.kind == "tensor" or spec.biases:
+                yield node
 
     def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
         spec = ops.spec_of(site)

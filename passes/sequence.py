@@ -23,8 +23,6 @@ from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
 from kp_compiler.report import Rejection
 
-Sizes = tuple[Any, ...]
-
 
 @dataclass(frozen=True)
 class Along:
@@ -66,7 +64,7 @@ _LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "kl_div"}
 
 def trace(graph: Graph) -> Sharing | Rejection:
     """The tokens of a rank are as many as queries of the graph's attention sites."""
-    sites = [node for node in graph.nodes if ops.is_attention(node)]
+    sites = ops.attentions(graph)
     if not sites:
         return Rejection("no-site", "The graph has no attention site: what its sequence is can't be told.")
     q = tensor_of(sites[0].args[0])
@@ -84,7 +82,8 @@ def trace(graph: Graph) -> Sharing | Rejection:
 
 
 def _live(graph: Graph) -> set[Node]:
-    """Nodes that results depend on, where sites stand for what they were recognised in."""
+    """Nodes that results depend on, where sites stand for what they were recognised in. Of a site these are
+    queries, keys and values: vectors of its mask are the whole sequence's, made apart."""
     roots = {node.meta["kp_root"]: node.meta["kp_out"] for node in graph.nodes if "kp_root" in node.meta}
     found: set[Node] = set()
     queue = [graph.output_node()]
@@ -93,15 +92,9 @@ def _live(graph: Graph) -> set[Node]:
         if node in found:
             continue
         found.add(node)
-        queue += [roots.get(each, each) for each in node.all_input_nodes]
-        if ops.is_attention(node):  # vectors of its mask are the whole sequence's, made apart
-            queue = [each for each in queue if each not in _vectors(node)]
-            queue += node.args[:3]  # type: ignore[arg-type]
+        inputs: Any = node.args[:3] if ops.is_attention(node) else node.all_input_nodes
+        queue += [roots.get(each, each) for each in inputs]
     return found
-
-
-def _vectors(site: Node) -> list[Node]:
-    return [site.args[3][index] for index in ops.spec_of(site).mask.tensors]  # type: ignore[index]
 
 
 def _spelt(node: Node) -> str:
@@ -287,18 +280,6 @@ class _Tracer:
         assert out is not None
         return Along(along.dim + (op["dim"] % out.dim() <= along.dim), along.outer)
 
-    def _squeeze(self, node: Node, op: Op) -> Along:
-        return self._reshaped(node, op["input"])
-
-    def _view(self, node: Node, op: Op) -> Along:
-        return self._reshaped(node, op["input"])
-
-    def _flatten(self, node: Node, op: Op) -> Along:
-        return self._reshaped(node, op["input"])
-
-    def _unflatten(self, node: Node, op: Op) -> Along:
-        return self._reshaped(node, op["input"])
-
     def _expand(self, node: Node, op: Op) -> Along:
         along, value, out = self._one(node, op["input"]), tensor_of(op["input"]), tensor_of(node)
         assert value is not None and out is not None
@@ -351,8 +332,9 @@ class _Tracer:
                 place += 1
         raise _Mixed("its index is not understood")
 
-    def _reshaped(self, node: Node, given: Node) -> Along:
+    def _view(self, node: Node, op: Op) -> Along:
         """A dimension of the result is that of the tokens where what lies outside of both has one size."""
+        given = op["input"]
         along, value, out = self._one(node, given), tensor_of(given), tensor_of(node)
         assert value is not None and out is not None
         before = _product(value.shape[: along.dim])
@@ -362,9 +344,11 @@ class _Tracer:
             if same(seen, outside) and same(each, size):
                 return Along(dim)
             if same(_product([seen, each]), _product([outside, size])) and not same(each, 1):
-                return Along(dim, _product([outside]) // seen if isinstance(seen, int) else outside)
+                return Along(dim, outside // seen if isinstance(seen, int) else outside)
             seen = _product([seen, each])
         raise _Mixed("the sequence is not a dimension of what it makes, or one with the batch outside")
+
+    _squeeze = _flatten = _unflatten = _view
 
 
 def _product(sizes: Iterable[Any]) -> Any:

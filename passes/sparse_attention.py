@@ -54,7 +54,7 @@ class SparseAttention:
         return not_on_cpu(ctx)
 
     def sites(self, graph: Graph) -> Iterator[Node]:
-        yield from (node for node in graph.nodes if ops.is_attention(node))
+        yield from ops.attentions(graph)
 
     def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
         config, shape = ctx.config.sparse_attention, shape_of(site, ctx)
@@ -103,7 +103,7 @@ class SparseAttention:
 def site_name(site: Node, ctx: Context) -> str:
     """The module path, and which of its sites in the graph it is, where that is not the first."""
     module = module_of(site)
-    peers = [node for node in ctx.gm.graph.nodes if ops.is_attention(node) and module_of(node) == module]
+    peers = [node for node in ops.attentions(ctx.gm.graph) if module_of(node) == module]
     place = peers.index(site)
     return f"{module}#{place}" if place else module
 

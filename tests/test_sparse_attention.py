@@ -346,6 +346,9 @@ def test_verified(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     assert found["density"] == 0.5 and found["dense_heads"] == [] and 0 < found["kept_mass"] < 1
     assert 0 < found["error"] <= found["worst_head_error"]
     assert "measured" in report.why("")
+    state = torch.get_rng_state()
+    run(causal, inputs, options)
+    assert torch.equal(torch.get_rng_state(), state)  # the check's random inputs are its own
     if impl == "triton":
         right = lists.by_key
 

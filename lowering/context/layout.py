@@ -8,6 +8,7 @@ A rank's tokens lie in the order of its parts. Sizes may be symbolic; ranks are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +59,10 @@ class Layout:
         """Where each token of the sequence is, when ranks lie one after the other."""
         order = self.order(device)
         return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+
+    def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """The sequence along `dim`, from every rank's part."""
+        return torch.cat(list(parts), dim).index_select(dim, self.inverse(parts[0].device))
 
 
 def of_local(kind: Kind, size: int, local: Any) -> Layout:

@@ -21,7 +21,7 @@ Start = tuple[Tensor, Tensor]
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None) -> Start:
     """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E]."""
-    scores = _scores(q, k, task.keep(q, k), task.spec)
+    scores = _masked(_scores(q, k, task.spec), task.keep(q, k))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
     out = _grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)
@@ -41,25 +41,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In float32 or wider."""
     heads = k.shape[1]
-    scores, spec = _scores(q, k, task.keep(q, k), task.spec), task.spec
-    p = torch.exp(scores - _finite(lse).unsqueeze(-1))
+    spec = task.spec
+    scores = _scores(q, k, spec)
+    p = torch.exp(_masked(scores, task.keep(q, k)) - _finite(lse).unsqueeze(-1))
     grad = _grouped(_wide(grad), heads)
     p, delta = _grouped(p, heads), _grouped(delta.unsqueeze(-1), heads)
     dv = (p.mT @ grad).sum(2)
     ds = p * (grad @ _wide(v).unsqueeze(2).mT - delta)
     if spec.softcap is not None:
-        bent = _grouped(_scores(q, k, None, spec), heads) / spec.softcap
-        ds = ds * (1.0 - bent.square())
+        ds = ds * (1.0 - (_grouped(scores, heads) / spec.softcap).square())
     ds = ds * spec.scale
     dq = (ds @ _wide(k).unsqueeze(2)).flatten(1, 2)
     dk = (ds.mT @ _grouped(_wide(q), heads)).sum(2)
     return dq, dk, dv
 
 
-def _scores(q: Tensor, k: Tensor, keep: Tensor | None, spec: AttentionSpec) -> Tensor:
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
     scores = (_grouped(_wide(q), k.shape[1]) @ _wide(k).unsqueeze(2).mT).flatten(1, 2) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    return scores
+
+
+def _masked(scores: Tensor, keep: Tensor | None) -> Tensor:
     return scores if keep is None else scores.masked_fill(~keep, float("-inf"))
 
 

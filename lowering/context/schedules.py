@@ -146,7 +146,7 @@ class _Heads:
     def _gathered(self, x: Tensor, heads: list[list[int]]) -> Tensor:
         sent = [x.index_select(1, torch.tensor(each, device=x.device)) for each in heads]
         found = self.peers.swap(sent, [sent[self.peers.rank]] * self.peers.size)
-        return torch.cat(found, 2).index_select(2, self.layout.inverse(x.device))
+        return self.layout.joined(found, 2)
 
     def returned(self, x: Tensor) -> Tensor:
         """The way back of `gathered_queries`."""

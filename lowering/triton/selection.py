@@ -358,6 +358,7 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
     """As `selection.lists.by_query`, `chunk` scores at a time."""
     batch, heads = site.q.shape[0], site.choices
     sparse, mass, device = site.sparse, site.sparse.mass, site.q.device
+    forms = _mask(site)
     most = capacity(sparse, site.blocks)
     lines = (batch, heads, site.rows)
     edges, count = (torch.empty(lines, dtype=torch.int32, device=device) for _ in range(2))
@@ -380,6 +381,6 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
                 site.k.shape[2], *many, heads, most, density(sparse), 1.0 if mass is None else mass,
                 sparse.sink_blocks, sparse.local_blocks, site.offset, SIZE=sparse.block, WIDTH=width,
                 FLAGS=site.forms is None, MASS=mass is not None, UNIT=UNIT, num_warps=_warps(width),
-                **_mask(site),
+                **forms,
             )  # fmt: skip
     return Lists.even(edges, count, blocks)
