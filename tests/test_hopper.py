@@ -14,6 +14,7 @@ import torch
 from tests.helpers import relative_error
 
 pytest.importorskip("triton.experimental.gluon")
+from kp_compiler.lowering.triton.hopper_backward_source import of_ds
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from kp_compiler.target import Target
 from tests import gluon_emulation as emulation
@@ -97,8 +98,8 @@ MISSING = {
         "mbarrier.wait(kv_full.index(0), 0)",
         "mbarrier.wait(q_free.index(stage), turned)",
         "mbarrier.wait(dout_full.index(stage), turned)",
-        "mbarrier.wait(ds_full.index(0), n & 1)",
-        "mbarrier.wait(ds_free.index(0), (n & 1) ^ 1)",
+        f"mbarrier.wait({of_ds('ds_full', 'n')})",
+        f"mbarrier.wait({of_ds('ds_free', 'n + LATE', '^ 1')})",
         "mbarrier.wait(dq_full.index(0), n & 1)",
         "mbarrier.wait(dq_free.index(0), (n & 1) ^ 1)",
         "mbarrier.arrive(dq_free.index(0), count=1)",
