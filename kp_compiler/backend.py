@@ -42,7 +42,8 @@ def kp(
     config = resolve(options, mode=mode)
     start = time.perf_counter()
     where = _target(gm, config)
-    active = not config.disabled and (where.device == "cuda" or where.reference)
+    active = where.device == "cuda" or where.reference or config.shares_sequences()
+    active = active and not config.disabled
     if active:
         report = run(Run(gm, config, where, keep_graphs=capture.is_open() or config.report_dir is not None))
     else:

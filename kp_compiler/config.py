@@ -28,6 +28,7 @@ Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "triton", "
 Selector = Literal["content", "vertical_slash", "structured", "random", "learned", "auto"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 Fp8Impl = Literal["auto", "scaled_mm", "te"]
+Schedule = Literal["auto", "ring", "allgather", "ulysses"]
 Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]
 
 
@@ -76,6 +77,33 @@ class SparseAttentionConfig(PassConfig):
     gates: str | None = None  # a file of kp.train_selectors, for `learned`
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """A one-dimensional mesh as plain data: the name of its process group, this rank, how many there are."""
+
+    group: str
+    rank: int
+    size: int
+    device: str  # "cuda" or "cpu", which the group's backend is for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingAttentionConfig(PassConfig):
+    """Sequences that ranks share, keys and values going round."""
+
+    mode: Mode = "off"
+    mesh: Ranks | None = None  # a one-dimensional DeviceMesh, or a process group
+    layout: Literal["zigzag", "contiguous"] = "zigzag"  # as shard_sequence divided the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextParallelConfig(RingAttentionConfig):
+    """Sequences that ranks share, by the best schedule."""
+
+    schedule: Schedule = "auto"  # auto: the one that is predicted to be fastest
+    memory: float | None = None  # auto: GiB that keys and values of a site may take while they are exchanged
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(PassConfig):
     """Choosing kernels for attention."""
@@ -119,6 +147,8 @@ class Config:
 
     raise_attention: RaiseAttentionConfig = field(default_factory=RaiseAttentionConfig)
     prove_masks: ProveMasksConfig = field(default_factory=ProveMasksConfig)
+    ring_attention: RingAttentionConfig = field(default_factory=RingAttentionConfig)
+    context_parallel: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     raise_linear: RaiseLinearConfig = field(default_factory=RaiseLinearConfig)
@@ -136,6 +166,10 @@ class Config:
     def passes(self) -> dict[str, PassConfig]:
         return {name: getattr(self, name) for name in PASS_CONFIGS}
 
+    def shares_sequences(self) -> bool:
+        """Whether a graph computes something else without kp's passes."""
+        return "off" != self.ring_attention.mode or "off" != self.context_parallel.mode
+
     def fingerprint(self) -> str:
         """Digest of every setting that can change a compiled graph."""
         data = dataclasses.asdict(self)
@@ -147,11 +181,14 @@ class Config:
 PASS_CONFIGS: dict[str, type[PassConfig]] = {
     "raise_attention": RaiseAttentionConfig,
     "prove_masks": ProveMasksConfig,
+    "ring_attention": RingAttentionConfig,
+    "context_parallel": ContextParallelConfig,
     "sparse_attention": SparseAttentionConfig,
     "attention": AttentionConfig,
     "raise_linear": RaiseLinearConfig,
     "fp8_linear": Fp8LinearConfig,
 }
+SHARING = ("ring_attention", "context_parallel")
 GLOBAL_KEYS = ("strict", "verify", "cpu_rewrites", "lowering", "report_dir", "mode", "inductor")
 
 _scoped: contextvars.ContextVar[tuple[Mapping[str, Any], ...]] = contextvars.ContextVar(
@@ -184,6 +221,9 @@ def resolve(
     KPConfigError."""
     env = os.environ if env is None else env
     if env.get("KP_DISABLE", "") not in ("", "0"):
+        for name in SHARING:
+            if (settings or {}).get(name, "off") not in ("off", False):
+                raise KPConfigError(f"KP_DISABLE: {name} is on, and the model would be wrong without it")
         return Config(disabled=True)
     layers: list[tuple[str, Mapping[str, Any]]] = [("KP_PASSES", _from_env(env.get("KP_PASSES", "")))]
     layers += [("kp.options", scope) for scope in _scoped.get()]
@@ -209,6 +249,7 @@ def resolve(
 
 def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
     """A pass that must fire needs the ones it builds on, a selector the file that it reads."""
+    _check_shared(values)
     sparse = values.get("sparse_attention", SparseAttentionConfig())
     for selector, file, maker in (
         ("auto", "calibration", "calibrate"),
@@ -224,7 +265,8 @@ def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
             "'content', 'vertical_slash', 'learned'"
         )
     for finder, users in (
-        ("raise_attention", ("prove_masks", "sparse_attention", "attention")),
+        ("raise_attention", ("prove_masks", *SHARING, "sparse_attention", "attention")),
+        ("prove_masks", SHARING),
         ("attention", ("sparse_attention",)),
         ("raise_linear", ("fp8_linear",)),
     ):
@@ -232,9 +274,27 @@ def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:
             continue
         for name in users:
             settings = values.get(name)
-            if settings is not None and (settings.mode == "require" or settings.expect):
+            if settings is None or settings.mode == "off":
+                continue
+            if name in SHARING or settings.mode == "require" or settings.expect:
                 where = sources.get(f"{finder}.mode", "options")
                 raise KPConfigError(f"{name}: required, but {finder}, which it needs, is off ({where})")
+
+
+def _check_shared(values: dict[str, Any]) -> None:
+    """Sequences are shared by whole models, in one way, and with passes that keep to it."""
+    for name in SHARING:
+        settings = values.get(name)
+        if settings is None or settings.mode == "off":
+            continue
+        if settings.mesh is None:
+            raise KPConfigError(f"{name}: needs mesh=, a one-dimensional DeviceMesh: mesh['cp'], say")
+        if settings.skip or settings.only:
+            raise KPConfigError(f"{name}: skip and only would leave attention within parts of sequences")
+        others = [other for other in SHARING if other != name] + ["sparse_attention"]
+        for other in others:
+            if other in values and values[other].mode != "off":
+                raise KPConfigError(f"{name}: can't be used together with {other}")
 
 
 def _merge(values: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str) -> None:
@@ -266,7 +326,11 @@ def _pass_settings(name: str, value: Any) -> dict[str, Any]:
     for key in value:
         if key not in hints:
             raise KPConfigError(_unknown(f"{name} setting", key, tuple(hints)))
-    given = {key: _checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()}
+    given = {key: _checked(f"{name}.{key}", item, hints[key]) for key, item in value.items() if key != "mesh"}
+    if value.get("mesh") is not None:
+        from kp_compiler.sharding import ranks_of  # brings torch.distributed along: not at import time
+
+        given["mesh"] = ranks_of(value["mesh"], f"{name}.mesh")
     for key, (fits, expected) in _RANGES.items():
         if given.get(key) is not None and not fits(given[key]):
             raise KPConfigError(f"{name}.{key}: got {given[key]:g}, expected {expected}")
@@ -288,6 +352,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sink_blocks": (lambda x: x >= 0, "0 or more"),
     "local_blocks": (lambda x: x >= 1, "at least the block of a query's own key"),
     "min_tokens": (lambda x: x >= 0, "0 or more"),
+    "memory": (lambda x: x > 0, "GiB, more than 0"),
 }
 
 

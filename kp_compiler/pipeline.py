@@ -118,9 +118,10 @@ def _run_pass(each: Pass, units: list[_Unit], task: Run, index: int) -> None:
     before = _text(task)
     fired = refused = 0
     skipped: Rejection | None = None
+    program: dict[Any, Any] = {}
     try:
         for gm, calls in units:
-            ctx = Context(gm, task.config, task.target, calls, task.assumed_dtype)
+            ctx = Context(gm, task.config, task.target, calls, task.assumed_dtype, program)
             skipped = each.applies(ctx)
             sites = list(each.sites(gm.graph))
             for site in sites:
@@ -137,6 +138,8 @@ def _run_pass(each: Pass, units: list[_Unit], task: Run, index: int) -> None:
     except KPError:
         raise
     except Exception as error:
+        if each.tier == "distributed":  # without it the graph would compute something else
+            raise KPError(f"{each.name} failed: {type(error).__name__}: {error}") from error
         raise _PassFailed(each.name, error) from error
     took = 1e3 * (time.perf_counter() - start)
     record = PassRecord(each.name, index, took, fired, refused, before, _text(task), skipped=skipped)
@@ -155,7 +158,7 @@ def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index
     """Record and rewrite; False where verification refused the site."""
     if each.final:
         verdict = None
-        if task.config.verify and not task.plan_only:
+        if task.config.verify and not task.plan_only and each.tier != "distributed":
             verdict = verify_site(site, match, ctx) if each.kind == "attention" else verify_linear(match, ctx)
             if verdict.failure is not None:
                 if task.config.strict:
@@ -184,7 +187,7 @@ def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index
 
 def _refuse(each: Pass, site: Node, reason: Rejection, task: Run, index: int) -> None:
     """A refusal settles the site only if no later pass can still take it."""
-    if "kp_root" in site.meta and not each.final:
+    if "kp_root" in site.meta and each is not _settling(site):
         site.meta["kp_notes"] = (*site.meta.get("kp_notes", ()), reason)
         return
     notes = site.meta.get("kp_notes", ())
@@ -254,6 +257,8 @@ def _check_requirements(task: Run) -> None:
         if not any(s.reason is None or _is_candidate(s.reason) for s in sites):
             continue
         fired = sum(p.fired for p in task.report.passes if p.name == each.name)
+        if each.final and each.tier == "exact":  # a pass of another tier may have taken a site before
+            fired = sum(site.status == "rewritten" for site in sites)
         if each.tier == "approximate" and not each.final:  # a later pass may have left the site as it was
             fired = sum(each.name in s.approximated_by for s in sites)
         if fired >= (wanted := _required(each, task.config)):

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from kp_compiler.errors import KPError
+from kp_compiler.config import Ranks
+from kp_compiler.errors import KPConfigError, KPError
 from kp_compiler.lowering.context.exchange import Peers
 from kp_compiler.lowering.context.layout import Kind, Layout, of_local
 
@@ -42,7 +44,8 @@ def shard_sequence(
     transformers take as they are. `position_ids` are added where there are none. Raises KPError where lengths
     differ, and where a sequence has to be lengthened by what is not known.
     """
-    size, rank = _place(mesh)
+    ranks = ranks_of(mesh)
+    size = ranks.size
     if layout not in ("contiguous", "zigzag"):
         raise KPError(f"layout: got {layout!r}, expected one of 'contiguous', 'zigzag'")
     given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > dim}
@@ -54,7 +57,7 @@ def shard_sequence(
     whole = Layout(layout, size, -(-length // parts) * parts)
     if "labels" in given:
         given["labels"] = given["shift_labels"] = shifted_labels(given["labels"], dim)
-    places = whole.positions(rank)
+    places = whole.positions(ranks.rank)
     found = dict(batch)
     for name, x in given.items():
         found[name] = _longer(name, x, dim, whole.tokens, padding or {}).index_select(
@@ -77,9 +80,9 @@ def unshard_sequence(
 ) -> Tensor:
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
     `length` tokens, if given."""
-    size, _ = _place(mesh)
-    parts = Peers(_group(mesh)).gather(x.detach())
-    found = of_local(layout, size, x.shape[dim]).joined(parts, dim)
+    ranks = ranks_of(mesh)
+    parts = Peers(_group(ranks)).gather(x.detach())
+    found = of_local(layout, ranks.size, x.shape[dim]).joined(parts, dim)
     return found if length is None else found.narrow(dim, 0, length)
 
 
@@ -92,8 +95,9 @@ def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:
     """
     counts = torch.as_tensor(count, dtype=torch.float32, device=total.device).clone()
     sums = total.detach().float().clone()
+    group = _group(ranks_of(mesh))
     for x in (counts, sums):
-        dist.all_reduce(x, group=_group(mesh))
+        dist.all_reduce(x, group=group)
     mine = total / counts
     return mine + (sums / counts - mine.detach())
 
@@ -118,13 +122,23 @@ def _longer(name: str, x: Tensor, dim: int, tokens: int, padding: Mapping[str, f
     return torch.cat([x, x.new_full(sizes, known[name])], dim)
 
 
-def _group(mesh: Any) -> Any:
-    return mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
+def ranks_of(mesh: Any, name: str = "mesh") -> Ranks:
+    """A one-dimensional DeviceMesh or a process group as plain data. Raises KPConfigError for anything else,
+    and where this process is not in it."""
+    expected = "expected a one-dimensional DeviceMesh or a process group"
+    if not dist.is_available() or not dist.is_initialized():
+        raise KPConfigError(f"{name}: torch.distributed is not initialised (init_process_group, torchrun)")
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise KPConfigError(f"{name}: got {mesh.ndim} dimensions, {expected}: mesh['cp'], say")
+        mesh = mesh.get_group()
+    if not isinstance(mesh, dist.ProcessGroup):
+        raise KPConfigError(f"{name}: got {mesh!r}, {expected}")
+    if dist.get_rank(mesh) < 0:
+        raise KPConfigError(f"{name}: this process is not in the group")
+    device = "cuda" if "nccl" in str(dist.get_backend(mesh)) else "cpu"
+    return Ranks(mesh.group_name, dist.get_rank(mesh), dist.get_world_size(mesh), device)
 
 
-def _place(mesh: Any) -> tuple[int, int]:
-    """Ranks, and which one this is."""
-    if getattr(mesh, "ndim", 1) != 1:
-        raise KPError(f"mesh: got one of {mesh.ndim} dimensions, expected one: mesh['cp'], say")
-    group = _group(mesh)
-    return dist.get_world_size(group), dist.get_rank(group)
+def _group(ranks: Ranks) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(ranks.group)

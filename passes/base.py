@@ -34,6 +34,7 @@ class Context:
     target: Target
     calls: tuple[Node, ...] = ()  # the nodes that call this body, empty at the top
     assumed_dtype: torch.dtype | None = None  # what `plan` was told parameters will be
+    program: dict[Any, Any] = field(default_factory=dict)  # of a pass run, for a graph and its bodies
     cache: dict[Any, Any] = field(default_factory=dict)  # per graph and pass run
     writes: Writes = field(init=False)
     outer_writes: Writes | None = field(init=False, default=None)

@@ -3,21 +3,23 @@
     kp.attention(q, k, v, [segments], document) ─▶ kp.context_attention(q, k, v, [whole segments], plan)
     arange(n)                                   ─▶ this rank's places in the sequence
 
-Not an option yet. Fires where every operation of the graph treats tokens one by one (`sequence.trace`), every
-mask is proved and reads nothing but vectors of its own query and key, and a site asks for nothing else than
-schedules can keep. What can't be kept is an error, not a refusal: the graph as it is would compute attention
-within parts.
+Fires where every operation of the graph treats tokens one by one (`sequence.trace`), every mask is proved and
+reads nothing but vectors of its own query and key, and a site asks for nothing else than schedules can keep.
+What can't be kept is an error, not a refusal: the graph as it is would compute attention within parts.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
+from kp_compiler import context_cost
+from kp_compiler.config import RingAttentionConfig
 from kp_compiler.errors import KPError
 from kp_compiler.lowering import ops, ring
 from kp_compiler.lowering.context import pairs
@@ -25,49 +27,125 @@ from kp_compiler.lowering.context.layout import Kind
 from kp_compiler.metadata import tensor_of
 from kp_compiler.normalize import canonical
 from kp_compiler.passes import sequence
-from kp_compiler.passes.base import Emitter, same
+from kp_compiler.passes.attention import shape_of
+from kp_compiler.passes.base import Context, Emitter, Match, Tier, same
+from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
 from kp_compiler.writes import erase_orphans
 
-Schedule = Literal["ring", "allgather", "ulysses"]
-
 
 @dataclass(frozen=True)
 class Sharing:
-    """Who shares, and how. `group` is a process group's name."""
+    """Who shares, and how the tokens lie. `group` is a process group's name."""
 
     group: str
     rank: int
     size: int
     layout: Kind = "zigzag"
-    schedule: Schedule = "ring"
 
-    def plan(self, spec: AttentionSpec) -> str:
-        return ring.Plan(spec, self.schedule, self.layout, self.group, self.rank, self.size).to_json()
+    def plan(self, spec: AttentionSpec, schedule: str = "ring") -> str:
+        return ring.Plan(spec, schedule, self.layout, self.group, self.rank, self.size).to_json()
 
 
-def share(graph: Graph, how: Sharing) -> None:
-    """Rewrite a graph whose sites are recognised. Raises KPError where its results would not be those of the
-    whole sequence."""
-    found = sequence.trace(graph)
-    if isinstance(found, Rejection):
-        raise KPError(f"the sequence can't be shared: {found}")
-    sites = ops.attentions(graph)
-    for site in sites:
-        if (refused := refusal(site, how)) is not None:
-            raise KPError(f"the sequence can't be shared: {refused}")
-    whole = _Whole(how, found.tokens)
-    for site in sites:
-        _attend(site, how, whole)
-    for node in found.positions:
-        _place(node, how)
+class ContextParallel:
+    """See the module docstring."""
+
+    name = "context_parallel"
+    tier: Tier = "distributed"
+    kind: SiteKind = "attention"
+    final = True
+    serves: tuple[str, ...] = ()
+
+    def applies(self, ctx: Context) -> Rejection | None:
+        if not ctx.calls:  # the graph itself comes before its checkpoint bodies
+            ctx.program[_Program] = _Program(ctx.gm, _sharing(self.settings(ctx), ctx))
+        program: _Program = ctx.program[_Program]
+        if program.how.size == 1:
+            return Rejection("one-rank", f"{self.name}.mesh has one rank, which has the whole sequence.")
+        program.check()
+        return None
+
+    def sites(self, graph: Graph) -> Iterator[Node]:
+        yield from ops.attentions(graph)
+
+    def inspect(self, site: Node, ctx: Context) -> Match:
+        program, config = ctx.program[_Program], self.settings(ctx)
+        spec, shape = ops.spec_of(site), shape_of(site, ctx)
+        if (refused := refusal(site, program.how)) is not None:
+            raise _error(refused)
+        costs = context_cost.predict(spec, shape, program.how.layout, program.how.size, ctx.target)
+        schedule, why = _schedule(config, site, program.how, costs)
+        return Match(
+            site,
+            schedule,
+            impl=schedule,
+            spec=str(spec),
+            shape=shape.describe(),
+            predicted={name: each.describe() for name, each in costs.items()} if ctx.target.sm else None,
+            notes=(why,) if why is not None else (),
+        )
+
+    def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
+        program: _Program = ctx.program[_Program]
+        program.place_positions()
+        return program.attend(match.site, match.data, ctx)
+
+    def settings(self, ctx: Context) -> RingAttentionConfig:
+        return ctx.config.context_parallel
+
+
+class _Program:
+    """A graph and its checkpoint bodies, whose sequence is shared."""
+
+    def __init__(self, gm: GraphModule, how: Sharing) -> None:
+        self.how, self.gm = how, gm
+        self.found: Any = None
+        self.whole: dict[Graph, _Whole] = {}
+        self.placed = False
+
+    def check(self) -> None:
+        """Raises KPError where the graph's results would not be those of the whole sequence."""
+        if self.found is None:
+            self.found = sequence.trace(self.gm)
+        if isinstance(self.found, Rejection):
+            raise _error(self.found)
+
+    def place_positions(self) -> None:
+        if not self.placed:
+            self.placed = True
+            for node in self.found.positions:
+                _place(node, self.how)
+
+    def attend(self, site: Node, schedule: str, ctx: Context) -> Node:
+        spec, root = ops.spec_of(site), site.meta["kp_root"]
+        emit = Emitter(site, site)
+        given: Any = site.args[3]
+        whole = self._whole(ctx)
+        operands = [whole.of(node, site) if i in spec.mask.tensors else node for i, node in enumerate(given)]
+        plan = self.how.plan(spec, schedule)
+        both = emit.call(ring.context_attention(), *site.args[:3], operands, [], plan)
+        out = emit.call(operator.getitem, both, 0)
+        site.replace_all_uses_with(out, propagate_meta=False)
+        arguments = site.all_input_nodes
+        site.graph.erase_node(site)
+        erase_orphans(root.graph, [root, *arguments])
+        return out
+
+    def _whole(self, ctx: Context) -> _Whole:
+        around = self.whole.setdefault(self.gm.graph, _Whole(self.how, self.found.tokens))
+        if not ctx.calls:
+            return around
+        return self.whole.setdefault(ctx.gm.graph, _Whole(self.how, self.found.tokens, around, ctx.calls))
+
+
+def _error(why: Rejection) -> KPError:
+    return KPError(f"the sequence can't be shared: {why}")
 
 
 def refusal(site: Node, how: Sharing) -> Rejection | None:
     """Why a site's attention over the whole sequence is not what schedules compute."""
-    spec, q = ops.spec_of(site), tensor_of(site.args[0])
-    assert q is not None
+    spec = ops.spec_of(site)
     if spec.mask.kind == "tensor":
         return Rejection("mask-unproved", "A mask that is not proved is one of a part of the sequence.")
     if pairs.local(spec.mask) is None:
@@ -80,21 +158,40 @@ def refusal(site: Node, how: Sharing) -> Rejection | None:
         return Rejection("dropout", "Schedules have no dropout.")
     if spec.dead_rows in ("mean", "nan"):
         return Rejection("dead-rows", "Rows without a key are zeros in every schedule.")
-    if how.schedule == "ulysses" and q.shape[1] % how.size:
-        return Rejection("heads", f"{q.shape[1]} heads can't be divided among {how.size} ranks.")
     return None
 
 
-def _attend(site: Node, how: Sharing, whole: _Whole) -> None:
-    spec, root = ops.spec_of(site), site.meta["kp_root"]
-    emit = Emitter(site, site)
-    given: Any = site.args[3]
-    operands = [whole.of(node, emit) if i in spec.mask.tensors else node for i, node in enumerate(given)]
-    both = emit.call(ring.context_attention(), *site.args[:3], operands, [], how.plan(spec))
-    site.replace_all_uses_with(emit.call(operator.getitem, both, 0), propagate_meta=False)
-    arguments = site.all_input_nodes
-    site.graph.erase_node(site)
-    erase_orphans(root.graph, [root, *arguments])
+def _schedule(
+    config: RingAttentionConfig, site: Node, how: Sharing, costs: dict[str, context_cost.Predicted]
+) -> tuple[str, Rejection | None]:
+    """The schedule of a site, and what there is to say of it."""
+    asked = getattr(config, "schedule", "ring")
+    if asked != "auto":
+        if asked not in costs:
+            heads = tensor_of(site.args[0]).shape[1]  # type: ignore[union-attr]
+            raise _error(Rejection("heads", f"{heads} heads can't be divided among {how.size} ranks."))
+        return asked, None
+    limit = getattr(config, "memory", None)
+    fitting = {name: each for name, each in costs.items() if limit is None or each.memory <= limit * 2**30}
+    if not fitting:
+        least = min(costs, key=lambda name: costs[name].memory)
+        needed = costs[least].memory / 2**30
+        return least, Rejection(
+            "memory", f"{least} takes {needed:.3g} GiB, more than memory={limit:g} allows."
+        )
+    return min(fitting, key=lambda name: fitting[name].seconds), None
+
+
+def _sharing(config: RingAttentionConfig, ctx: Context) -> Sharing:
+    ranks = config.mesh
+    assert ranks is not None
+    if ranks.device != ctx.target.device and not ctx.target.assumed:
+        raise _error(
+            Rejection(
+                "mesh", f"The mesh is one of {ranks.device} devices, the model is on {ctx.target.device}."
+            )
+        )
+    return Sharing(ranks.group, ranks.rank, ranks.size, config.layout)
 
 
 def _place(node: Node, how: Sharing) -> None:
@@ -114,23 +211,25 @@ def _place(node: Node, how: Sharing) -> None:
 
 
 class _Whole:
-    """Vectors of masks, of the whole sequence: made as a rank's are, of whole inputs and all indices."""
+    """Vectors of masks, of the whole sequence: made as a rank's are, of whole inputs and all indices. Inputs
+    of a checkpoint's body are made whole around it and handed to it."""
 
-    def __init__(self, how: Sharing, tokens: Any) -> None:
-        self.how, self.tokens = how, tokens
+    def __init__(
+        self, how: Sharing, tokens: Any, around: _Whole | None = None, calls: tuple[Node, ...] = ()
+    ) -> None:
+        self.how, self.tokens, self.around, self.calls = how, tokens, around, calls
         self.made: dict[Node, Any] = {}
 
-    def of(self, node: Node, emit: Emitter) -> Node:
-        """Raises KPError where that is not one element for each token."""
-        found = self._made(node, emit)
+    def of(self, node: Node, reader: Node) -> Node:
+        """`node` for the whole sequence, before `reader`. Raises KPError where that is not one element for
+        each token."""
+        found = self._made(node, Emitter(reader, reader))
         mine, theirs = tensor_of(node), tensor_of(found)
         assert mine is not None and theirs is not None
         if not same(theirs.shape[-1], self.how.size * mine.shape[-1]) or not same(
             mine.shape[-1], self.tokens
         ):
-            raise KPError(
-                f"the sequence can't be shared: the mask reads {node.name}, which can't be made whole"
-            )
+            raise _error(Rejection("mask", f"The mask reads {node.name}, which can't be made whole."))
         return found
 
     def _made(self, node: Any, emit: Emitter) -> Any:
@@ -142,11 +241,7 @@ class _Whole:
 
     def _make(self, node: Node, emit: Emitter) -> Any:
         if node.op == "placeholder":
-            along = sequence.given(node, self.tokens)
-            if along is None:
-                return node
-            plan = self.how.plan(AttentionSpec(1.0))
-            return emit.call(ring.gather_sequence(), node, along.dim, plan)
+            return self._gathered(node, emit) if self.around is None else self._handed(node, emit)
         op, value = canonical(node), tensor_of(node)
         if op is not None and op.name == "arange" and value is not None and same(value.shape[0], self.tokens):
             count = emit.product([emit.size(node, 0), self.how.size])
@@ -156,6 +251,24 @@ class _Whole:
             (node.args, dict(node.kwargs)), lambda each: self._argument(each, op, emit)
         )
         return emit.call(function, *args, **kwargs)
+
+    def _gathered(self, node: Node, emit: Emitter) -> Node:
+        along = sequence.given(node, self.tokens)
+        if along is None:
+            return node
+        return emit.call(ring.gather_sequence(), node, along.dim, self.how.plan(AttentionSpec(1.0)))
+
+    def _handed(self, node: Node, emit: Emitter) -> Node:
+        assert self.around is not None
+        outer = node.meta.get("kp_outer")
+        if outer is None:
+            place = node.graph.find_nodes(op="placeholder").index(node)
+            given = {call.args[1 + place] for call in self.calls}
+            if len(given) > 1:
+                raise _error(Rejection("shared-body", f"Calls of a checkpoint's body differ in {node.name}."))
+            (outer,) = given
+        whole = self.around._made(outer, Emitter(self.calls[0], self.calls[0]))
+        return node if whole is outer else ops.import_node(whole, emit.anchor, self.calls)
 
     def _argument(self, each: Any, op: Any, emit: Emitter) -> Any:
         """A size that is the tokens' is the whole sequence's."""

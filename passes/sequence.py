@@ -1,6 +1,6 @@
 """Which dimension of each tensor is the sequence that ranks share, and whether tokens are treated one by one.
 
-    found = trace(graph)     Sharing: the sequence's dimension by node, what positions are made of, what sums
+    found = trace(gm)        Sharing: the sequence's dimension by node, what positions are made of, what sums
                              over tokens; or a Rejection that names the first operation that mixes them
 
 Every rank runs the same graph on its part of the tokens. That is the whole graph's result where each
@@ -10,15 +10,16 @@ sequence's. Sums over a rank's tokens, as losses are, may only be results. Anyth
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.lowering import ops
-from kp_compiler.metadata import tensor_of, value_of
+from kp_compiler.metadata import CHECKPOINT_OPS, bodies, tensor_of, value_of
 from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
 from kp_compiler.report import Rejection
@@ -62,22 +63,21 @@ _REDUCTIONS = {"sum", "mean", "softmax", "log_softmax", "amax", "max", "min", "a
 _LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "kl_div"}
 
 
-def trace(graph: Graph) -> Sharing | Rejection:
-    """The tokens of a rank are as many as queries of the graph's attention sites."""
-    sites = ops.attentions(graph)
+def trace(gm: GraphModule) -> Sharing | Rejection:
+    """Of a graph and the checkpoint bodies under it. The tokens of a rank are as many as queries of its
+    attention sites."""
+    sites = [site for each, _ in bodies(gm) for site in ops.attentions(each.graph)]
     if not sites:
         return Rejection("no-site", "The graph has no attention site: what its sequence is can't be told.")
     q = tensor_of(sites[0].args[0])
     assert q is not None
-    tracer = _Tracer(q.shape[2])
-    live = _live(graph)
-    for node in graph.nodes:
-        if node not in live:
-            continue
-        try:
-            tracer.visit(node)
-        except _Mixed as mixed:
-            return Rejection("mixes-tokens", f"{node.name} ({_spelt(node)}): {mixed}.")
+    tracer = _Tracer(gm.graph, q.shape[2])
+    try:
+        tracer.visit_all(gm.graph)
+    except _Mixed as mixed:
+        node = tracer.at
+        assert node is not None
+        return Rejection("mixes-tokens", f"{node.name} ({_spelt(node)}): {mixed}.")
     return tracer.found
 
 
@@ -92,9 +92,26 @@ def _live(graph: Graph) -> set[Node]:
         if node in found:
             continue
         found.add(node)
-        inputs: Any = node.args[:3] if ops.is_attention(node) else node.all_input_nodes
-        queue += [roots.get(each, each) for each in inputs]
+        queue += [roots.get(each, each) for each in _read(node)]
     return found
+
+
+def _read(node: Node) -> list[Any]:
+    """What a live node reads; of the arguments of a checkpoint body, what is live in there."""
+    if ops.is_attention(node):
+        return list(node.args[:3])
+    if str(node.target) not in CHECKPOINT_OPS:
+        return node.all_input_nodes
+    body = _body_of(node)
+    live = _live(body)
+    arguments = zip(body.find_nodes(op="placeholder"), node.args[1:], strict=True)
+    return [outer for inner, outer in arguments if inner in live and isinstance(outer, Node)]
+
+
+def _body_of(call: Node) -> Graph:
+    module, body = call.graph.owning_module, call.args[0]
+    assert module is not None and isinstance(body, Node)
+    return module.get_submodule(str(body.target)).graph  # type: ignore[return-value]
 
 
 def _spelt(node: Node) -> str:
@@ -112,20 +129,51 @@ def given(node: Node, tokens: Any) -> Along | None:
 
 
 class _Tracer:
-    def __init__(self, tokens: Any) -> None:
-        self.tokens = tokens
+    def __init__(self, top: Graph, tokens: Any) -> None:
+        self.top, self.tokens = top, tokens
         self.found = Sharing(tokens)
+        self.at: Node | None = None  # what is looked at
+        self.results: dict[Node, Any] = {}  # of the body that a node calls
 
-    def visit(self, node: Node) -> None:
-        along = self._along(node)
+    def visit_all(self, graph: Graph) -> None:
+        live = _live(graph)
+        for node in graph.nodes:
+            if node in live:
+                self.at = node
+                self._take(node, self._along(node))
+
+    def _take(self, node: Node, along: Along | None) -> None:
         if along is not None:
             self.found.along[node] = along
 
+    def _body(self, node: Node) -> None:
+        """What a checkpoint body makes of its arguments."""
+        body = _body_of(node)
+        for inner, outer in zip(body.find_nodes(op="placeholder"), node.args[1:], strict=True):
+            along = self.found.along.get(outer)  # type: ignore[arg-type]
+            if self.found.along.get(inner, along) != along or outer in self.found.sums:
+                raise _Mixed("the body of a checkpoint is called with a sequence and with something else")
+            self._take(inner, along)
+        self.visit_all(body)
+        self.at, self.results[node] = node, body.output_node().args[0]
+
+    def _result(self, node: Node) -> Along | None:
+        """One of a body's results."""
+        inner = self.results[node.args[0]][node.args[1]]  # type: ignore[index]
+        if inner in self.found.sums:
+            self.found.sums.append(node)
+        return self.found.along.get(inner)
+
     def _along(self, node: Node) -> Along | None:
         if node.op == "placeholder":
-            return given(node, self.tokens)
+            inner = node.graph is not self.top
+            return self.found.along.get(node) if inner else given(node, self.tokens)
         if node.op in ("output", "get_attr"):
             return None
+        if str(node.target) in CHECKPOINT_OPS:
+            return self._body(node)
+        if node.target is operator.getitem and node.args[0] in self.results:
+            return self._result(node)
         op = canonical(node)
         shared = [each for each in node.all_input_nodes if each in self.found.along]
         if op is not None and op.name == "arange":

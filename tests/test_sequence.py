@@ -30,7 +30,7 @@ def traced(function: Any, *args: Any, **kwargs: Any) -> tuple[GraphModule, seque
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
         recognised(gm)
-        found.extend([gm, sequence.trace(gm.graph)])
+        found.extend([gm, sequence.trace(gm)])
         return _stop
 
     torch._dynamo.reset()

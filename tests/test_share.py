@@ -9,13 +9,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 
+from kp_compiler.config import Config, ContextParallelConfig, Ranks
 from kp_compiler.errors import KPError
 from kp_compiler.lowering import ring
-from kp_compiler.passes.context_parallel import Sharing, share
+from kp_compiler.metadata import bodies
+from kp_compiler.passes.base import Context
+from kp_compiler.passes.context_parallel import ContextParallel
+from kp_compiler.target import Target
 from tests.test_sequence import DIM, TOKENS, Block, traced
 
-HOW = Sharing("some group", rank=1, size=4)
+RANKS = Ranks("some group", rank=1, size=4, device="cuda")
+
+
+def share(gm: GraphModule, schedule: Any = "ring", layout: Any = "zigzag", ranks: Ranks = RANKS) -> set[str]:
+    """What the pass makes of a graph whose sites are recognised; the schedules that it chose."""
+    settings = ContextParallelConfig(mode="on", mesh=ranks, schedule=schedule, layout=layout)
+    each, program, chosen = ContextParallel(), {}, set()
+    for unit, calls in bodies(gm):
+        ctx = Context(unit, Config(context_parallel=settings), Target("cuda", 90), calls, program=program)
+        assert each.applies(ctx) is None
+        for site in list(each.sites(unit.graph)):
+            match = each.inspect(site, ctx)
+            chosen.add(match.impl)
+            each.rewrite(unit.graph, match, ctx)
+        unit.graph.lint()
+    return chosen
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,8 +59,7 @@ def qkv(heads: int = 4) -> list[Tensor]:
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_sites_and_positions(layout: Any) -> None:
     gm, _ = traced(Block(), torch.randn(2, TOKENS, DIM))
-    share(gm.graph, Sharing("some group", 1, 4, layout, "allgather"))
-    gm.graph.lint()
+    assert share(gm, "allgather", layout) == {"allgather"}
     targets = [node.target for node in gm.graph.nodes]
     assert targets.count(ring.context_attention()) == 1
     assert not any("kp.attention" in str(target) for target in targets)
@@ -60,10 +79,11 @@ def test_sites_and_positions(layout: Any) -> None:
 def test_what_is_an_error(function: Any, arguments: list[Tensor], code: str) -> None:
     gm, _ = traced(function, *arguments)
     with pytest.raises(KPError, match=f"the sequence can't be shared.*({code})"):
-        share(gm.graph, HOW)
+        share(gm)
 
 
 def test_heads_that_can_t_be_divided() -> None:
     gm, _ = traced(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(6))
     with pytest.raises(KPError, match="6 heads can't be divided among 4 ranks"):
-        share(gm.graph, Sharing("some group", 1, 4, "zigzag", "ulysses"))
+        share(gm, "ulysses")
+    assert share(gm, "auto") <= {"ring", "allgather"}

@@ -307,9 +307,7 @@ def shared_model(rank: int, size: int, file: str, out: str) -> None:
 
 def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, kind: str) -> float:
     from kp_compiler.lowering.context.layout import Layout
-    from kp_compiler.passes.context_parallel import Sharing, share
     from tests.helpers import relative_error
-    from tests.test_sequence import recognised
     from tests.zoo import models
 
     count, vocabulary = 48, models.VOCAB
@@ -327,19 +325,13 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
     want = one(**inputs, use_cache=False).logits
     (want * weights).sum().backward()
 
-    def backend(gm: Any, example_inputs: Any) -> Any:
-        from torch._dynamo.backends.debugging import aot_eager
-
-        recognised(gm)
-        share(gm.graph, Sharing(dist.group.WORLD.group_name, rank, size, layout, schedule))  # type: ignore[arg-type]
-        gm.graph.lint()
-        gm.recompile()
-        return aot_eager(gm, example_inputs)
-
+    shared = {"mesh": dist.group.WORLD, "schedule": schedule, "layout": layout}
+    options = {"context_parallel": shared, "lowering": "aot_eager"}
     place = Layout(layout, size, count).positions(rank)
     mine = {key: x.index_select(1, place) for key, x in inputs.items()}
     torch._dynamo.reset()
-    got = torch.compile(other, backend=backend, fullgraph=True)(**mine, use_cache=False).logits
+    compiled: Any = torch.compile(other, backend="kp", fullgraph=True, options=options)
+    got = compiled(**mine, use_cache=False).logits
     part = weights.index_select(1, place)
     (got * part).sum().backward()
     seen = part != 0

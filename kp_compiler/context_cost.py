@@ -1,0 +1,122 @@
+"""What attention over a shared sequence costs by each schedule: seconds and bytes of memory, as formulas of
+the (possibly symbolic) sizes, and the numbers of one site.
+
+    ring         P times a rank's queries with one rank's keys, beside the exchange of the next keys
+    allgather    all keys are there before the first product
+    ulysses      queries, keys, values and results are exchanged, nothing beside it
+
+A pass is as slow as its slowest rank: under a causal mask the one with the most pairs. Gradients of keys and
+values travel in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy
+
+from kp_compiler import cost
+from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ
+from kp_compiler.lowering.context.layout import Kind
+from kp_compiler.metadata import hint
+from kp_compiler.specs import AttentionShape, AttentionSpec
+from kp_compiler.target import Target
+
+SP, SR, SL, SW = sympy.symbols("P rate link width", positive=True)  # ranks, FLOP/s, bytes/s, bytes an element
+# Bytes/s from one rank to another, both ways at once: two H100 over NVLink, 2026-11-22
+LINK = 229e9
+# FLOP/s and bytes/s that a CPU is taken to have, so that "auto" has an answer there, too
+CPU_RATE, CPU_LINK = 0.2e12, 2e9
+LATENCY = 20e-6  # seconds of one exchange
+BACKWARD = sympy.Rational(5, 2)  # times the forward pass's products
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Seconds of a forward and of a backward pass, and the bytes that one rank's exchanges take beside its
+    own tensors, over B, H, K, S (a rank's tokens), D, E, P, rate, link and width."""
+
+    forward: sympy.Expr
+    backward: sympy.Expr
+    memory: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Predicted:
+    forward: float
+    backward: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+    def describe(self) -> dict[str, float]:
+        return {
+            "forward_ms": round(self.forward * 1e3, 4),
+            "backward_ms": round(self.backward * 1e3, 4),
+            "memory_mib": round(self.memory / 2**20, 2),
+        }
+
+
+@cache
+def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
+    """Of one site. Steps of a ring in which a rank has nothing to do are counted as those that have."""
+    work = cost.area(spec).subs({SQ: SQ * SP, cost.ST: SQ * SP}) * 2 * SB * SH * (SD + SE) / SP / SR
+    even = work * _slowest(spec, layout)
+    keys = SB * SK * SQ * (SD + SE)  # elements of a rank's keys and values
+    wide = 4 * keys / SL  # their gradients on the way
+    one = SW * keys / SL + LATENCY
+    if schedule == "ring":
+        step, back = even / SP, BACKWARD * even / SP
+        return Formula(
+            step + (SP - 1) * sympy.Max(step, one) + SP * KERNEL,
+            back + (SP - 1) * sympy.Max(back, one + wide) + wide + LATENCY + SP * KERNEL,
+            SW * 2 * keys,
+        )
+    if schedule == "allgather":
+        gathered = (SP - 1) * one
+        return Formula(
+            gathered + even + SP * KERNEL,
+            gathered + sympy.Max(BACKWARD * even, (SP - 1) * wide) + wide + SP * (KERNEL + LATENCY),
+            SW * SP * keys,
+        )  # fmt: skip
+    assert schedule == "ulysses"
+    shared = sympy.Max(1, SP / SK)  # copies of a key head, where there are fewer than ranks
+    queries = SB * SH * SQ * (SD + SE)
+    moved = (SP - 1) / SP * SW * (queries + shared * keys) / SL
+    returned = (SP - 1) / SP * (SW * queries * 2 + 4 * queries / 2 + (SW + 4) * shared * keys) / SL
+    return Formula(
+        moved + work + 4 * LATENCY + 8 * KERNEL,
+        returned + BACKWARD * work + 6 * LATENCY + 12 * KERNEL,
+        SW * (queries + shared * keys),
+    )
+
+
+def _slowest(spec: AttentionSpec, layout: Kind) -> sympy.Expr:
+    """Pairs of the rank with the most, in parts of the mean."""
+    causal = "causal" in spec.mask.parts and spec.mask.window is None
+    return 2 - 1 / SP if causal and layout == "contiguous" else sympy.Integer(1)
+
+
+def predict(
+    spec: AttentionSpec, shape: AttentionShape, layout: Kind, size: int, target: Target,
+    link: float | None = None,
+) -> dict[str, Predicted]:  # fmt: skip
+    """By schedule, for what one rank has of a site; symbolic sizes as this compilation saw them. `link`:
+    bytes/s between ranks, if they were measured."""
+    on_gpu = target.device == "cuda"
+    values: dict[Any, Any] = {SB: shape.batch, SH: shape.heads, SK: shape.kv_heads, SQ: shape.queries}
+    values |= {SD: shape.head_dim, SE: shape.value_dim, SP: size, SW: shape.dtype.itemsize}
+    values = {symbol: hint(value) for symbol, value in values.items()}
+    values |= {SR: RATES["triton"] if on_gpu else CPU_RATE, SL: link or (LINK if on_gpu else CPU_LINK)}
+    found = {}
+    for schedule in ("ring", "allgather", "ulysses"):
+        if schedule == "ulysses" and hint(shape.heads) % size:
+            continue
+        each = formula(schedule, spec, layout)
+        numbers = (float(expr.subs(values)) for expr in (each.forward, each.backward, each.memory))
+        found[schedule] = Predicted(*numbers)
+    return found
