@@ -195,7 +195,8 @@ def test_kp_disable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pass_that_is_off(flag: str) -> None:
     outcome = run_both(attend, tuple(qkv()), options={flag: "off"})
     skipped = {record.name: record.skipped.code for record in outcome.report.passes if record.skipped}
-    off = {"sparse_attention": "flag-off", "raise_linear": "not-needed", "fp8_linear": "flag-off"}
+    off = dict.fromkeys(("ring_attention", "context_parallel", "sparse_attention", "fp8_linear"), "flag-off")
+    off["raise_linear"] = "not-needed"
     assert skipped == {flag: "flag-off", **off}
     assert len(outcome.report.rewritten()) == (flag == "prove_masks")
     assert outcome.error < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kp_compiler.config import Config
-from kp_compiler.metadata import fill_metadata
+from kp_compiler.metadata import bodies, fill_metadata
 from kp_compiler.passes import sequence
 from kp_compiler.passes.base import Context
 from kp_compiler.passes.prove_masks import ProveMasks
@@ -42,12 +43,13 @@ def traced(function: Any, *args: Any, **kwargs: Any) -> tuple[GraphModule, seque
 def recognised(gm: GraphModule) -> None:
     """Attention sites with proved masks."""
     fill_metadata(gm)
-    for each in (RaiseAttention(), ProveMasks()):
-        ctx = Context(gm, Config(), Target("cuda", 90))
-        for site in list(each.sites(gm.graph)):
+    units = list(bodies(gm))
+    for each, (unit, calls) in itertools.product((RaiseAttention(), ProveMasks()), units):
+        ctx = Context(unit, Config(), Target("cuda", 90), calls)
+        for site in list(each.sites(unit.graph)):
             match = each.inspect(site, ctx)
             if not isinstance(match, Rejection):
-                each.rewrite(gm.graph, match, ctx)
+                each.rewrite(unit.graph, match, ctx)
 
 
 class _Stop(Exception):

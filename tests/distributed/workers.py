@@ -290,7 +290,7 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
 MODEL_CASES = [
     ("llama", "ring", "zigzag", ""), ("llama", "allgather", "zigzag", "packed"),
     ("mistral", "ring", "contiguous", ""), ("llama", "ulysses", "contiguous", "padded"),
-    ("gpt2", "ring", "zigzag", ""),
+    ("gpt2", "ring", "zigzag", ""), ("llama", "auto", "zigzag", "packed, recomputed"),
 ]  # fmt: skip
 
 
@@ -313,7 +313,7 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
     count, vocabulary = 48, models.VOCAB
     torch.manual_seed(5)
     inputs: dict[str, Any] = {"input_ids": torch.randint(0, vocabulary, (2, count))}
-    if kind == "packed":
+    if "packed" in kind:
         inputs["position_ids"] = torch.stack([torch.arange(count) % 17, torch.arange(count) % 30])
     if kind == "padded":
         inputs["attention_mask"] = (torch.arange(count) < torch.tensor([[count], [31]])).long()
@@ -322,6 +322,9 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
         weights = weights * inputs["attention_mask"].unsqueeze(-1)
     family = next(each for each in models.FAMILIES if each.name == name)
     one, other = (family.make("sdpa") for _ in range(2))
+    if "recomputed" in kind:
+        other.gradient_checkpointing_enable({"use_reentrant": False})
+        other.train()
     want = one(**inputs, use_cache=False).logits
     (want * weights).sum().backward()
 
