@@ -444,15 +444,12 @@ def main() -> None:
         if mask in options.masks and width in options.dims:
             rows += errors(mask, width)
     rows.append({"setting": "product 8192³, after", "provider": "cuBLAS", "tflops": round(product(), 1)})
+    peers = installed("flash-attn-4")
     if options.add:
-        rows = json.loads(options.add.read_text())["rows"] + rows
-    write(
-        "attention_kernels",
-        rows,
-        [*bars_of([r for r in rows if "mask" in r]), error_bar(rows)],
-        installed("flash-attn-4"),
-        options.out,
-    )
+        added = json.loads(options.add.read_text())
+        rows, peers = added["rows"] + rows, {**added["peers"], **peers}
+    bars = [*bars_of([r for r in rows if "mask" in r]), error_bar(rows)]
+    write("attention_kernels", rows, bars, peers, options.out)
 
 
 if __name__ == "__main__":

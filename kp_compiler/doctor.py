@@ -182,14 +182,17 @@ def _state(each: Pass, target: Target, config: Config) -> str:
         return "off: KP_DISABLE is set"
     if getattr(config, each.name).mode == "off":
         return "off: its flag is off"
-    if target.device == "cpu" and not (target.reference or config.cpu_rewrites):
+    left = target.device == "cpu" and not (target.reference or config.cpu_rewrites)
+    if left and each.tier != "distributed":
         return "off: CPU graphs are not rewritten (options={'cpu_rewrites': True} does it)"
     refused = _applies(each, target, config)
     return f"off: {refused}" if refused is not None else "on"
 
 
 def _applies(each: Pass, target: Target, config: Config) -> Rejection | None:
-    """What the pass says of the target, asked with an empty graph."""
+    """What the pass says of the target, asked with an empty graph; those that share sequences take any."""
+    if each.tier == "distributed":
+        return None
     return each.applies(Context(GraphModule(torch.nn.Module(), Graph()), config, target))
 
 

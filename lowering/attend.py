@@ -184,7 +184,9 @@ def _forward(
     if start_out is not None and start_lse is not None:
         start = (kernels.readable(start_out), start_lse.contiguous())
     hopper = _hopper(site)
-    return out, (kernels if hopper is None else hopper).forward(site, lists, out, start)
+    if hopper is not None and hopper.gains(site):
+        kernels = hopper
+    return out, kernels.forward(site, lists, out, start)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -62,13 +62,12 @@ def order(
     target: Target, spec: AttentionSpec, shape: AttentionShape | None = None
 ) -> tuple[Implementation, ...]:
     """Fastest first, for sizes like those measured where no shape is given. On sm90 (one H100, torch 2.11,
-    D128, printed again by benchmarks/attention_kernels.py): causal, 32k tokens, 16:4 heads, forward /
-    forward + backward ms, 2026-11-23: FA4 7.16 / 23.0, cuDNN 7.21 / 25.8, FlexAttention 11.1 / 39.7,
-    FlashAttention-2 13.4 / 48.5, memory-efficient 26.6 / 112. kp's Hopper kernels are as fast as cuDNN, which
-    needs no compiling (16 heads, 8k tokens: forward 614 to 598 TFLOP/s, backward 516 to 521, 2026-11-27).
-    Window 1024, 32k: kp 0.6 ms forward, FA4 1.14, FlexAttention 1.29, FlashAttention-2 1.39, with a dense
-    bias 66. Where the memory-efficient kernel would read a mask of N² elements (10 TFLOP/s for packed
-    documents of 32k tokens), kp's kernels for any GPU come before it."""
+    D128, 16 heads, forward / backward TFLOP/s, 2026-11-27, benchmarks/attention_kernels.py): causal, 8k
+    tokens: kp 671 / 518, FA4 644 / 601, cuDNN 608 / 517, FlexAttention 359 / 380, FlashAttention-2 309 / 280;
+    32k: 707 / 531, 648 / 636, 661 / 531, 406 / 405, 330 / 329; 2k: 552 / 349, 518 / 441, 511 / 393. Without a
+    mask, 8k: FA4 716 / 637, cuDNN 676 / 559, kp 633 / 589. Window 1024, 32k: kp 524 / 360, FlexAttention 302
+    / 267, with the mask as a tensor 4 / 4. Where the memory-efficient kernel would read a mask of N² elements
+    (10 TFLOP/s for packed documents of 32k tokens), kp's kernels for any GPU come before it."""
     if target.reference:
         return (REFERENCE,)
     if spec.sparse is not None:
@@ -77,7 +76,10 @@ def order(
         return (FLASH, CUDNN, FLEX, EFFICIENT, TRITON)
     band = mask_render.is_band(spec.mask)
     if attend.on_hopper(spec, shape, target):
-        return (TRITON, FA4, FLASH, FLEX, EFFICIENT) if band else (FA4, CUDNN, TRITON, FLASH, FLEX, EFFICIENT)
+        if band:
+            return (TRITON, FA4, FLASH, FLEX, EFFICIENT)
+        rest = (FLASH, FLEX, EFFICIENT)
+        return (TRITON, FA4, CUDNN, *rest) if _long_causal(spec, shape) else (FA4, CUDNN, TRITON, *rest)
     plain = spec.mask.kind in ("full", "causal") and not spec.biases
     last = (EFFICIENT, TRITON) if plain else (TRITON, EFFICIENT)
     if not band:
@@ -86,6 +88,14 @@ def order(
     # benchmarks/compile_time.py), and its block lists cost eight small kernels a mask
     training = shape is not None and shape.training
     return (FA4, FLEX, FLASH, *last) if training else (FA4, FLASH, FLEX, *last)
+
+
+def _long_causal(spec: AttentionSpec, shape: AttentionShape | None) -> bool:
+    """Causal inference over so many tokens that a kernel takes longer than Python needs to start kp's (0.3
+    ms)."""
+    if shape is None or shape.training or spec.mask.kind != "causal" or spec.biases:
+        return False
+    return isinstance(shape.queries, int) and shape.queries >= 8192
 
 
 def choose(

@@ -52,6 +52,14 @@ def takes(site: Site) -> bool:
     return all(described(x) for x in (q, site.k, v))
 
 
+def gains(site: Site) -> bool:
+    """Whether the forward kernel is faster than the portable one of smaller tiles. TFLOP/s with heads of
+    64 by both: causal, 512 tokens 199 and 224, 1024 273 and 308, 2048 381 and 375; a window of 1024 keys 327
+    and 363 (H100, 2026-11-27)."""
+    mask = site.spec.mask
+    return site.q.shape[3] > 64 or mask.kind == "full" or (mask.window or site.k.shape[2]) >= 2048
+
+
 def takes_backward(site: Site, grad: Tensor) -> bool:
     """Whether `gradients` computes a site that the forward kernel takes: heads of up to 128, and blocks of
     lists that hold all keys of a program."""
