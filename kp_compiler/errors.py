@@ -11,5 +11,9 @@ class KPConfigError(KPError, ValueError):
     """An option that kp does not know or a value it does not take."""
 
 
+class KPExchangeError(KPError):
+    """Ranks that share a sequence could not exchange tensors: one is gone, or did not answer in time."""
+
+
 class KPRequirementError(KPError):
     """A flag set to `require` (or given `expect`) fired at too few sites."""

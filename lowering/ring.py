@@ -44,6 +44,7 @@ class Plan:
     group: str  # its name
     rank: int
     size: int
+    site: str = ""  # whose attention it is, for errors
 
     def to_json(self) -> str:
         data = {**asdict(self), "spec": self.spec.to_json(), "fingerprint": fingerprint()}
@@ -65,7 +66,7 @@ class Plan:
                 f"kp::context_attention: compiled for rank {self.rank} of {self.size}, this is {here[0]} of "
                 f"{here[1]}"
             )
-        return Peers(group)
+        return Peers(group, self.site)
 
     def shard(self, q: Tensor, operands: list[Tensor], scalars: list[int]) -> Shard:
         layout = of_local(self.layout, self.size, q.shape[2])
@@ -101,7 +102,9 @@ def _operators() -> tuple[Any, ...]:
 
 def _gather(x: Tensor, dim: int, plan: str) -> Tensor:
     parsed = Plan.parse(plan)
-    return of_local(parsed.layout, parsed.size, x.shape[dim]).joined(parsed.peers().gather(x), dim)
+    return of_local(parsed.layout, parsed.size, x.shape[dim]).joined(
+        parsed.peers().gather(x, "vectors of masks"), dim
+    )
 
 
 def _gather_fake(x: Tensor, dim: int, plan: str) -> Tensor:

@@ -28,7 +28,7 @@ from kp_compiler.metadata import tensor_of
 from kp_compiler.normalize import canonical
 from kp_compiler.passes import sequence
 from kp_compiler.passes.attention import shape_of
-from kp_compiler.passes.base import Context, Emitter, Match, Tier, same
+from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, source_of
 from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
@@ -44,8 +44,8 @@ class Sharing:
     size: int
     layout: Kind = "zigzag"
 
-    def plan(self, spec: AttentionSpec, schedule: str = "ring") -> str:
-        return ring.Plan(spec, schedule, self.layout, self.group, self.rank, self.size).to_json()
+    def plan(self, spec: AttentionSpec, schedule: str = "ring", site: str = "") -> str:
+        return ring.Plan(spec, schedule, self.layout, self.group, self.rank, self.size, site).to_json()
 
 
 class ContextParallel:
@@ -123,7 +123,7 @@ class _Program:
         given: Any = site.args[3]
         whole = self._whole(ctx)
         operands = [whole.of(node, site) if i in spec.mask.tensors else node for i, node in enumerate(given)]
-        plan = self.how.plan(spec, schedule)
+        plan = self.how.plan(spec, schedule, module_of(site) or source_of(site))
         both = emit.call(ring.context_attention(), *site.args[:3], operands, [], plan)
         out = emit.call(operator.getitem, both, 0)
         site.replace_all_uses_with(out, propagate_meta=False)

@@ -52,22 +52,22 @@ class VirtualPeers:
     def size(self) -> int:
         return self.world.size
 
-    def shift(self, tensors: Sequence[Tensor]) -> Arrived:
+    def shift(self, tensors: Sequence[Tensor], what: str) -> Arrived:
         self.moved += [x.numel() for x in tensors]
         found = self.world.exchange(self.rank, [x.clone() for x in tensors])
         return Arrived(found[(self.rank - 1) % self.size])
 
-    def swap(self, sent: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    def swap(self, sent: Sequence[Tensor], like: Sequence[Tensor], what: str) -> list[Tensor]:
         self.moved += [x.numel() for rank, x in enumerate(sent) if rank != self.rank]
         found = [each[self.rank] for each in self.world.exchange(self.rank, [x.clone() for x in sent])]
         assert all(x.shape == y.shape for x, y in zip(found, like, strict=True))
         return found
 
-    def gather(self, x: Tensor) -> list[Tensor]:
+    def gather(self, x: Tensor, what: str) -> list[Tensor]:
         self.moved.append(x.numel())
         return self.world.exchange(self.rank, x.clone())
 
-    def total(self, x: Tensor, to: int) -> Arrived:
+    def total(self, x: Tensor, to: int, what: str) -> Arrived:
         self.moved.append(x.numel())
         found = self.world.exchange(self.rank, x)
         if self.rank == to:

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.exchange import Peers, Pending
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.partial import Start
 from kp_compiler.lowering.context.shard import Shard
@@ -34,7 +34,7 @@ def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
     """q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank to out [B,H,n,E] and lse [B,H,n] in float32."""
     results = shard.start(q, v.shape[3])
     for step in range(peers.size):
-        pending = peers.shift([k, v]) if step + 1 < peers.size else None
+        pending = peers.shift([k, v], _keys(step)) if step + 1 < peers.size else None
         shard.attend(q, k, v, (peers.rank - step) % peers.size, results)
         k, v = pending.wait() if pending is not None else (k, v)
     return _joined(results)
@@ -47,11 +47,11 @@ def ring_backward(
     dq = torch.zeros_like(q, dtype=lse.dtype)
     coming = None
     for step in range(peers.size):
-        pending = peers.shift([k, v]) if step + 1 < peers.size else None
+        pending = peers.shift([k, v], _keys(step)) if step + 1 < peers.size else None
         dk, dv = shard.gradients(grad, q, k, v, (peers.rank - step) % peers.size, lse, delta, dq)
         if coming is not None:
             dk, dv = (mine + theirs for mine, theirs in zip((dk, dv), coming.wait(), strict=True))
-        coming = peers.shift([dk, dv])
+        coming = peers.shift([dk, dv], f"gradients of keys and values of step {step}")
         k, v = pending.wait() if pending is not None else (k, v)
     assert coming is not None
     dk, dv = coming.wait()
@@ -60,7 +60,8 @@ def ring_backward(
 
 def allgather(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
     results = shard.start(q, v.shape[3])
-    for source, (key, value) in enumerate(zip(peers.gather(k), peers.gather(v), strict=True)):
+    keys, values = peers.gather(k, "keys"), peers.gather(v, "values")
+    for source, (key, value) in enumerate(zip(keys, values, strict=True)):
         shard.attend(q, key, value, source, results)
     return _joined(results)
 
@@ -70,24 +71,28 @@ def allgather_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each rank's keys at a time, so that two ranks' gradients are in memory, not all."""
     dq = torch.zeros_like(q, dtype=lse.dtype)
-    keys, values = peers.gather(k), peers.gather(v)
-    works: list[tuple[int, tuple[Tensor, Tensor], list[object]]] = []
+    keys, values = peers.gather(k, "keys"), peers.gather(v, "values")
+    works: list[list[Pending]] = []
     own: tuple[Tensor, Tensor] | None = None
     for source in range(peers.size):
         found = shard.gradients(grad, q, keys[source], values[source], source, lse, delta, dq)
         if len(works) == 2:
-            _finish(works.pop(0)[2])
-        works.append((source, found, [peers.total(x, source) for x in found]))
+            _finish(works.pop(0))
+        works.append([peers.total(x, source, "gradients of keys and values") for x in found])
         own = found if source == peers.rank else own
-    for _, _, pending in works:
+    for pending in works:
         _finish(pending)
     assert own is not None
     return dq, *own
 
 
-def _finish(works: list[object]) -> None:
+def _finish(works: list[Pending]) -> None:
     for work in works:
-        work.wait()  # type: ignore[attr-defined]
+        work.wait()
+
+
+def _keys(step: int) -> str:
+    return f"keys and values of step {step + 1}"
 
 
 def ulysses(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
@@ -145,7 +150,7 @@ class _Heads:
 
     def _gathered(self, x: Tensor, heads: list[list[int]]) -> Tensor:
         sent = [x.index_select(1, torch.tensor(each, device=x.device)) for each in heads]
-        found = self.peers.swap(sent, [sent[self.peers.rank]] * self.peers.size)
+        found = self.peers.swap(sent, [sent[self.peers.rank]] * self.peers.size, "heads")
         return self.layout.joined(found, 2)
 
     def returned(self, x: Tensor) -> Tensor:
@@ -165,7 +170,8 @@ class _Heads:
         """[B,heads here,N,…] to each rank's tokens, by the rank whose heads they are."""
         ranks = x.index_select(2, self.layout.order(x.device)).chunk(self.peers.size, 2)
         like = ranks[self.peers.rank]
-        return self.peers.swap(ranks, [like.new_empty((len(like), n, *like.shape[2:])) for n in heads])
+        empty = [like.new_empty((len(like), n, *like.shape[2:])) for n in heads]
+        return self.peers.swap(ranks, empty, "tokens")
 
 
 def _joined(results: list[Start]) -> Start:
