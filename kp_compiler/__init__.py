@@ -14,9 +14,10 @@ from kp_compiler.calibrate import calibrate
 from kp_compiler.capture import capture_reports, explain, plan
 from kp_compiler.config import options
 from kp_compiler.efficiency import Efficiency, attention_efficiency
-from kp_compiler.errors import KPConfigError, KPError, KPRequirementError
+from kp_compiler.errors import KPConfigError, KPError, KPExchangeError, KPRequirementError
 from kp_compiler.lowering.fp8.state import load_state_dict, state_dict
 from kp_compiler.report import Rejection, Report, SiteRecord
+from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels, unshard_sequence
 from kp_compiler.train_selectors import train_selectors
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Efficiency",
     "KPConfigError",
     "KPError",
+    "KPExchangeError",
     "KPRequirementError",
     "Rejection",
     "Report",
@@ -36,6 +38,10 @@ __all__ = [
     "load_state_dict",
     "options",
     "plan",
+    "sequence_mean",
+    "shard_sequence",
+    "shifted_labels",
     "state_dict",
     "train_selectors",
+    "unshard_sequence",
 ]

@@ -22,12 +22,11 @@ from kp_compiler.lowering import table
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.passes.base import Context, Pass
 from kp_compiler.report import Rejection
-from kp_compiler.specs import AttentionShape, AttentionSpec, BiasSpec, MaskSpec
+from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec, BiasSpec, MaskSpec
 from kp_compiler.target import Target
 
 Rows = list[tuple[str, ...]]
 
-CAUSAL = MaskSpec("causal", "k <= q", parts=("causal",))
 _WINDOW = MaskSpec("window", "(k - q <= 0) & (q - k - 1023 <= 0)", window=1024, parts=("causal", "window"))
 _DOCUMENT = MaskSpec(
     "document", "Eq(t0(b, q), t0(b, k)) & (k <= q)", (0,), 0, (0,), None, ("causal", "document")

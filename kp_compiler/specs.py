@@ -48,6 +48,9 @@ class MaskSpec:
         return f"{label}({self.window})" if self.window is not None else label
 
 
+CAUSAL = MaskSpec("causal", "k <= q", parts=("causal",))
+
+
 @dataclass(frozen=True)
 class BiasSpec:
     """One additive term: `coeff * operand`, the operand broadcasting to [B, H, S, T]."""

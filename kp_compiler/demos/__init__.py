@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kp_compiler.demos import attention, fp8, masks, sparse
+from kp_compiler.demos import attention, fp8, masks, ring, sparse
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ DEMOS: dict[str, Demo] = {
         Demo("attention", attention.SUMMARY, attention.run, attention.example),
         Demo("fp8", fp8.SUMMARY, fp8.run, fp8.example),
         Demo("masks", masks.SUMMARY, masks.run, masks.example),
+        Demo("ring", ring.SUMMARY, ring.run, ring.example),
         Demo("sparse", sparse.SUMMARY, sparse.run, sparse.example),
     )
 }

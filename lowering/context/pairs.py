@@ -52,7 +52,7 @@ def local(mask: MaskSpec) -> Local | None:
     for call in sorted(expr.atoms(sympy.core.function.AppliedUndef), key=str):
         *batch, index = call.args
         name = next((n for n in ("q", "k") if index == mask_render.symbol(n)), None)
-        if name is None or any(arg != mask_render.symbol("b") for arg in batch):
+        if name is None or any(arg != mask_render.symbol("b") and not arg.is_Integer for arg in batch):
             return None
         stand_in = stand_ins[call] = sympy.Dummy(integer=True)
         back[stand_in] = sympy.Function(f"t{len(slices)}", integer=True)(*call.args)

@@ -23,6 +23,16 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
     assert max(errors.values()) < 2e-6, errors
 
 
+def test_together(tmp_path: Path) -> None:
+    """With what shares batches and weights on another dimension of the mesh, with FP8, with recomputation."""
+    out = tmp_path / "errors.pt"
+    mp.spawn(workers.composed, (4, str(tmp_path / "store"), str(out)), nprocs=4, join=True)
+    errors = torch.load(out)
+    assert set(errors) == set(workers.COMPOSED)
+    assert 1e-3 < errors.pop("fp8_linear") < 0.1
+    assert max(errors.values()) < 1e-5, errors
+
+
 def test_models(tmp_path: Path) -> None:
     """Logits and gradients of transformers' models, whose positions and masks are made in the graph."""
     out = tmp_path / "errors.pt"

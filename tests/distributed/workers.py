@@ -345,10 +345,86 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
     return max(errors)
 
 
+COMPOSED = ("ddp", "fsdp2", "fp8_linear", "recomputed")
+
+
+def composed(rank: int, size: int, file: str, out: str) -> None:
+    """A step on a mesh of two by `size` / 2: batches along the first dimension, sequences along the second.
+    Rank 0 saves the largest error of gradients by what context_parallel is put together with."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tests.helpers import relative_error
+
+    start(rank, size, file)
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "cp"))
+    x = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(1))
+    want = attention_net()
+    want(x).square().mean().backward()
+    worst = {}
+    for what in COMPOSED:
+        torch._dynamo.reset()
+        grads = _composed(what, mesh, x)
+        worst[what] = max(relative_error(a, p.grad) for a, p in zip(grads, want.parameters(), strict=True))
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, worst)
+    if rank == 0:
+        torch.save({what: max(each[what] for each in everyone) for what in worst}, out)
+    finish()
+
+
+def _composed(what: str, mesh: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of weights, over the whole batch and sequence."""
+    from torch.distributed.fsdp import fully_shard
+
+    options: dict[str, Any] = {"context_parallel": {"mesh": mesh["cp"]}, "lowering": "aot_eager"}
+    if what == "fp8_linear":
+        options |= {"fp8_linear": _fp8("rowwise"), "cpu_rewrites": True}
+    net, ranks = attention_net(recomputed=what == "recomputed"), mesh.size()
+    whole = x[mesh["dp"].get_local_rank()][None]
+    mine = kp_compiler.shard_sequence({"x": whole}, mesh["cp"])["x"]
+    if what == "fsdp2":
+        for layer in net.layers:
+            layer.compile(backend="kp", fullgraph=True, options=options)
+            fully_shard(layer, mesh=mesh["dp", "cp"]._flatten("all"))
+        run: Any = fully_shard(net, mesh=mesh["all"])
+    else:
+        compiled: Any = torch.compile(net, backend="kp", fullgraph=True, options=options)
+        run = nn.parallel.DistributedDataParallel(compiled) if what == "ddp" else compiled
+    total = run(mine).square().sum()
+    loss = kp_compiler.sequence_mean(total, mine.numel(), mesh["cp"])
+    if what in ("ddp", "fsdp2"):  # they divide by the number of ranks, of which those of a sequence are parts
+        (loss * mesh["cp"].size()).backward()
+        return [_whole(p.grad) for p in net.parameters()]  # type: ignore[arg-type]
+    loss.backward()
+    for p in net.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= ranks // mesh["cp"].size()  # type: ignore[operator]
+    return [p.grad for p in net.parameters()]  # type: ignore[misc]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # a rank that dies, or stands still
 
 FAULTS = [("ring", "killed"), ("allgather", "stopped")]
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int, recomputed: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(layers))
+        self.recomputed = recomputed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recomputed else layer(x)
+        return x
+
+
+def attention_net(layers: int = 2, *, recomputed: bool = False) -> Net:
+    torch.manual_seed(0)
+    return Net(layers, recomputed)
 
 
 class Attention(nn.Module):
@@ -378,12 +454,11 @@ def fault(rank: int, size: int, file: str, schedule: str, how: str, seed: int, o
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=patience
     )
-    torch.manual_seed(0)
     options = {
         "context_parallel": {"mesh": dist.group.WORLD, "schedule": schedule},
         "lowering": "aot_eager",
     }
-    net = nn.Sequential(*(Attention() for _ in range(3)))
+    net = attention_net(3)
     compiled: Any = torch.compile(net, backend="kp", fullgraph=True, options=options)
     x = torch.randn(1, 32, 48)
     compiled(x).square().mean().backward()  # all are compiled
