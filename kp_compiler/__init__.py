@@ -19,20 +19,24 @@ from kp_compiler.lowering.fp8.state import load_state_dict, state_dict
 from kp_compiler.report import Rejection, Report, SiteRecord
 from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels, unshard_sequence
 from kp_compiler.train_selectors import train_selectors
+from kp_compiler.validate_context import ContextCheck, Memory, estimate_memory, validate_context_parallel
 
 __version__ = "0.1.0"
 __all__ = [
+    "ContextCheck",
     "Efficiency",
     "KPConfigError",
     "KPError",
     "KPExchangeError",
     "KPRequirementError",
+    "Memory",
     "Rejection",
     "Report",
     "SiteRecord",
     "attention_efficiency",
     "calibrate",
     "capture_reports",
+    "estimate_memory",
     "explain",
     "kp",
     "load_state_dict",
@@ -44,4 +48,5 @@ __all__ = [
     "state_dict",
     "train_selectors",
     "unshard_sequence",
+    "validate_context_parallel",
 ]

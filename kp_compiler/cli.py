@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "say what this machine can do, and which pass or kernel is off for what reason"
     each = commands.add_parser("doctor", help=text, description=f"{text}.")
     each.add_argument("--target", metavar="NAME", help="ask for cpu or cuda:smNN instead of this machine")
+    text = "under torchrun: try every schedule of context_parallel on its processes"
+    each.add_argument("--distributed", action="store_true", help=text)
     each.add_argument("--passes-markdown", action="store_true", help="print the README's table of passes")
     each.add_argument("--kernels-markdown", action="store_true", help="print the README's table of kernels")
     each.set_defaults(run=_doctor)
@@ -202,6 +204,8 @@ def _show(arguments: argparse.Namespace, make: Any) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     target = None if arguments.target is None else targets.parse(arguments.target)
+    if arguments.distributed:
+        return doctor.distributed()
     if arguments.passes_markdown:
         print(doctor.passes_markdown())
     if arguments.kernels_markdown:

@@ -35,16 +35,19 @@ BACKWARD = sympy.Rational(5, 2)  # times the forward pass's products
 
 @dataclass(frozen=True)
 class Formula:
-    """Seconds of a forward and of a backward pass, and the bytes that one rank's exchanges take beside its
-    own tensors, over B, H, K, S (a rank's tokens), D, E, P, rate, link and width."""
+    """Seconds of a forward and of a backward pass, and the bytes that each takes on a rank beside its own
+    tensors, over B, H, K, S (a rank's tokens), D, E, P, rate, link and width."""
 
     forward: sympy.Expr
     backward: sympy.Expr
     memory: sympy.Expr
+    backward_memory: sympy.Expr
 
 
 @dataclass(frozen=True)
 class Predicted:
+    """Seconds, and the bytes of one rank's exchanges: the most of both passes in training."""
+
     forward: float
     backward: float
     memory: float
@@ -66,7 +69,8 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
     """Of one site. Steps of a ring in which a rank has nothing to do are counted as those that have."""
     work = cost.area(spec).subs({SQ: SQ * SP, cost.ST: SQ * SP}) * 2 * SB * SH * (SD + SE) / SP / SR
     even = work * _slowest(spec, layout)
-    keys = SB * SK * SQ * (SD + SE)  # elements of a rank's keys and values
+    keys, queries = SB * SK * SQ * (SD + SE), SB * SH * SQ * (SD + SE)  # elements of a rank's: k, v; q, out
+    sums = 4 * SB * SH * SQ * SD + 8 * keys  # gradients in float32: dq, and twice dk and dv
     wide = 4 * keys / SL  # their gradients on the way
     one = SW * keys / SL + LATENCY
     if schedule == "ring":
@@ -75,6 +79,7 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
             step + (SP - 1) * sympy.Max(step, one) + SP * KERNEL,
             back + (SP - 1) * sympy.Max(back, one + wide) + wide + LATENCY + SP * KERNEL,
             SW * 2 * keys,
+            SW * 2 * keys + sums,
         )
     if schedule == "allgather":
         gathered = (SP - 1) * one
@@ -82,16 +87,17 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
             gathered + even + SP * KERNEL,
             gathered + sympy.Max(BACKWARD * even, (SP - 1) * wide) + wide + SP * (KERNEL + LATENCY),
             SW * SP * keys,
+            SW * SP * keys + sums,
         )  # fmt: skip
     assert schedule == "ulysses"
     shared = sympy.Max(1, SP / SK)  # copies of a key head, where there are fewer than ranks
-    queries = SB * SH * SQ * (SD + SE)
     moved = (SP - 1) / SP * SW * (queries + shared * keys) / SL
     returned = (SP - 1) / SP * (SW * queries * 2 + 4 * queries / 2 + (SW + 4) * shared * keys) / SL
     return Formula(
         moved + work + 4 * LATENCY + 8 * KERNEL,
         returned + BACKWARD * work + 6 * LATENCY + 12 * KERNEL,
         SW * (queries + shared * keys),
+        SW * (queries + shared * keys) + 4 * (SB * SH * SQ * SD + shared * keys),
     )
 
 
@@ -107,16 +113,28 @@ def predict(
 ) -> dict[str, Predicted]:  # fmt: skip
     """By schedule, for what one rank has of a site; symbolic sizes as this compilation saw them. `link`:
     bytes/s between ranks, if they were measured."""
-    on_gpu = target.device == "cuda"
-    values: dict[Any, Any] = {SB: shape.batch, SH: shape.heads, SK: shape.kv_heads, SQ: shape.queries}
-    values |= {SD: shape.head_dim, SE: shape.value_dim, SP: size, SW: shape.dtype.itemsize}
-    values = {symbol: hint(value) for symbol, value in values.items()}
-    values |= {SR: RATES["triton"] if on_gpu else CPU_RATE, SL: link or (LINK if on_gpu else CPU_LINK)}
+    values = _values(shape, size, target, link)
     found = {}
     for schedule in ("ring", "allgather", "ulysses"):
         if schedule == "ulysses" and hint(shape.heads) % size:
             continue
         each = formula(schedule, spec, layout)
-        numbers = (float(expr.subs(values)) for expr in (each.forward, each.backward, each.memory))
+        memory = sympy.Max(each.memory, each.backward_memory) if shape.training else each.memory
+        numbers = (float(expr.subs(values)) for expr in (each.forward, each.backward, memory))
         found[schedule] = Predicted(*numbers)
     return found
+
+
+def alone(spec: AttentionSpec, shape: AttentionShape, size: int, target: Target) -> float:
+    """Seconds of the forward pass of the whole sequence, of which `shape` is a rank's part, on one rank."""
+    work = formula("ring", spec, "zigzag").forward.subs({SP: 1, SQ: SQ * size})
+    return float(work.subs(_values(shape, 1, target, None)))
+
+
+def _values(shape: AttentionShape, size: int, target: Target, link: float | None) -> dict[Any, Any]:
+    on_gpu = target.device == "cuda"
+    values: dict[Any, Any] = {SB: shape.batch, SH: shape.heads, SK: shape.kv_heads, SQ: shape.queries}
+    values |= {SD: shape.head_dim, SE: shape.value_dim, SP: size, SW: shape.dtype.itemsize}
+    values = {symbol: hint(value) for symbol, value in values.items()}
+    rates = {SR: RATES["triton"] if on_gpu else CPU_RATE, SL: LINK if on_gpu else CPU_LINK}
+    return {**values, **rates, **({} if link is None else {SL: link})}

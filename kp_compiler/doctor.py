@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import platform
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from kp_compiler import config as configs
 from kp_compiler import target as targets
 from kp_compiler.capture import versions
 from kp_compiler.config import Config, PassConfig
+from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import table
 from kp_compiler.passes import ALL_PASSES
 from kp_compiler.passes.base import Context, Pass
@@ -71,6 +73,34 @@ def report(target: Target | None = None) -> str:
             "`kp doctor --target cuda:sm90` shows this page for an H100."
         )
     return text
+
+
+def distributed() -> int:
+    """Try what `context_parallel` does on the processes that torchrun started; the first one prints. 1 where
+    something is wrong."""
+    import torch.distributed as dist
+
+    from kp_compiler.validate_context import validate_context_parallel
+
+    if not dist.is_torchelastic_launched():
+        raise KPConfigError(
+            "--distributed: start it with torchrun --nproc-per-node N -m kp_compiler.cli doctor"
+        )
+    on_gpu = targets.is_available()
+    if on_gpu:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        found = validate_context_parallel(dist.group.WORLD, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        if dist.get_rank() == 0:
+            print(f"{found.ranks} ranks, {found.backend}, {found.link / 1e9:.3g} GB/s from each to the next")
+            print("one causal site of 131072 tokens, 32 heads for 8 of keys, head size 128:")
+            print("\n".join(f"  {line}" for line in align(found.rows())))
+            print("\n".join(f"WRONG  {problem}" for problem in found.problems) or "everything works")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return 0 if found.ok else 1
 
 
 def machine() -> Rows:

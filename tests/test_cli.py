@@ -100,6 +100,7 @@ BAD = [
     ["plan", "{job}:build", "--why", "no.such.module"],
     ["explain", "{job}:build", "--diff", "fp8"],
     ["demo", "no-such-demo"],
+    ["doctor", "--distributed"],
     ["doctor", "--target", "tpu"],
 ]
 

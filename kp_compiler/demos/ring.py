@@ -58,9 +58,8 @@ def run(validate: bool) -> int:
     """Print the tables; 1 where an error is out of its bound."""
     size = 4 if validate else 2
     if targets.is_available() and torch.accelerator.device_count() < size:
-        print(
-            f"{size} processes need as many GPUs, there are {torch.accelerator.device_count()}: nothing was run"
-        )
+        there = torch.accelerator.device_count()
+        print(f"{size} processes need as many GPUs, there are {there}: nothing was run")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, (size, folder), nprocs=size, join=True)

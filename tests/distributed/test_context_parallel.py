@@ -19,6 +19,7 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
     mp.spawn(workers.context, (size, str(tmp_path / "store"), compiled, str(out)), nprocs=size, join=True)
     errors = torch.load(out)
     assert errors.pop("sharding") < 1e-6
+    assert errors.pop("validated") < 2e-6
     assert len(errors) == len(workers.CONTEXT_CASES)
     assert max(errors.values()) < 2e-6, errors
 

@@ -280,6 +280,16 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
         errors = [relative_error(a.detach(), b.detach().index_select(2, place)) for a, b in pairs]
         worst[f"{schedule} {name}"] = max(errors)
     worst["sharding"] = sharding(rank, size)
+    check = kp_compiler.validate_context_parallel(
+        dist.group.WORLD, tokens=1026, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32
+    )
+    parts = [f"1026 tokens are not {2 * size} equal parts: shard_sequence will add some"]
+    parts += ["ulysses: 6 heads can't be divided among 4 ranks"] * (size == 4)
+    assert list(check.problems) == parts and not check.ok
+    assert check.link > 0 and (check.ranks, check.backend) == (size, "gloo")
+    assert set(check.predicted) == set(check.errors) and len(check.errors) == (2 if size == 4 else 3)
+    assert all(0 < check.efficiency(name) <= 1 for name in check.predicted)
+    worst["validated"] = max(check.errors.values())
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, worst)
     if rank == 0:

@@ -1,0 +1,196 @@
+"""Whether ranks can share sequences, and what it will take: `kp.validate_context_parallel`,
+`kp.estimate_memory`, and `kp doctor --distributed`.
+
+    torchrun --nproc-per-node 4 -m kp_compiler.cli doctor --distributed
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import sympy
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kp_compiler import context_cost, cost
+from kp_compiler import target as targets
+from kp_compiler.config import Ranks
+from kp_compiler.context_cost import SP, SW, Predicted
+from kp_compiler.errors import KPConfigError
+from kp_compiler.lowering import reference, ring
+from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.layout import Kind, Layout
+from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.sharding import ranks_of
+from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
+
+LINK_BYTES = 2**26  # of a message that tells the speed of a link
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+TOKENS = 256  # of each rank, where schedules are compared with one process
+
+_N = sympy.Symbol("N", positive=True, integer=True)
+_SYMBOLS = {"B": cost.SB, "H": cost.SH, "K": cost.SK, "N": _N, "D": cost.SD, "E": cost.SE, "P": SP}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank and one attention site: formulas over B, H (query heads), K (key heads), N (tokens of
+    the whole sequence), D, E (head sizes of keys and values) and P (ranks), or numbers once `at` put sizes
+    in."""
+
+    own: Any  # q, k, v, out and log-sum-exp
+    forward: Any  # beside them, of exchanges
+    backward: Any  # of exchanges, and of sums of gradients in float32
+
+    @property
+    def peak(self) -> Any:
+        """Of the pass that takes more, with the rank's own tensors."""
+        return self.own + sympy.Max(self.forward, self.backward)
+
+    def at(self, **sizes: float) -> Memory:
+        """With some of B, H, K, N, D, E, P as numbers."""
+        unknown = sorted(set(sizes) - set(_SYMBOLS))
+        if unknown:
+            raise KPConfigError(f"at: got {unknown[0]!r}, expected some of {', '.join(_SYMBOLS)}")
+        values = {_SYMBOLS[name]: size for name, size in sizes.items()}
+        return Memory(*(x.subs(values) for x in (self.own, self.forward, self.backward)))
+
+
+def estimate_memory(schedule: str = "ring", *, dtype: torch.dtype = torch.bfloat16) -> Memory:
+    """What attention over a shared sequence takes by a schedule, of tensors in `dtype`.
+
+    kp.estimate_memory("ring").at(B=1, H=32, K=8, N=1048576, D=128, E=128, P=64).peak / 2**30
+    """
+    if schedule not in SCHEDULES:
+        raise KPConfigError(f"schedule: got {schedule!r}, expected one of {', '.join(map(repr, SCHEDULES))}")
+    found = context_cost.formula(schedule, AttentionSpec(1.0, CAUSAL), "zigzag")
+    mine = {cost.SQ: _N / SP, SW: dtype.itemsize}
+    tensors = cost.SB * (cost.SH * (cost.SD + cost.SE) + cost.SK * (cost.SD + cost.SE))
+    own = (SW * tensors + 4 * cost.SB * cost.SH) * cost.SQ
+    return Memory(*(x.subs(mine) for x in (own, found.memory, found.backward_memory)))
+
+
+@dataclass(frozen=True)
+class ContextCheck:
+    """What a mesh can do. Every rank has the same."""
+
+    ranks: int
+    backend: str
+    link: float  # bytes/s from a rank to the next one, all at once; the slowest
+    errors: dict[str, float]  # by schedule, of a small causal site against one process, relatively
+    predicted: dict[str, Predicted]  # by schedule, of the site asked about
+    alone: float  # seconds of its forward pass on one rank, predicted
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def efficiency(self, schedule: str) -> float:
+        """Predicted share of the ranks' time that is arithmetic of attention, forward."""
+        return self.alone / (self.ranks * self.predicted[schedule].forward)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        heading = ("schedule", "error", "forward ms", "backward ms", "efficiency", "MiB of buffers")
+        rows: list[tuple[str, ...]] = [heading]
+        for name, each in self.predicted.items():
+            milliseconds = (f"{1e3 * seconds:.3g}" for seconds in (each.forward, each.backward))
+            error = f"{self.errors[name]:.1e}" if name in self.errors else "-"
+            more = (f"{self.efficiency(name):.0%}", f"{each.memory / 2**20:.0f}")
+            rows.append((name, error, *milliseconds, *more))
+        return rows
+
+
+def validate_context_parallel(
+    mesh: Any,
+    *,
+    tokens: int = 131072,
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: Kind = "zigzag",
+) -> ContextCheck:
+    """Try every schedule on a small site of these heads, measure the link, and predict what a causal site of
+    `tokens` in all would take. Every rank of `mesh` has to call it. Problems are listed, not raised; raises
+    KPConfigError for a mesh or sizes that make no sense."""
+    ranks = ranks_of(mesh)
+    for name, value in (("tokens", tokens), ("heads", heads), ("kv_heads", kv_heads), ("batch", batch)):
+        if value < 1:
+            raise KPConfigError(f"{name}: got {value}, expected at least one")
+    if heads % kv_heads:
+        raise KPConfigError(f"heads: got {heads} for {kv_heads} of keys, expected a multiple")
+    if dtype not in BOUNDS:
+        raise KPConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, BOUNDS))}")
+    if layout not in get_args(Kind):
+        raise KPConfigError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, get_args(Kind)))}")
+    device = torch.device(ranks.device)
+    peers = Peers(dist.distributed_c10d._resolve_process_group(ranks.group), "validate_context_parallel")
+    parts = Layout(layout, ranks.size, 0).parts
+    problems = []
+    if tokens % parts:
+        problems.append(f"{tokens} tokens are not {parts} equal parts: shard_sequence will add some")
+    errors = {}
+    for name in SCHEDULES:
+        if name == "ulysses" and heads % ranks.size:
+            problems.append(f"{name}: {heads} heads can't be divided among {ranks.size} ranks")
+            continue
+        errors[name] = _error(name, ranks, layout, heads, kv_heads, head_dim, dtype, device)
+        if not errors[name] < BOUNDS[dtype]:
+            problems.append(f"{name}: off by {errors[name]:.1e} from one process")
+    link = _link(peers, device)
+    mine = -(-tokens // ranks.size)
+    shape = AttentionShape(
+        batch, heads, kv_heads, mine, mine, head_dim, head_dim, dtype, device.type, training=True
+    )
+    target, spec = targets.detect(device), AttentionSpec(head_dim**-0.5, CAUSAL)
+    predicted = context_cost.predict(spec, shape, layout, ranks.size, target, link)
+    alone = context_cost.alone(spec, shape, ranks.size, target)
+    backend = str(dist.get_backend(peers.group))
+    return ContextCheck(ranks.size, backend, link, errors, predicted, alone, tuple(problems))
+
+
+def _error(
+    schedule: str, ranks: Ranks, layout: Kind, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
+    device: torch.device,
+) -> float:  # fmt: skip
+    """Of a small site's result on the rank where it is largest, against float64 in this process."""
+    whole = Layout(layout, ranks.size, TOKENS * ranks.size)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1, n, whole.tokens, width) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+    spec = AttentionSpec(width**-0.5, CAUSAL)
+    places = whole.positions(ranks.rank, device)
+    mine = [x.index_select(2, places) for x in (q, k, v)]
+    plan = ring.Plan(spec, schedule, layout, ranks.group, ranks.rank, ranks.size, "validate_context_parallel")
+    got, _ = ring.context_attention()(*mine, [], [], plan.to_json())
+    want = reference.attention_over(q.double(), k.double(), v.double(), [], [], spec)
+    want = want.index_select(2, places)
+    return _most(float((got.double() - want).norm() / want.norm()), ranks, device)
+
+
+def _link(peers: Peers, device: torch.device) -> float:
+    """Bytes/s while every rank sends to the next one; of the slowest rank, the best of some tries."""
+    if peers.size == 1:
+        return float("inf")
+    x = torch.zeros(LINK_BYTES, dtype=torch.uint8, device=device)
+    best = float("inf")
+    for _ in range(4):
+        dist.barrier(peers.group)
+        start = time.perf_counter()
+        (received,) = peers.shift([x], "a message").wait()
+        _ = int(received[-1])  # it is there
+        best = min(best, time.perf_counter() - start)
+    ranks = ranks_of(peers.group)
+    return LINK_BYTES / _most(best, ranks, device)
+
+
+def _most(value: float, ranks: Ranks, device: torch.device) -> float:
+    """The largest of all ranks' values."""
+    x: Tensor = torch.tensor([value], dtype=torch.float32, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=dist.distributed_c10d._resolve_process_group(ranks.group))
+    return float(x)

@@ -1,0 +1,75 @@
+"""What schedules are predicted to take: time against what must be computed and moved, memory by formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kp_compiler as kp
+from kp_compiler import context_cost
+from kp_compiler.cost import RATES
+from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
+from kp_compiler.target import Target
+
+SPEC, H100 = AttentionSpec(128**-0.5, CAUSAL), Target("cuda", 90, name="NVIDIA H100 80GB HBM3")
+
+
+def shape(tokens: int, size: int, heads: int = 32, kv_heads: int = 8, *, training: bool = True) -> Any:
+    mine = tokens // size
+    return AttentionShape(1, heads, kv_heads, mine, mine, 128, 128, torch.bfloat16, "cuda", training)
+
+
+def predict(tokens: int, size: int, layout: Any = "zigzag", **more: Any) -> dict[str, Any]:
+    return context_cost.predict(SPEC, shape(tokens, size, **more), layout, size, H100)
+
+
+def test_no_schedule_is_faster_than_its_arithmetic() -> None:
+    for size in (2, 8, 64):
+        floor = 4 * 128 * 32 * 131072**2 / 2 / size / RATES["triton"]
+        for each in predict(131072, size).values():
+            assert floor <= each.forward < 2 * floor
+            assert 2.5 * floor <= each.backward < 5 * floor
+
+
+def test_what_is_fastest() -> None:
+    """A ring hides what it moves behind long sequences, not behind short ones; under a causal mask contiguous
+    parts leave ranks idle, except where heads are shared."""
+    long = predict(1048576, 8)
+    assert min(long, key=lambda name: long[name].seconds) == "ring"
+    slow = context_cost.predict(SPEC, shape(8192, 8), "zigzag", 8, H100, link=1e9)
+    assert slow["ring"].forward > 3 * predict(8192, 8)["ring"].forward
+    parts = predict(131072, 8, "contiguous")
+    assert parts["ring"].forward > 1.8 * long["ring"].forward / 64
+    assert min(parts, key=lambda name: parts[name].seconds) == "ulysses"
+
+
+def test_heads_that_can_t_be_divided_have_no_prediction() -> None:
+    assert set(predict(8192, 8, heads=12, kv_heads=4)) == {"ring", "allgather"}
+
+
+def test_memory() -> None:
+    """Of a ring's exchanges two ranks' keys and values, of all that are gathered every rank's."""
+    sizes = {"B": 1, "H": 32, "K": 8, "N": 131072, "D": 128, "E": 128, "P": 8}
+    keys = 2 * 8 * (131072 // 8) * 256
+    ring, gathered = (kp.estimate_memory(name).at(**sizes) for name in ("ring", "allgather"))
+    assert (ring.forward, gathered.forward) == (2 * keys, 8 * keys)
+    assert ring.own == (131072 // 8) * (2 * 256 * (32 + 8) + 4 * 32)
+    assert ring.peak > ring.own + ring.forward
+    found = predict(131072, 8, training=False)
+    assert (found["ring"].memory, found["allgather"].memory) == (2 * keys, 8 * keys)
+    assert kp.estimate_memory("ring").at(P=4).own.free_symbols
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kp.estimate_memory("rings"), "schedule: got 'rings'"),
+        (lambda: kp.estimate_memory().at(Q=3), "at: got 'Q'"),
+        (lambda: kp.validate_context_parallel(None), "torch.distributed is not initialised"),
+    ],
+)
+def test_errors(call: Any, message: str) -> None:
+    with pytest.raises(kp.KPConfigError, match=message):
+        call()
