@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import platform
 from collections.abc import Sequence
 
@@ -83,12 +82,10 @@ def distributed() -> int:
     from kp_compiler.validate_context import validate_context_parallel
 
     if not dist.is_torchelastic_launched():
-        raise KPConfigError(
-            "--distributed: start it with torchrun --nproc-per-node N -m kp_compiler.cli doctor"
-        )
+        raise KPConfigError("doctor --distributed: start it with torchrun, -m kp_compiler.cli doctor …")
     on_gpu = targets.is_available()
     if on_gpu:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+        torch.accelerator.set_device_index(dist.get_node_local_rank() % torch.accelerator.device_count())
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         found = validate_context_parallel(dist.group.WORLD, dtype=torch.bfloat16 if on_gpu else torch.float32)

@@ -29,8 +29,8 @@ def test_no_schedule_is_faster_than_its_arithmetic() -> None:
     for size in (2, 8, 64):
         floor = 4 * 128 * 32 * 131072**2 / 2 / size / RATES["triton"]
         for each in predict(131072, size).values():
-            assert floor <= each.forward < 2 * floor
-            assert 2.5 * floor <= each.backward < 5 * floor
+            assert floor <= each.forward < 3 * floor
+            assert 2.5 * floor <= each.backward < 7.5 * floor
 
 
 def test_what_is_fastest() -> None:
