@@ -171,7 +171,8 @@ class _Tracer:
         if node.op in ("output", "get_attr"):
             return None
         if str(node.target) in CHECKPOINT_OPS:
-            return self._body(node)
+            self._body(node)
+            return None
         if node.target is operator.getitem and node.args[0] in self.results:
             return self._result(node)
         op = canonical(node)
