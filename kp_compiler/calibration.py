@@ -21,7 +21,7 @@ class Measured:
     share of the probabilities that they held and the relative error of the output, over all batches."""
 
     selector: str
-    estimate: Literal["pooled", "antidiagonal"]
+    estimate: Literal["sampled", "pooled", "antidiagonal"]
     sparsity: float
     density: float
     mass: tuple[float, ...]

@@ -26,6 +26,7 @@ Mode = Literal["off", "auto", "on", "require"]
 Lowering = Literal["inductor", "aot_eager", "eager"]
 Impl = Literal["auto", "cudnn", "flash", "efficient", "flex", "fa4", "triton", "reference"]
 Selector = Literal["content", "vertical_slash", "structured", "random", "learned", "auto"]
+Estimate = Literal["sampled", "pooled", "antidiagonal"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 Fp8Impl = Literal["auto", "scaled_mm", "te"]
 Schedule = Literal["auto", "ring", "allgather", "ulysses"]
@@ -66,7 +67,7 @@ class SparseAttentionConfig(PassConfig):
     sparsity: float | None = None
     mass: float | None = None  # the fewest blocks that hold this share of the estimated probabilities
     error: float | None = None  # relative error of a head's output above which it computes everything
-    estimate: Literal["pooled", "antidiagonal"] = "pooled"  # of a block's scores, by `content`
+    estimate: Estimate = "pooled"  # what `content` takes for the shares of blocks
     sink_blocks: int = 1  # first blocks of each row, always computed
     local_blocks: int = 2  # blocks of a query's own key and before it, always computed
     min_tokens: int = 8192  # keys from which on blocks are chosen, as a graph's first call has them

@@ -82,14 +82,15 @@ def _share(sparse: SparseSpec) -> sympy.Expr:
 
 
 def selection(spec: AttentionSpec, width: int = 2) -> Cost:
-    """Choosing blocks: scores between parts of 16, twice (`content`), or of 64 queries with all keys, twice
+    """Choosing blocks: scores of four queries of a block with pairs of keys, or between parts of 16, twice
+    (`content`), or of 64 queries with all keys, twice
     (`vertical_slash`), or products of features of blocks (`learned`), and a float32 score of each block,
     written and read."""
     sparse = spec.sparse
     assert sparse is not None
     scores = Cost(sympy.S.Zero, 8 * SB * SH * area(spec) / sparse.block**2, 2)
     if sparse.selector == "content":
-        each = 256 if sparse.estimate == "pooled" else 16
+        each = {"sampled": sparse.block, "pooled": 256, "antidiagonal": 16}[sparse.estimate]
         return scores + Cost(4 * SB * SH * area(spec) * SD / each, width * SB * (SH * SQ + SK * ST) * SD, 2)
     if sparse.selector == "vertical_slash":
         return scores + Cost(4 * SB * SH * 64 * ST * SD, 2 * width * SB * SK * ST * SD, 2)

@@ -1,4 +1,8 @@
-"""Blocks by what q and k hold: scores between parts of 16 queries and 16 keys stand for those of their pairs.
+"""Blocks by what q and k hold.
+
+    sampled         probabilities of four queries of a block over all keys: see `sampled`
+
+In the others scores between parts of 16 queries and 16 keys stand for those of their pairs:
 
     pooled          the mean of the 256 scores of two parts: mean(q) · mean(k)
     antidiagonal    the mean of the 16 on its antidiagonal, which sees what a mean cancels, for 16 times the
@@ -16,12 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kp_compiler.lowering.selection import sampled
 from kp_compiler.lowering.selection.site import Site, spread
 
 PART = 16
 
 
 def scorer(site: Site) -> Callable[[slice], Tensor]:
+    if site.sparse.estimate == "sampled":
+        return sampled.scorer(site)
     flip = site.sparse.estimate == "antidiagonal"
     q, k = _parts(site.q, site.sparse.estimate), _parts(site.k, site.sparse.estimate, flip=flip)
     per = site.sparse.block // PART

@@ -8,6 +8,7 @@ from torch import Tensor
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.selection import SELECTORS, Scorer
 from kp_compiler.lowering.selection.choose import capacity, chosen, forced
+from kp_compiler.lowering.selection.sampled import SAMPLES
 from kp_compiler.lowering.selection.site import Site
 
 CHUNK = 2**18  # scores of blocks in memory at a time; `content` has 64 of parts for each
@@ -36,7 +37,8 @@ def by_query(site: Site) -> Lists:
         from kp_compiler.lowering.triton import selection as kernels
 
         if site.sparse.selector == "content" and kernels.takes_content(site):
-            return kernels.choose(site, kernels.content(site), KERNEL_CHUNK)
+            room = 1 + SAMPLES if site.sparse.estimate == "sampled" else 1  # numbers for each score
+            return kernels.choose(site, kernels.content(site), KERNEL_CHUNK // room)
         if kernels.takes(site):
             return kernels.choose(site, SELECTORS[site.sparse.selector](site), CHUNK)
     return _by_query(site, SELECTORS[site.sparse.selector](site))

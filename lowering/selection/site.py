@@ -60,7 +60,11 @@ class Site:
         size = size or self.sparse.block
         columns = columns or slice(0, -(-self.k.shape[2] // size))
         queries = _ends(rows.start, rows.stop, size, self.q.shape[2], self.q.device)
-        keys = _ends(columns.start, columns.stop, size, self.k.shape[2], self.q.device)
+        return self.between(queries, _ends(columns.start, columns.stop, size, self.k.shape[2], self.q.device))
+
+    def between(self, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Flags [1,1,rows,columns] of what forms keep partly and wholly, where rows and columns are queries
+        and keys from a first to a last one."""
         maybe = torch.ones(1, 1, queries[0].numel(), keys[0].numel(), dtype=torch.bool, device=self.q.device)
         surely = maybe.clone()
         for slopes, rest in self.lines:

@@ -61,7 +61,7 @@ def _range(q_first, q_last, k_first, k_last, rest, SQ: tl.constexpr, SK: tl.cons
 
 
 @triton.jit
-def _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0: tl.constexpr, K0: tl.constexpr,
+def kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0: tl.constexpr, K0: tl.constexpr,
           Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
           FORMS: tl.constexpr):  # fmt: skip
     """Whether the forms keep some pair of a block, and whether all."""
@@ -80,7 +80,7 @@ def _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0: tl.constexp
 
 
 @triton.jit
-def _span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
+def span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
     """The keys from `begin` to `end` that a form can keep for some of the queries, and perhaps some more."""
     reach = -rest - _least(q_first, q_last, SQ)  # SK·k is at most this
     if SK > 0:
@@ -91,7 +91,7 @@ def _span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr)
 
 
 @triton.jit
-def _whole(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
+def whole(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
     """The keys from `begin` to `end` that a form keeps for all of the queries, or some fewer."""
     reach = -rest + _least(q_first, q_last, -SQ)  # SK·k has to be at most this
     if SK > 0:
@@ -122,14 +122,14 @@ def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, r
     if MASKED:
         q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
         q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
-        some, _ = _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2, FORMS)
+        some, _ = kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2, FORMS)
         keep = (q_part * PART < S)[:, None] & (part < PARTS)[None, :] & some
         s = tl.where(keep, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _phase(begin, low, high, end, PHASE: tl.constexpr):
+def phase(begin, low, high, end, PHASE: tl.constexpr):
     """The parts of a row, in this order: some that need the mask, those that don't, some that do."""
     if PHASE == 0:
         return begin, low
@@ -192,14 +192,14 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     q_last, begin, end = tl.minimum(q_first + ROWS * PER * PART, S) - 1, 0, T
     low, high = 0, T // PART * PART
     if FORMS > 0:
-        begin, end = _span(q_first, q_last, begin, end, rest0, Q0, K0)
-        low, high = _whole(q_first, q_last, low, high, rest0, Q0, K0)
+        begin, end = span(q_first, q_last, begin, end, rest0, Q0, K0)
+        low, high = whole(q_first, q_last, low, high, rest0, Q0, K0)
     if FORMS > 1:
-        begin, end = _span(q_first, q_last, begin, end, rest1, Q1, K1)
-        low, high = _whole(q_first, q_last, low, high, rest1, Q1, K1)
+        begin, end = span(q_first, q_last, begin, end, rest1, Q1, K1)
+        low, high = whole(q_first, q_last, low, high, rest1, Q1, K1)
     if FORMS > 2:
-        begin, end = _span(q_first, q_last, begin, end, rest2, Q2, K2)
-        low, high = _whole(q_first, q_last, low, high, rest2, Q2, K2)
+        begin, end = span(q_first, q_last, begin, end, rest2, Q2, K2)
+        low, high = whole(q_first, q_last, low, high, rest2, Q2, K2)
     # steps of INNER parts: from `begin` on with the mask, from `low` on without, from `high` to `end` with it
     begin, end = begin // (INNER * PART) * INNER, (end + PART - 1) // PART
     low = tl.minimum((low + INNER * PART - 1) // (INNER * PART) * INNER, tl.maximum(end, begin))
@@ -209,7 +209,7 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     top = tl.full([ROWS * PER], float("-inf"), tl.float32)
     total = tl.zeros([ROWS * PER], tl.float32)
     for PHASE in tl.static_range(3):
-        start, stop = _phase(begin, low, high, end, PHASE)
+        start, stop = phase(begin, low, high, end, PHASE)
         top, total = _total(top, total, start, stop, query, keys, q_part, S, T, KP, scale, cap, rest0, rest1,
                             rest2, D, WIDTH, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP,
                             PHASE != 1)  # fmt: skip
@@ -220,7 +220,7 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     row = tile * ROWS + tl.arange(0, ROWS)
     place, inside = out + (pair * COUNT + row)[:, None] * BLOCKS, row < COUNT
     for PHASE in tl.static_range(3):
-        start, stop = _phase(begin, low, high, end, PHASE)
+        start, stop = phase(begin, low, high, end, PHASE)
         _write(base, weight, start, stop, place, BLOCKS, inside, query, keys, q_part, S, T, KP, scale, cap,
                rest0, rest1, rest2, D, WIDTH, ROWS, PER, INNER, PART, Q0, K0, Q1, K1, Q2, K2, FORMS, CAP,
                PHASE != 1)  # fmt: skip
@@ -244,7 +244,7 @@ def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS,
     else:
         q_first, k_first = row * SIZE, block * SIZE
         q_last, k_last = tl.minimum(q_first + SIZE, S) - 1, tl.minimum(k_first + SIZE, T) - 1
-        some, every = _kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2,
+        some, every = kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2,
                             FORMS)  # fmt: skip
         maybe, surely = inside & some, inside & every
     allowed = tl.sum(maybe.to(tl.int32), 0)
@@ -293,12 +293,12 @@ def takes(site: Site) -> bool:
 
 
 def takes_content(site: Site) -> bool:
-    """Whether `content` is among them: parts by their means, under a mask of inequalities."""
-    plain = site.sparse.estimate == "pooled" and site.forms is not None
+    """Whether `content` is among them: samples, or parts by their means, under a mask of inequalities."""
+    plain = site.sparse.estimate != "antidiagonal" and site.forms is not None
     return takes(site) and plain and site.q.stride(3) == site.k.stride(3) == 1 and site.q.shape[3] <= 256
 
 
-def _mask(site: Site) -> dict[str, Any]:
+def mask_of(site: Site) -> dict[str, Any]:
     """A mask's forms, by parameter name."""
     found: dict[str, Any] = {"FORMS": len(site.lines)}
     for i in range(3):
@@ -307,25 +307,29 @@ def _mask(site: Site) -> dict[str, Any]:
     return found
 
 
-def _means(x: Tensor) -> Tensor:
-    """[B,H,N,D] to [B,H,parts,D] in x's dtype."""
+def means(x: Tensor, part: int = PART) -> Tensor:
+    """[B,H,N,D] to [B,H,parts,D] in x's dtype, of `part` rows each."""
     batch, heads, length, width = x.shape
-    parts = -(-length // PART)
+    parts = -(-length // part)
     out = torch.empty(batch, heads, parts, width, dtype=x.dtype, device=x.device)
-    tile = 8
+    tile = 128 // part
     with torch.cuda.device_of(x):
         _mean[(-(-parts // tile) * batch * heads,)](
             x, out, *x.stride()[:3], heads, batch * heads, length, parts, D=width,
-            WIDTH=triton.next_power_of_2(width), PART=PART, TILE=tile,
+            WIDTH=triton.next_power_of_2(width), PART=part, TILE=tile,
         )  # fmt: skip
     return out
 
 
 def content(site: Site) -> Callable[[slice], Tensor]:
     """As `selection.content.scorer`."""
-    q, k = _means(site.q), _means(site.k)
+    if site.sparse.estimate == "sampled":
+        from kp_compiler.lowering.triton import sampled  # which takes its tools from here
+
+        return sampled.scorer(site)
+    q, k = means(site.q), means(site.k)
     batch, heads, parts, width = q.shape
-    mask, cap = _mask(site), site.spec.softcap
+    mask, cap = mask_of(site), site.spec.softcap
 
     def score(rows: slice) -> Tensor:
         count = rows.stop - rows.start
@@ -358,7 +362,7 @@ def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:
     """As `selection.lists.by_query`, `chunk` scores at a time."""
     batch, heads = site.q.shape[0], site.choices
     sparse, mass, device = site.sparse, site.sparse.mass, site.q.device
-    forms = _mask(site)
+    forms = mask_of(site)
     most = capacity(sparse, site.blocks)
     lines = (batch, heads, site.rows)
     edges, count = (torch.empty(lines, dtype=torch.int32, device=device) for _ in range(2))

@@ -25,10 +25,11 @@ def on_device(dtype: torch.dtype, *args: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("length", [2048, 5000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", selection.MASKS)
-def test_content(mask: str, dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize("estimate", ["sampled", "pooled"])
+def test_content(estimate: str, mask: str, dtype: torch.dtype, length: int) -> None:
     from kp_compiler.lowering.triton import selection as kernels
 
-    here = on_device(dtype, "content", mask, length, length)
+    here = on_device(dtype, "content", mask, length, length, estimate=estimate)
     rows = slice(0, here.rows)
     mine, want = kernels.content(here)(rows), SELECTORS["content"](here)(rows)
     kept = torch.logical_or(*here.mask(rows))  # others are not written
@@ -38,11 +39,12 @@ def test_content(mask: str, dtype: torch.dtype, length: int) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
-def test_content_of_wide_heads(width: int, dtype: torch.dtype, softcap: float | None) -> None:
+@pytest.mark.parametrize("estimate", ["sampled", "pooled"])
+def test_content_of_wide_heads(estimate: str, width: int, dtype: torch.dtype, softcap: float | None) -> None:
     """Also laid out as projections give them, one sequence of which is longer."""
     from kp_compiler.lowering.triton import selection as kernels
 
-    here = on_device(dtype, "content", "causal", 1500, 1500)
+    here = on_device(dtype, "content", "causal", 1500, 1500, estimate=estimate)
     q, k = (torch.randn(2, 1700, h, width, device="cuda", dtype=dtype).transpose(1, 2) for h in (4, 2))
     spec = dataclasses.replace(here.spec, scale=width**-0.5, softcap=softcap)
     here = dataclasses.replace(here, q=q[:, :, :1500], k=k[:, :, :1500], spec=spec)

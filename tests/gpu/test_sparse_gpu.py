@@ -55,7 +55,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "every head off": {"error": 0.0}, "dense heads": {"dense_heads": {"": [1, 2]}},
     "shared": {"shared": True},
     "shared, dense heads": {"shared": True, "dense_heads": {"": [3]}},
-    "antidiagonal": {"estimate": "antidiagonal"}, "vertical_slash": {"selector": "vertical_slash"},
+    "sampled": {"estimate": "sampled"}, "antidiagonal": {"estimate": "antidiagonal"},
+    "vertical_slash": {"selector": "vertical_slash"},
     "structured": {"selector": "structured"}, "random": {"selector": "random", "seed": 3},
 }  # fmt: skip
 
