@@ -7,7 +7,8 @@ bfloat16, D128, causal, one sequence of LENGTH:HEADS:KV_HEADS. `one GPU` is the 
 kernels on the first GPU, while the others wait. kp's schedules run as their operator, on tensors that are
 divided already; `torch` is torch.distributed.tensor.experimental.context_parallel over cuDNN's kernels, by
 both of its rotations, which divides tensors itself, before it is timed; `by hand` exchanges heads with
-all-to-all and calls cuDNN. A time is the slowest rank's, a median over rounds in which each step comes once, in a new order.
+all-to-all and calls cuDNN. A time is the slowest rank's, a median over rounds in which each step comes once,
+in a new order.
 
 efficiency: t₁ / (P · t_P).   memory: the peak of one rank above its own q, k, v, out and log-sum-exp.
 errors: 256 rows of the first head in float64, of schedules and of one kernel.
