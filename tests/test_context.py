@@ -235,4 +235,27 @@ def test_what_travels() -> None:
     window = Shard(
         dataclasses.replace(spec, mask=MASKS["window"][0]), Layout("contiguous", 4, 400), 2, [], []
     )
-    assert [len(list(window.pairs(source))) for source in range(4)] == [0, 1, 1, 0]
+    assert [len(list(window.pieces(source))) for source in range(4)] == [0, 1, 1, 0]
+
+
+def test_pieces_are_few() -> None:
+    """Of two ranks that share a causal sequence in zigzag: each one computes its own tokens at once, and the
+    other's with a single rectangle."""
+    spec, layout = AttentionSpec(0.3, MASKS["causal"][0]), Layout("zigzag", 2, 64)
+    first, second = (Shard(spec, layout, rank, [], []) for rank in range(2))
+    everything, half = slice(0, 32), slice(16, 32)
+    for shard in (first, second):
+        (own,) = shard.pieces(shard.rank)
+        assert (own.queries, own.keys) == (everything, everything)
+    ((other,), (another,)) = (list(shard.pieces(1 - shard.rank)) for shard in (first, second))
+    assert (other.queries, other.keys, other.task.mask) == (half, everything, None)
+    assert (another.queries, another.keys) == (everything, slice(0, 16))
+
+
+def test_masks_that_ask_for_the_order_alone() -> None:
+    document = MaskSpec("document", "Eq(t0(b, q), t0(b, k)) & (k <= q)", tensors=(2,))
+    assert all(map(pairs.by_order, (MaskSpec(), MASKS["causal"][0], document)))
+    assert not pairs.by_order(MASKS["window"][0])
+    for expr in ("k < q", "k <= q + 1", "Eq(floor(k/4), floor(q/4))", "k <= 5"):
+        assert not pairs.by_order(MaskSpec("pointwise", expr))
+    assert pairs.numbered(document).tensors == (0,)

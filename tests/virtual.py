@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.context.layout import Layout
-from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.lowering.context.shard import Shard, Sum
 from kp_compiler.specs import AttentionSpec
 
 
@@ -109,15 +109,16 @@ def one_after_the_other(
     dks, dvs = ([torch.zeros_like(part[i], dtype=torch.float32) for part in parts] for i in (1, 2))
     for rank, (q, _, value, grad) in enumerate(parts):
         shard = Shard(spec, layout, rank, operands, scalars)
-        results = shard.start(q, value.shape[3])
+        results = shard.results(q, value.shape[3])
         for source, (_, k, v, _) in enumerate(parts):
             shard.attend(q, k, v, source, results)
-        out, lse = (torch.cat(each, 2) for each in zip(*results, strict=True))
+        out, lse = results.finish()
         outs.append(out)
-        dqs.append(torch.zeros_like(q, dtype=out.dtype))
+        dq = Sum(q, out.dtype)
         delta = (grad * out).sum(-1)
         for source, (_, k, v, _) in enumerate(parts):
-            found = shard.gradients(grad, q, k, v, source, lse, delta, dqs[-1])
+            found = shard.gradients(grad, q, k, v, source, lse, delta, dq)
             dks[source], dvs[source] = dks[source] + found[0], dvs[source] + found[1]
+        dqs.append(dq.finish())
     back = layout.inverse(whole[0].device)
     return [torch.cat(each, 2).index_select(2, back) for each in (outs, dqs, dks, dvs)]

@@ -70,6 +70,29 @@ def local(mask: MaskSpec) -> Local | None:
 
 
 @lru_cache(maxsize=1024)
+def by_order(mask: MaskSpec) -> bool:
+    """Whether of two tokens the mask asks for nothing but which comes first, and for vectors: then it is the
+    same among any tokens that lie in order."""
+    if mask.scalars or local(mask) is None:
+        return False
+    expr = mask_render.parse(mask.expr)
+    expr = expr.xreplace({call: sympy.Dummy() for call in expr.atoms(sympy.core.function.AppliedUndef)})
+    q, k = (mask_render.symbol(name) for name in "qk")
+    parts = expr.args if isinstance(expr, sympy.And) else (expr,)
+    return all(not part.free_symbols & {q, k} or _is_causal(part, k - q) for part in parts)
+
+
+def _is_causal(part: Any, ahead: Any) -> bool:
+    return isinstance(part, sympy.Le | sympy.Ge) and sympy.expand(part.lts - part.gts - ahead) == 0
+
+
+@lru_cache(maxsize=1024)
+def numbered(mask: MaskSpec) -> MaskSpec:
+    """The same mask, whose tensors are numbered from 0 on: those it reads, and no others."""
+    return replace(mask, tensors=tuple(range(len(mask.tensors))))
+
+
+@lru_cache(maxsize=1024)
 def bounds(mask: MaskSpec) -> tuple[Any, ...]:
     """The inequalities among what a mask demands, as `mask_render.inequalities` has them."""
     expr = mask_render.parse(mask.expr)

@@ -22,7 +22,7 @@ from torch import Tensor
 from kp_compiler.lowering.context.exchange import Peers, Pending
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.partial import Start
-from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.lowering.context.shard import Shard, Sum
 
 Forward = Callable[[Shard, Peers, Tensor, Tensor, Tensor], Start]
 Backward = Callable[
@@ -32,19 +32,19 @@ Backward = Callable[
 
 def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
     """q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank to out [B,H,n,E] and lse [B,H,n] in float32."""
-    results = shard.start(q, v.shape[3])
+    results = shard.results(q, v.shape[3])
     for step in range(peers.size):
         pending = peers.shift([k, v], _keys(step)) if step + 1 < peers.size else None
         shard.attend(q, k, v, (peers.rank - step) % peers.size, results)
         k, v = pending.wait() if pending is not None else (k, v)
-    return _joined(results)
+    return results.finish()
 
 
 def ring_backward(
     shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values go round again; their gradients follow a step behind and end where they began."""
-    dq = torch.zeros_like(q, dtype=lse.dtype)
+    dq = Sum(q, lse.dtype)
     coming = None
     for step in range(peers.size):
         pending = peers.shift([k, v], _keys(step)) if step + 1 < peers.size else None
@@ -55,22 +55,22 @@ def ring_backward(
         k, v = pending.wait() if pending is not None else (k, v)
     assert coming is not None
     dk, dv = coming.wait()
-    return dq, dk, dv
+    return dq.finish(), dk, dv
 
 
 def allgather(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
-    results = shard.start(q, v.shape[3])
+    results = shard.results(q, v.shape[3])
     keys, values = peers.gather(k, "keys"), peers.gather(v, "values")
     for source, (key, value) in enumerate(zip(keys, values, strict=True)):
         shard.attend(q, key, value, source, results)
-    return _joined(results)
+    return results.finish()
 
 
 def allgather_backward(
     shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each rank's keys at a time, so that two ranks' gradients are in memory, not all."""
-    dq = torch.zeros_like(q, dtype=lse.dtype)
+    dq = Sum(q, lse.dtype)
     keys, values = peers.gather(k, "keys"), peers.gather(v, "values")
     works: list[list[Pending]] = []
     own: tuple[Tensor, Tensor] | None = None
@@ -83,7 +83,7 @@ def allgather_backward(
     for pending in works:
         _finish(pending)
     assert own is not None
-    return dq, *own
+    return dq.finish(), *own
 
 
 def _finish(works: list[Pending]) -> None:
@@ -99,9 +99,9 @@ def ulysses(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Star
     heads = _Heads(shard, peers, q.shape[1], k.shape[1])
     whole = heads.shard(shard)
     queries, keys, values = heads.gathered_queries(q), heads.gathered_keys(k), heads.gathered_keys(v)
-    results = whole.start(queries, v.shape[3])
+    results = whole.results(queries, v.shape[3])
     whole.attend(queries, keys, values, 0, results)
-    out, lse = results[0]
+    out, lse = results.finish()
     return heads.returned(out), heads.returned(lse.unsqueeze(-1)).squeeze(-1)
 
 
@@ -113,9 +113,9 @@ def ulysses_backward(
     queries, given = heads.gathered_queries(q), heads.gathered_queries(grad)
     keys, values = heads.gathered_keys(k), heads.gathered_keys(v)
     lse, delta = (heads.gathered_queries(x.unsqueeze(-1)).squeeze(-1) for x in (lse, delta))
-    dq = torch.zeros_like(queries, dtype=lse.dtype)
+    dq = Sum(queries, lse.dtype)
     dk, dv = whole.gradients(given, queries, keys, values, 0, lse, delta, dq)
-    return heads.returned(dq), heads.returned_keys(dk, k), heads.returned_keys(dv, v)
+    return heads.returned(dq.finish()), heads.returned_keys(dk, k), heads.returned_keys(dv, v)
 
 
 class _Heads:
@@ -172,11 +172,6 @@ class _Heads:
         like = ranks[self.peers.rank]
         empty = [like.new_empty((len(like), n, *like.shape[2:])) for n in heads]
         return self.peers.swap(ranks, empty, "tokens")
-
-
-def _joined(results: list[Start]) -> Start:
-    out, lse = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
-    return out, lse
 
 
 SCHEDULES: dict[str, tuple[Forward, Backward]] = {
