@@ -25,7 +25,7 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
 
 
 def test_together(tmp_path: Path) -> None:
-    """With what shares batches and weights on another dimension of the mesh, with FP8, with recomputation."""
+    """With what shares batches and weights on another dimension of the mesh, and with FP8."""
     out = tmp_path / "errors.pt"
     mp.spawn(workers.composed, (4, str(tmp_path / "store"), str(out)), nprocs=4, join=True)
     errors = torch.load(out)

@@ -41,7 +41,7 @@ def test_survivors_are_told(schedule: str, how: str, tmp_path: Path) -> None:
     for rank in range(SIZE - 1):
         seconds, told = (tmp_path / f"told.{rank}").read_text().split("\n", 1)
         assert float(seconds) < 2 * workers.FAULT_SECONDS + 5
-        assert re.match(rf"layers\.\d: rank {rank} of {SIZE} waited for .+, which failed: .+", told), (
+        assert re.match(rf"\d: rank {rank} of {SIZE} waited for .+, which failed: .+", told), (
             seed,
             told,
         )
