@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kp_compiler.errors import KPError
@@ -52,5 +53,7 @@ def test_what_is_refused(group: Any) -> None:
         shard_sequence({"input_ids": ids, "labels": ids[:, 1:]}, group)
     with pytest.raises(KPError, match="expected one of 'contiguous', 'zigzag'"):
         shard_sequence({"input_ids": ids}, group, layout="ring")  # type: ignore[arg-type]
-    with pytest.raises(KPError, match="of 2 dimensions"):
-        shard_sequence({"input_ids": ids}, type("Mesh", (), {"ndim": 2})())
+    with pytest.raises(KPError, match="mesh: got 2 dimensions, expected a one-dimensional DeviceMesh"):
+        shard_sequence({"input_ids": ids}, init_device_mesh("cpu", (1, 1)))
+    with pytest.raises(KPError, match="mesh: got 'cp', expected a one-dimensional DeviceMesh"):
+        shard_sequence({"input_ids": ids}, "cp")

@@ -298,7 +298,6 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
 
 
 MODEL_CASES = [
-    ("llama", "ring", "zigzag", ""),
     ("mistral", "ring", "contiguous", ""), ("llama", "ulysses", "contiguous", "padded"),
     ("gpt2", "ring", "zigzag", ""), ("llama", "auto", "zigzag", "packed, recomputed"),
 ]  # fmt: skip
