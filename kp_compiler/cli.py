@@ -205,7 +205,9 @@ def _show(arguments: argparse.Namespace, make: Any) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     target = None if arguments.target is None else targets.parse(arguments.target)
     if arguments.distributed:
-        return doctor.distributed()
+        text, ok = doctor.distributed()
+        print(text, end="")
+        return 0 if ok else 1
     if arguments.passes_markdown:
         print(doctor.passes_markdown())
     if arguments.kernels_markdown:

@@ -20,6 +20,7 @@ import sympy
 from kp_compiler import cost
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ
 from kp_compiler.lowering.context.layout import Kind
+from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
@@ -115,7 +116,7 @@ def predict(
     bytes/s between ranks, if they were measured."""
     values = _values(shape, size, target, link)
     found = {}
-    for schedule in ("ring", "allgather", "ulysses"):
+    for schedule in SCHEDULES:
         if schedule == "ulysses" and hint(shape.heads) % size:
             continue
         each = formula(schedule, spec, layout)

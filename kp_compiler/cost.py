@@ -3,12 +3,14 @@ the (possibly symbolic) shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import sympy
 
+from kp_compiler.errors import KPConfigError
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec, LinearShape, SparseSpec
 from kp_compiler.target import Target
@@ -40,6 +42,14 @@ SB, SH, SK, SQ, ST, SD, SE = sympy.symbols("B H K S T D E", positive=True, integ
 def bandwidth(target: Target) -> float:
     """Bytes/s."""
     return next((rate for name, rate in BANDWIDTH.items() if name in target.name), BANDWIDTH["H100"])
+
+
+def sized(symbols: Mapping[str, sympy.Symbol], sizes: Mapping[str, float]) -> dict[sympy.Symbol, float]:
+    """Sizes by name as what formulas take. Raises KPConfigError for a name that is none of theirs."""
+    unknown = sorted(set(sizes) - set(symbols))
+    if unknown:
+        raise KPConfigError(f"at: got {unknown[0]!r}, expected some of {', '.join(symbols)}")
+    return {symbols[name]: size for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)

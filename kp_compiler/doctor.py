@@ -74,9 +74,9 @@ def report(target: Target | None = None) -> str:
     return text
 
 
-def distributed() -> int:
-    """Try what `context_parallel` does on the processes that torchrun started; the first one prints. 1 where
-    something is wrong."""
+def distributed() -> tuple[str, bool]:
+    """Try what `context_parallel` does on the processes that torchrun started: what there is to say, on the
+    first of them, and whether all is well."""
     import torch.distributed as dist
 
     from kp_compiler.validate_context import validate_context_parallel
@@ -89,15 +89,17 @@ def distributed() -> int:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         found = validate_context_parallel(dist.group.WORLD, dtype=torch.bfloat16 if on_gpu else torch.float32)
-        if dist.get_rank() == 0:
-            print(f"{found.ranks} ranks, {found.backend}, {found.link / 1e9:.3g} GB/s from each to the next")
-            print("one causal site of 131072 tokens, 32 heads for 8 of keys, head size 128:")
-            print("\n".join(f"  {line}" for line in align(found.rows())))
-            print("\n".join(f"WRONG  {problem}" for problem in found.problems) or "everything works")
+        lines = [
+            f"{found.ranks} ranks, {found.backend}, {found.link / 1e9:.3g} GB/s from each to the next",
+            "one causal site of 131072 tokens, 32 heads for 8 of keys, head size 128:",
+            *(f"  {line}" for line in align(found.rows())),
+            *([f"WRONG  {problem}" for problem in found.problems] or ["everything works"]),
+        ]
+        text = "".join(f"{line}\n" for line in lines) if dist.get_rank() == 0 else ""
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    return 0 if found.ok else 1
+    return text, found.ok
 
 
 def machine() -> Rows:

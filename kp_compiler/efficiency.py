@@ -46,10 +46,7 @@ class Efficiency:
 
     def at(self, **sizes: float) -> Efficiency:
         """With some of B, H, K, S, T, D, E as numbers."""
-        unknown = sorted(set(sizes) - set(_SYMBOLS))
-        if unknown:
-            raise ValueError(f"at: got {unknown[0]!r}, expected some of {', '.join(_SYMBOLS)}")
-        values = {_SYMBOLS[name]: size for name, size in sizes.items()}
+        values = cost.sized(_SYMBOLS, sizes)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Efficiency(**{name: sympy.sympify(value).subs(values) for name, value in fields.items()})
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kp_compiler.config import Ranks
 from kp_compiler.errors import KPConfigError, KPError
-from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, Layout, of_local
 
 IGNORED = -100  # a label that no loss counts
@@ -81,7 +81,7 @@ def unshard_sequence(
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
     `length` tokens, if given."""
     ranks = ranks_of(mesh)
-    parts = Peers(_group(ranks), "unshard_sequence").gather(x.detach(), "parts")
+    parts = Peers(group_named(ranks.group), "unshard_sequence").gather(x.detach(), "parts")
     found = of_local(layout, ranks.size, x.shape[dim]).joined(parts, dim)
     return found if length is None else found.narrow(dim, 0, length)
 
@@ -95,7 +95,7 @@ def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:
     """
     counts = torch.as_tensor(count, dtype=torch.float32, device=total.device).clone()
     sums = total.detach().float().clone()
-    group = _group(ranks_of(mesh))
+    group = group_named(ranks_of(mesh).group)
     for x in (counts, sums):
         dist.all_reduce(x, group=group)
     mine = total / counts
@@ -138,7 +138,3 @@ def ranks_of(mesh: Any, name: str = "mesh") -> Ranks:
         raise KPConfigError(f"{name}: this process is not in the group")
     device = "cuda" if "nccl" in str(dist.get_backend(mesh)) else "cpu"
     return Ranks(mesh.group_name, dist.get_rank(mesh), dist.get_world_size(mesh), device)
-
-
-def _group(ranks: Ranks) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(ranks.group)

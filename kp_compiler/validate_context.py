@@ -21,7 +21,7 @@ from kp_compiler.config import Ranks
 from kp_compiler.context_cost import SP, SW, Predicted
 from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import reference, ring
-from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.sharding import ranks_of
@@ -52,10 +52,7 @@ class Memory:
 
     def at(self, **sizes: float) -> Memory:
         """With some of B, H, K, N, D, E, P as numbers."""
-        unknown = sorted(set(sizes) - set(_SYMBOLS))
-        if unknown:
-            raise KPConfigError(f"at: got {unknown[0]!r}, expected some of {', '.join(_SYMBOLS)}")
-        values = {_SYMBOLS[name]: size for name, size in sizes.items()}
+        values = cost.sized(_SYMBOLS, sizes)
         return Memory(*(x.subs(values) for x in (self.own, self.forward, self.backward)))
 
 
@@ -129,7 +126,7 @@ def validate_context_parallel(
     if layout not in get_args(Kind):
         raise KPConfigError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, get_args(Kind)))}")
     device = torch.device(ranks.device)
-    peers = Peers(dist.distributed_c10d._resolve_process_group(ranks.group), "validate_context_parallel")
+    peers = Peers(group_named(ranks.group), "validate_context_parallel")
     parts = Layout(layout, ranks.size, 0).parts
     problems = []
     if tokens % parts:
@@ -139,7 +136,8 @@ def validate_context_parallel(
         if name == "ulysses" and heads % ranks.size:
             problems.append(f"{name}: {heads} heads can't be divided among {ranks.size} ranks")
             continue
-        errors[name] = _error(name, ranks, layout, heads, kv_heads, head_dim, dtype, device)
+        off = _error(name, ranks, layout, heads, kv_heads, head_dim, dtype, device)
+        errors[name] = _most(off, peers, device)
         if not errors[name] < BOUNDS[dtype]:
             problems.append(f"{name}: off by {errors[name]:.1e} from one process")
     link = _link(peers, device)
@@ -158,7 +156,7 @@ def _error(
     schedule: str, ranks: Ranks, layout: Kind, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
     device: torch.device,
 ) -> float:  # fmt: skip
-    """Of a small site's result on the rank where it is largest, against float64 in this process."""
+    """Of a small site's result on this rank, against float64 in this process."""
     whole = Layout(layout, ranks.size, TOKENS * ranks.size)
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, n, whole.tokens, width) for n in (heads, kv_heads, kv_heads)]
@@ -170,7 +168,7 @@ def _error(
     got, _ = ring.context_attention()(*mine, [], [], plan.to_json())
     want = reference.attention_over(q.double(), k.double(), v.double(), [], [], spec)
     want = want.index_select(2, places)
-    return _most(float((got.double() - want).norm() / want.norm()), ranks, device)
+    return float((got.double() - want).norm() / want.norm())
 
 
 def _link(peers: Peers, device: torch.device) -> float:
@@ -185,12 +183,11 @@ def _link(peers: Peers, device: torch.device) -> float:
         (received,) = peers.shift([x], "a message").wait()
         _ = int(received[-1])  # it is there
         best = min(best, time.perf_counter() - start)
-    ranks = ranks_of(peers.group)
-    return LINK_BYTES / _most(best, ranks, device)
+    return LINK_BYTES / _most(best, peers, device)
 
 
-def _most(value: float, ranks: Ranks, device: torch.device) -> float:
+def _most(value: float, peers: Peers, device: torch.device) -> float:
     """The largest of all ranks' values."""
     x: Tensor = torch.tensor([value], dtype=torch.float32, device=device)
-    dist.all_reduce(x, dist.ReduceOp.MAX, group=dist.distributed_c10d._resolve_process_group(ranks.group))
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=peers.group)
     return float(x)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kp_compiler.lowering.context.exchange import Peers
+from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, of_local
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.lowering.context.shard import Shard
@@ -59,7 +59,7 @@ class Plan:
 
     def peers(self) -> Peers:
         """Raises ValueError where the group is not the one that the graph was compiled for."""
-        group = dist.distributed_c10d._resolve_process_group(self.group)
+        group = group_named(self.group)
         here = (dist.get_rank(group), dist.get_world_size(group))
         if here != (self.rank, self.size):
             raise ValueError(

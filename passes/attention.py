@@ -18,9 +18,18 @@ from torch.fx import Graph, Node
 
 from kp_compiler import cost
 from kp_compiler.lowering import ops, table, tap
-from kp_compiler.passes.base import Context, Emitter, Kind, Match, Rejection, Tier, module_of, not_on_cpu
+from kp_compiler.passes.base import (
+    Context,
+    Emitter,
+    Kind,
+    Match,
+    Rejection,
+    Tier,
+    module_of,
+    not_on_cpu,
+    settle,
+)
 from kp_compiler.specs import AttentionShape
-from kp_compiler.writes import erase_orphans
 
 
 class Attention:
@@ -70,16 +79,13 @@ class Attention:
 
     def rewrite(self, graph: Graph, match: Match, ctx: Context) -> Node:
         chosen, spec, shape = match.data
-        site, root = match.site, match.site.meta["kp_root"]
+        site = match.site
         emit = Emitter(site, site)
         if spec.sparse is not None and ctx.config.verify and not ctx.calls:
             assert match.predicted is not None
             site.update_arg(0, tap.watch(emit, site, spec, module_of(site), match.predicted))
         out = chosen.emit(emit, site, spec, shape)
-        site.replace_all_uses_with(out, propagate_meta=False)
-        arguments = site.all_input_nodes
-        graph.erase_node(site)
-        erase_orphans(graph, [root, *arguments])
+        settle(site, out)
         return out
 
 

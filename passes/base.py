@@ -224,6 +224,14 @@ def revert(site: Node) -> None:
     erase_orphans(site.graph, [out, site])
 
 
+def settle(site: Node, out: Node) -> None:
+    """`out` takes the place of a recognised site and of what it was recognised in."""
+    root, arguments = site.meta["kp_root"], site.all_input_nodes
+    site.replace_all_uses_with(out, propagate_meta=False)
+    site.graph.erase_node(site)
+    erase_orphans(root.graph, [root, *arguments])
+
+
 def fake_mode(graph: Graph) -> Any:
     """The fake mode of a graph's tensors."""
     for node in graph.nodes:

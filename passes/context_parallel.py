@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler import context_cost
-from kp_compiler.config import RingAttentionConfig
+from kp_compiler.config import Ranks, RingAttentionConfig
 from kp_compiler.errors import KPError
 from kp_compiler.lowering import ops, ring
 from kp_compiler.lowering.context import pairs
@@ -28,24 +28,22 @@ from kp_compiler.metadata import tensor_of
 from kp_compiler.normalize import canonical
 from kp_compiler.passes import sequence
 from kp_compiler.passes.attention import shape_of
-from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, source_of
+from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, settle, source_of
 from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
-from kp_compiler.writes import erase_orphans
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Who shares, and how the tokens lie. `group` is a process group's name."""
+    """Who shares, and how the tokens lie."""
 
-    group: str
-    rank: int
-    size: int
+    ranks: Ranks
     layout: Kind = "zigzag"
 
     def plan(self, spec: AttentionSpec, schedule: str = "ring", site: str = "") -> str:
-        return ring.Plan(spec, schedule, self.layout, self.group, self.rank, self.size, site).to_json()
+        ranks = self.ranks
+        return ring.Plan(spec, schedule, self.layout, ranks.group, ranks.rank, ranks.size, site).to_json()
 
 
 class ContextParallel:
@@ -61,7 +59,7 @@ class ContextParallel:
         if not ctx.calls:  # the graph itself comes before its checkpoint bodies
             ctx.program[_Program] = _Program(ctx.gm, _sharing(self.settings(ctx), ctx))
         program: _Program = ctx.program[_Program]
-        if program.how.size == 1:
+        if program.how.ranks.size == 1:
             return Rejection("one-rank", f"{self.name}.mesh has one rank, which has the whole sequence.")
         program.check()
         return None
@@ -72,9 +70,9 @@ class ContextParallel:
     def inspect(self, site: Node, ctx: Context) -> Match:
         program, config = ctx.program[_Program], self.settings(ctx)
         spec, shape = ops.spec_of(site), shape_of(site, ctx)
-        if (refused := refusal(site, program.how)) is not None:
+        if (refused := refusal(site)) is not None:
             raise _error(refused)
-        costs = context_cost.predict(spec, shape, program.how.layout, program.how.size, ctx.target)
+        costs = context_cost.predict(spec, shape, program.how.layout, program.how.ranks.size, ctx.target)
         schedule, why = _schedule(config, site, program.how, costs)
         return Match(
             site,
@@ -118,7 +116,7 @@ class _Program:
                 _place(node, self.how)
 
     def attend(self, site: Node, schedule: str, ctx: Context) -> Node:
-        spec, root = ops.spec_of(site), site.meta["kp_root"]
+        spec = ops.spec_of(site)
         emit = Emitter(site, site)
         given: Any = site.args[3]
         whole = self._whole(ctx)
@@ -126,10 +124,7 @@ class _Program:
         plan = self.how.plan(spec, schedule, module_of(site) or source_of(site))
         both = emit.call(ring.context_attention(), *site.args[:3], operands, [], plan)
         out = emit.call(operator.getitem, both, 0)
-        site.replace_all_uses_with(out, propagate_meta=False)
-        arguments = site.all_input_nodes
-        site.graph.erase_node(site)
-        erase_orphans(root.graph, [root, *arguments])
+        settle(site, out)
         return out
 
     def _whole(self, ctx: Context) -> _Whole:
@@ -143,7 +138,7 @@ def _error(why: Rejection) -> KPError:
     return KPError(f"the sequence can't be shared: {why}")
 
 
-def refusal(site: Node, how: Sharing) -> Rejection | None:
+def refusal(site: Node) -> Rejection | None:
     """Why a site's attention over the whole sequence is not what schedules compute."""
     spec = ops.spec_of(site)
     if spec.mask.kind == "tensor":
@@ -169,7 +164,7 @@ def _schedule(
     if asked != "auto":
         if asked not in costs:
             heads = tensor_of(site.args[0]).shape[1]  # type: ignore[union-attr]
-            raise _error(Rejection("heads", f"{heads} heads can't be divided among {how.size} ranks."))
+            raise _error(Rejection("heads", f"{heads} heads can't be divided among {how.ranks.size} ranks."))
         return asked, None
     limit = getattr(config, "memory", None)
     fitting = {name: each for name, each in costs.items() if limit is None or each.memory <= limit * 2**30}
@@ -191,7 +186,7 @@ def _sharing(config: RingAttentionConfig, ctx: Context) -> Sharing:
                 "mesh", f"The mesh is one of {ranks.device} devices, the model is on {ctx.target.device}."
             )
         )
-    return Sharing(ranks.group, ranks.rank, ranks.size, config.layout)
+    return Sharing(ranks, config.layout)
 
 
 def _place(node: Node, how: Sharing) -> None:
@@ -200,11 +195,11 @@ def _place(node: Node, how: Sharing) -> None:
     emit = Emitter(node.next, node)
     tokens = emit.size(node, 0)
     if how.layout == "contiguous":
-        placed = emit.call(torch.add, node, emit.product([tokens, how.rank]))
+        placed = emit.call(torch.add, node, emit.product([tokens, how.ranks.rank]))
     else:  # the first half is the rank's part from the front, the second the one from the back
         half = tokens // 2 if isinstance(tokens, int) else emit.call(operator.floordiv, tokens, 2)
-        front = emit.call(torch.add, node, emit.product([half, how.rank]))
-        back = emit.call(torch.add, node, emit.product([half, 2 * how.size - 2 - how.rank]))
+        front = emit.call(torch.add, node, emit.product([half, how.ranks.rank]))
+        back = emit.call(torch.add, node, emit.product([half, 2 * how.ranks.size - 2 - how.ranks.rank]))
         placed = emit.call(torch.where, emit.call(torch.lt, node, half), front, back)
     for user in users:
         user.replace_input_with(node, placed)
@@ -226,7 +221,7 @@ class _Whole:
         found = self._made(node, Emitter(reader, reader))
         mine, theirs = tensor_of(node), tensor_of(found)
         assert mine is not None and theirs is not None
-        if not same(theirs.shape[-1], self.how.size * mine.shape[-1]) or not same(
+        if not same(theirs.shape[-1], self.how.ranks.size * mine.shape[-1]) or not same(
             mine.shape[-1], self.tokens
         ):
             raise _error(Rejection("mask", f"The mask reads {node.name}, which can't be made whole."))
@@ -244,7 +239,7 @@ class _Whole:
             return self._gathered(node, emit) if self.around is None else self._handed(node, emit)
         op, value = canonical(node), tensor_of(node)
         if op is not None and op.name == "arange" and value is not None and same(value.shape[0], self.tokens):
-            count = emit.product([emit.size(node, 0), self.how.size])
+            count = emit.product([emit.size(node, 0), self.how.ranks.size])
             return emit.call(torch.arange, count, dtype=value.dtype, device=value.device)
         function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
         args, kwargs = torch.fx.node.map_aggregate(
@@ -274,5 +269,5 @@ class _Whole:
         """A size that is the tokens' is the whole sequence's."""
         sized = op is not None and op.name in ("expand", "view", "full", "repeat")
         if sized and isinstance(each, int) and not isinstance(each, bool) and each == self.tokens:
-            return each * self.how.size
+            return each * self.how.ranks.size
         return self._made(each, emit)

@@ -38,11 +38,12 @@ from kp_compiler.passes.base import (
     fake_mode,
     left_out,
     module_of,
+    settle,
 )
 from kp_compiler.runtime import add_inputs, position, providers
 from kp_compiler.specs import LinearShape, LinearSpec
 from kp_compiler.target import may_shard_parameters
-from kp_compiler.writes import erase_orphans, storage_of
+from kp_compiler.writes import storage_of
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -110,10 +111,7 @@ class Fp8Linear:
         if "kp_fp8" not in site.meta:
             _emit(group, ctx)
         out = site.meta["kp_fp8"]
-        root, arguments = site.meta["kp_root"], site.all_input_nodes
-        site.replace_all_uses_with(out, propagate_meta=False)
-        graph.erase_node(site)
-        erase_orphans(graph, [root, *arguments])
+        settle(site, out)
         return out
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 from kp_compiler.errors import KPExchangeError
 
 
+def group_named(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
 @dataclass(frozen=True)
 class Pending:
     """Tensors that are under way."""

@@ -131,10 +131,8 @@ class Shard:
     def _own_task(self) -> Task:
         """Of all tokens of the rank with each other, where their order is all that the mask asks for."""
         n, starts = self.layout.part, self.layout.starts(self.rank)
-        mine = list(self.operands)
-        for index in self.spec.mask.tensors:
-            mine[index] = torch.cat([self.operands[index].narrow(-1, start, n) for start in starts], -1)
-        read = [mine[index] for index in self.spec.mask.tensors]
+        given = [self.operands[index] for index in self.spec.mask.tensors]
+        read = [torch.cat([x.narrow(-1, start, n) for start in starts], -1) for x in given]
         return Task(self.spec, pairs.numbered(self.spec.mask), read, self.scalars)
 
     def _task(self, i: int, j: int, source: int) -> Task:

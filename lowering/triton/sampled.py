@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kp_compiler.lowering.selection.sampled import PAIR, SAMPLES, sharper
 from kp_compiler.lowering.selection.site import Site
-from kp_compiler.lowering.triton.selection import kept, mask_of, means, phase, span, whole
+from kp_compiler.lowering.triton.selection import kept, mask_of, means, phase, products, spans
 
 ROWS = 16  # blocks of queries of a program: 64 samples
 STEP = 64  # blocks whose shares are made at a time
@@ -38,10 +38,7 @@ def _sums(top, total, begin, end, query, keys, logs, q_at, T, KP, scale, cap, sh
         if MASKED:
             there = there & (pair < KP)[:, None]
         key = tl.load(keys + pair[:, None] * D + column[None, :], mask=there, other=0.0)
-        s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if CAP:
-            s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
-        s = s * (sharp * 1.4426950408889634)
+        s = products(query, key, scale, cap, CAP) * sharp
         if MASKED:
             first = (pair * PAIR)[None, :]
             last = tl.minimum(first + PAIR, T) - 1
@@ -80,16 +77,8 @@ def _shares(q, k, logs, out, q_b, q_h, q_s, H, GROUP, S, T, KP, FIRST, COUNT, BL
     place = q + pair // H * q_b + pair % H * q_h + q_at.to(tl.int64)[:, None] * q_s + column[None, :]
     query = tl.load(place, mask=(column < D)[None, :], other=0.0)
     q_first, q_last = tl.minimum(q_row * SIZE, S - 1), tl.minimum((q_row + ROWS) * SIZE, S) - 1
-    begin, end, low, high = 0, T, 0, T // SIZE * SIZE
-    if FORMS > 0:
-        begin, end = span(q_first, q_last, begin, end, rest0, Q0, K0)
-        low, high = whole(q_first, q_last, low, high, rest0, Q0, K0)
-    if FORMS > 1:
-        begin, end = span(q_first, q_last, begin, end, rest1, Q1, K1)
-        low, high = whole(q_first, q_last, low, high, rest1, Q1, K1)
-    if FORMS > 2:
-        begin, end = span(q_first, q_last, begin, end, rest2, Q2, K2)
-        low, high = whole(q_first, q_last, low, high, rest2, Q2, K2)
+    begin, end, low, high = spans(q_first, q_last, T, SIZE, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2,
+                                  FORMS)  # fmt: skip
     # blocks: from `begin` on with the mask, from `low` on without, from `high` to `end` with it
     begin, end = begin // SIZE, tl.maximum((end + SIZE - 1) // SIZE, begin // SIZE)
     low = tl.maximum(tl.minimum((low + SIZE - 1) // SIZE, end), begin)

@@ -80,7 +80,7 @@ def kept(q_first, q_last, k_first, k_last, rest0, rest1, rest2, Q0: tl.constexpr
 
 
 @triton.jit
-def span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
+def _span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
     """The keys from `begin` to `end` that a form can keep for some of the queries, and perhaps some more."""
     reach = -rest - _least(q_first, q_last, SQ)  # SK·k is at most this
     if SK > 0:
@@ -91,7 +91,7 @@ def span(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
 
 
 @triton.jit
-def whole(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
+def _whole(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr):
     """The keys from `begin` to `end` that a form keeps for all of the queries, or some fewer."""
     reach = -rest + _least(q_first, q_last, -SQ)  # SK·k has to be at most this
     if SK > 0:
@@ -101,6 +101,34 @@ def whole(q_first, q_last, begin, end, rest, SQ: tl.constexpr, SK: tl.constexpr)
     if SK == 0:
         end = tl.where(reach < 0, begin, end)
     return begin, end
+
+
+@triton.jit
+def spans(q_first, q_last, T, SIZE, rest0, rest1, rest2, Q0: tl.constexpr, K0: tl.constexpr,
+          Q1: tl.constexpr, K1: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
+          FORMS: tl.constexpr):  # fmt: skip
+    """The keys that the forms can keep for some of the queries, and, in whole groups of SIZE, the ones that
+    they keep for all."""
+    begin, end, low, high = 0, T, 0, T // SIZE * SIZE
+    if FORMS > 0:
+        begin, end = _span(q_first, q_last, begin, end, rest0, Q0, K0)
+        low, high = _whole(q_first, q_last, low, high, rest0, Q0, K0)
+    if FORMS > 1:
+        begin, end = _span(q_first, q_last, begin, end, rest1, Q1, K1)
+        low, high = _whole(q_first, q_last, low, high, rest1, Q1, K1)
+    if FORMS > 2:
+        begin, end = _span(q_first, q_last, begin, end, rest2, Q2, K2)
+        low, high = _whole(q_first, q_last, low, high, rest2, Q2, K2)
+    return begin, end, low, high
+
+
+@triton.jit
+def products(query, key, scale, cap, CAP: tl.constexpr):
+    """Scores of rows of q and of k, in exponents of two."""
+    s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if CAP:
+        s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
+    return s * 1.4426950408889634
 
 
 @triton.jit
@@ -115,10 +143,7 @@ def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, r
     if MASKED:
         there = there & (part < PARTS)[:, None]
     key = tl.load(keys + part[:, None] * D + column[None, :], mask=there, other=0.0)
-    s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    if CAP:
-        s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
-    s = s * 1.4426950408889634
+    s = products(query, key, scale, cap, CAP)
     if MASKED:
         q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
         q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
@@ -189,17 +214,9 @@ def _shares(q, k, out, H, GROUP, S, T, QP, KP, FIRST, COUNT, BLOCKS, scale, cap,
     there = (q_part < QP)[:, None] & (column < D)[None, :]
     query = tl.load(q + (pair * QP + q_part)[:, None] * D + column[None, :], mask=there, other=0.0)
     q_first = (FIRST + tile * ROWS) * PER * PART
-    q_last, begin, end = tl.minimum(q_first + ROWS * PER * PART, S) - 1, 0, T
-    low, high = 0, T // PART * PART
-    if FORMS > 0:
-        begin, end = span(q_first, q_last, begin, end, rest0, Q0, K0)
-        low, high = whole(q_first, q_last, low, high, rest0, Q0, K0)
-    if FORMS > 1:
-        begin, end = span(q_first, q_last, begin, end, rest1, Q1, K1)
-        low, high = whole(q_first, q_last, low, high, rest1, Q1, K1)
-    if FORMS > 2:
-        begin, end = span(q_first, q_last, begin, end, rest2, Q2, K2)
-        low, high = whole(q_first, q_last, low, high, rest2, Q2, K2)
+    q_last = tl.minimum(q_first + ROWS * PER * PART, S) - 1
+    begin, end, low, high = spans(q_first, q_last, T, PART, rest0, rest1, rest2, Q0, K0, Q1, K1, Q2, K2,
+                                  FORMS)  # fmt: skip
     # steps of INNER parts: from `begin` on with the mask, from `low` on without, from `high` to `end` with it
     begin, end = begin // (INNER * PART) * INNER, (end + PART - 1) // PART
     low = tl.minimum((low + INNER * PART - 1) // (INNER * PART) * INNER, tl.maximum(end, begin))
