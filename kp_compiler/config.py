@@ -67,7 +67,7 @@ class SparseAttentionConfig(PassConfig):
     sparsity: float | None = None
     mass: float | None = None  # the fewest blocks that hold this share of the estimated probabilities
     error: float | None = None  # relative error of a head's output above which it computes everything
-    estimate: Estimate = "pooled"  # what `content` takes for the shares of blocks
+    estimate: Estimate = "sampled"  # what `content` takes for the shares of blocks
     sink_blocks: int = 1  # first blocks of each row, always computed
     local_blocks: int = 2  # blocks of a query's own key and before it, always computed
     min_tokens: int = 8192  # keys from which on blocks are chosen, as a graph's first call has them

@@ -75,7 +75,7 @@ class SparseSpec:
     sink_blocks: int = 1
     local_blocks: int = 2
     dense: tuple[int, ...] = ()
-    estimate: Literal["sampled", "pooled", "antidiagonal"] = "pooled"  # of `content`
+    estimate: Literal["sampled", "pooled", "antidiagonal"] = "sampled"  # of `content`
     shared: bool = False  # one choice for all query heads of a key head
     seed: int = 0  # of `random`
     gates: tuple[int, ...] = ()  # of `learned`: the operands that they are

@@ -76,13 +76,13 @@ def forward(width: int, tile: Tile, *, wide: bool = False) -> int:
     return spilled(hopper_source(here.spec, layout), "kp_attention_hopper", names, types)
 
 
-def backward(width: int, tile: Tile) -> int:
+def backward(width: int, tile: Tile, *, apart: bool = False) -> int:
     here = site(width)
-    layout = here.layout("dkdv", tile)
+    layout = here.layout("dkdv", tile, adds=apart, apart=apart)
     types = {name: descriptor(tile.inner, padded(width)) for name in ("q", "dout")}
     types |= {name: descriptor(ROWS, padded(width)) for name in "kv"}
     types |= {"dq": descriptor(*dq_part(layout), gl.float32), "lse": "*fp32", "delta": "*fp32"}
-    types |= {"dk": "*bf16", "dv": "*bf16"}
+    types |= dict.fromkeys(("dk", "dv"), "*fp32" if apart else "*bf16")
     names = backward_parameters(here.spec, layout)
     return spilled(backward_source(here.spec, layout), "kp_attention_hopper_backward", names, types)
 
@@ -93,3 +93,4 @@ if __name__ == "__main__":
     print("forward 128", forward(128, Tile(128, 128, 4, 2)))
     print("forward 128, wide", forward(128, Tile(128, 128, 4, 2), wide=True))
     print("backward 128", backward(128, Tile(128, 64, 4, 2)))
+    print("backward 128, apart", backward(128, Tile(128, 64, 4, 2), apart=True))

@@ -208,10 +208,12 @@ def _store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
     pointer.flat[places[mask]] = value[mask]
 
 
-def _atomic_add(pointer: Pointer, value: int, sem: str = "") -> Tensor:
+def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str = "") -> Tensor:
+    places, mask = pointer.places(mask)
+    value, mask = (torch.as_tensor(x).expand(places.shape) for x in (value, mask))
     with _lock:
-        before = pointer.flat[int(pointer.offset)].clone()
-        pointer.flat[int(pointer.offset)] += value
+        before = pointer.flat[places].clone()
+        pointer.flat.index_add_(0, places[mask], value[mask].to(pointer.flat.dtype))
     return before
 
 
@@ -269,6 +271,7 @@ _language = SimpleNamespace(
 )  # fmt: skip
 _modules = {
     "gluon": SimpleNamespace(jit=lambda f: f),
+    "range": lambda *ends: (torch.tensor(i) for i in range(*map(int, ends))),
     "tl": _language,
     "fence_async_shared": _nothing,
     "warpgroup_mma": _mma,

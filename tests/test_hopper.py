@@ -65,8 +65,14 @@ def test_against_float64(mask: str, change: str, dims: Any, heads: Any, shape: A
         assert relative_error(mine, theirs) < 2 * bound or (mine - theirs).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("block", "shape", "start"), device.LISTED_CASES)
-def test_lists_of_each_head(block: tuple[int, int], shape: tuple[int, int], start: bool) -> None:
+def test_lists_of_each_head(
+    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], shape: tuple[int, int], start: bool, apart: bool
+) -> None:
+    from kp_compiler.lowering.triton import hopper
+
+    monkeypatch.setattr(hopper, "_long_columns", lambda site, lists: apart)
     shape = tuple(min(size, 300) if size != 512 else 384 for size in shape)
     assert max(device.lists_of_each_head(block, shape, start=start)) < 4e-3
 
@@ -157,6 +163,7 @@ def test_compiles_for_the_device() -> None:
     result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = [line.rsplit(" ", 1) for line in result.stdout.splitlines()]
-    assert [name for name, _ in found] == ["forward 64", "forward 128", "forward 128, wide", "backward 128"]
+    names = ["forward 64", "forward 128", "forward 128, wide", "backward 128", "backward 128, apart"]
+    assert [name for name, _ in found] == names
     # a wide result is read, added to and written once for each tile of queries, outside of the loop
     assert all(int(count) <= (40 if "wide" in name else 16) for name, count in found), found

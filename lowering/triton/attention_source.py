@@ -136,7 +136,9 @@ def _dq(w: Writer) -> list[str]:
         return lines + [f"acc{i} = tl.dot(ds, key{i}, acc{i}{PRECISE})" for i in range(len(w.head))]
 
     lines += w.loops(body)
-    return lines + w.store("dq", f"acc{{0}} * {w.spec.scale!r}", "q", w.head, layout.head_dim)
+    return lines + w.store(
+        "dq", "acc{0}" + ("" if layout.adds else f" * {w.spec.scale!r}"), "q", w.head, layout.head_dim
+    )
 
 
 def _dkdv(w: Writer) -> list[str]:

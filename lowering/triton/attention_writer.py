@@ -60,6 +60,8 @@ class Layout:
     start: bool = False  # the forward pass goes on from an earlier (out, lse)
     exact: bool = False  # float32 all the way
     wide: bool = False  # `out` in float32, whatever q is
+    adds: bool = False  # gradients of q, k and v, in float32, are added to what is there; dq has no scale
+    apart: bool = False  # a program for dk and dv has one head of those that share its keys; it `adds`
     bias: int = 0  # which bias dbias is the gradient of
     summed: frozenset[str] = frozenset()  # of "q" and "k", those that this bias does not vary with
 
@@ -131,12 +133,15 @@ class Writer:
         return f", mask={' & '.join(masks)}" + (", other=0.0" if load else "")
 
     def store(self, name: str, values: str, index: str, parts: list[tuple[int, int]], size: int) -> list[str]:
-        return [
-            f"tl.store({self.place(name, part, 'first', 'OUTER')}, "
-            f"({values.format(i)}).to({name}.dtype.element_ty)"
-            f"{self.masked(index, part, size, load=False)})"
-            for i, part in enumerate(parts)
-        ]
+        lines = []
+        for i, part in enumerate(parts):
+            value = f"({values.format(i)}).to({name}.dtype.element_ty)"
+            masked = self.masked(index, part, size, load=False)
+            lines.append(f"place = {self.place(name, part, 'first', 'OUTER')}")
+            if self.layout.adds:
+                value += f" + tl.load(place{masked})"
+            lines.append(f"tl.store(place, {value}{masked})")
+        return lines
 
     def vector(self, name: str, index: str, start: str, count: str, other: str) -> str:
         """Load [count] numbers of a row of [B,H,S]."""

@@ -51,13 +51,14 @@ BARRIERS = (
     "kv_full", "q_full", "dout_full", "q_free", "dout_free", "ds_full", "ds_free", "dq_full", "dq_free",
 )  # fmt: skip
 ORDER = ("order",)
-PLACE = ("batch", "kv_head", "first", "last")
+PLACE = ("batch", "kv_head", "head_low", "head_high", "first", "last")
 
 
 def backward_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
     """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and
-    dq, a descriptor [1,1,*`dq_part`] of zeros [B,H,S,D] in float32. PAIRS is B·K, CHUNK how many of them are
-    gone through together; by lists, `order` says which pair and tile comes when, as pair · tiles + tile."""
+    dq, a descriptor [1,1,*`dq_part`] of [B,H,S,D] in float32, is added to. PAIRS is B·K, CHUNK how many of
+    them are gone through together; by lists, `order` says which pair and tile comes when, as pair · tiles +
+    tile. Where programs are `apart`, pairs are of B·H."""
     strides = {f"{name}_{dim}" for name in DESCRIPTORS for dim in "bhs"}
     names = [name for name in parameters("dkdv", spec, layout) if name not in strides]
     return ("dq", *names, *(CHUNKS if layout.block is None else ORDER))
@@ -113,11 +114,17 @@ def _begin(
     placed = chunked("at // members")  # the first keys first: causal masks leave most of their queries
     if writer.layout.block is not None:
         placed = ["code = tl.load(order + item)", "tile, pair = code % tiles, code // tiles"]
+    if writer.layout.apart:
+        heads = ["batch, head_low = pair // H, pair % H", "head_high = head_low + 1"]
+        heads.append("kv_head = head_low // GROUP")
+    else:
+        heads = ["batch, kv_head = pair // (H // GROUP), pair % (H // GROUP)"]
+        heads += ["head_low = kv_head * GROUP", "head_high = head_low + GROUP"]
     return [
         "tiles = (T + OUTER - 1) // OUTER",
         "item = tl.program_id(0)",
         *placed,
-        "batch, kv_head = pair // (H // GROUP), pair % (H // GROUP)",
+        *heads,
         *writer.span(),
         f"q_tiles = {SHARED}(q.dtype, [STAGES, 1, 1, INNER, D], q.layout)",
         f"dout_tiles = {SHARED}(dout.dtype, [STAGES, 1, 1, INNER, E], dout.layout)",
@@ -137,14 +144,14 @@ def _begin(
 def _each(writer: Writer, body: list[str], outside: list[str]) -> list[str]:
     """`body` for every head of the group and every tile; `n` counts them all. By lists, the first `edges` of
     them are partly kept."""
-    lines = ["head = kv_head * GROUP + member", *outside]
+    lines = list(outside)
     if writer.layout.block is None:
         assert writer.forms is not None
         lines += [*bounds(writer.forms, "q"), "for i in range(low, high):"]
     else:
         lines += [*writer.listed(), "for i in range(0, listed):"]
     lines += indented([*body, "n += 1"])
-    return ["for member in range(0, GROUP):", *indented(lines)]
+    return ["for head in range(head_low, head_high):", *indented(lines)]
 
 
 def _start(writer: Writer) -> list[str]:
@@ -330,7 +337,7 @@ LEAVE = (
 
 
 def _results(writer: Writer) -> list[str]:
-    lines = []
+    lines, store = [], "tl.atomic_add" if writer.layout.adds else "tl.store"
     for name, width, size, layout, change in (
         ("dk", "D", writer.layout.head_dim, "KEYS", f" * {writer.spec.scale!r}"),
         ("dv", "E", writer.layout.value_dim, "VALUES", ""),
@@ -342,6 +349,6 @@ def _results(writer: Writer) -> list[str]:
         lines += [
             f"{name} += batch.to(tl.int64) * {name}_b + kv_head.to(tl.int64) * {name}_h",
             f"place = {name} + {rows}.to(tl.int64) * {name}_s + {columns}",
-            f"tl.store(place, ({name}_acc{change}).to({name}.dtype.element_ty){masked})",
+            f"{store}(place, ({name}_acc{change}).to({name}.dtype.element_ty){masked})",
         ]
     return lines

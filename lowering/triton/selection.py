@@ -123,12 +123,14 @@ def spans(q_first, q_last, T, SIZE, rest0, rest1, rest2, Q0: tl.constexpr, K0: t
 
 
 @triton.jit
-def products(query, key, scale, cap, CAP: tl.constexpr):
-    """Scores of rows of q and of k, in exponents of two."""
-    s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+def products(query, key, scale, cap, sharp, CAP: tl.constexpr):
+    """Scores of rows of q and of k, `sharp` of them, in exponents of two."""
+    s = tl.dot(query, tl.trans(key), input_precision="ieee")
     if CAP:
-        s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
-    return s * 1.4426950408889634
+        s = cap * (1.0 - 2.0 / (tl.exp2(s * (scale * 2.8853900817779268 / cap)) + 1.0))
+        return s * (sharp * 1.4426950408889634)
+    else:
+        return s * (scale * sharp * 1.4426950408889634)
 
 
 @triton.jit
@@ -143,7 +145,7 @@ def _scored(query, keys, start, q_part, S, T, PARTS, scale, cap, rest0, rest1, r
     if MASKED:
         there = there & (part < PARTS)[:, None]
     key = tl.load(keys + part[:, None] * D + column[None, :], mask=there, other=0.0)
-    s = products(query, key, scale, cap, CAP)
+    s = products(query, key, scale, cap, 1.0, CAP)
     if MASKED:
         q_first, k_first = (q_part * PART)[:, None], (part * PART)[None, :]
         q_last, k_last = tl.minimum(q_first + PART, S) - 1, tl.minimum(k_first + PART, T) - 1
@@ -371,8 +373,9 @@ def _inner(per: int, width: int) -> int:
 
 
 def _warps(blocks: int) -> int:
-    """Of a program that holds a row: 512 elements or fewer each."""
-    return min(16, max(1, blocks // 512) * 4) if blocks > 512 else 4
+    """Of a program that holds a row, 32 elements a thread or fewer: one warp needs no others to wait for in
+    the 33 rounds of the bisection."""
+    return min(16, max(1, blocks // 1024))
 
 
 def choose(site: Site, scorer: Callable[[slice], Tensor], chunk: int) -> Lists:

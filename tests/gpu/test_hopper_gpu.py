@@ -173,8 +173,14 @@ LISTED_CASES = [
 ]
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("block", "shape", "start"), LISTED_CASES)
-def test_lists_of_each_head(block: tuple[int, int], shape: tuple[int, int], start: bool) -> None:
+def test_lists_of_each_head(
+    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], shape: tuple[int, int], start: bool, apart: bool
+) -> None:
+    from kp_compiler.lowering.triton import hopper
+
+    monkeypatch.setattr(hopper, "_long_columns", lambda site, lists: apart)
     with torch.device("cuda"):
         assert max(lists_of_each_head(block, shape, start=start)) < 4e-3
 
