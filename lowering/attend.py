@@ -45,23 +45,21 @@ _FORWARD = (
     f"({_INPUTS}, Tensor? start_out, Tensor? start_lse, Tensor? seed, str plan) -> (Tensor out, Tensor lse)"
 )
 _BACKWARD = (
-    f"(Tensor grad, Tensor? grad_lse, {_INPUTS}, Tensor? seed, Tensor? out, Tensor lse, bool[] wanted,"
+    f"(Tensor grad, Tensor? grad_lse, {_INPUTS}, Tensor? seed, Tensor out, Tensor lse, bool[] wanted,"
     " str plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)"  # wanted: of q, of k or v, operands
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known when a graph is compiled: the spec, the numbers of queries and keys that a block of
-    `blocks` has, and whether results and gradients are in float32, to be added up with others."""
+    """What is known when a graph is compiled: the spec, and the numbers of queries and keys that a block of
+    `blocks` has."""
 
     spec: AttentionSpec
     block: tuple[int, int] | None = None
-    wide: bool = False
 
     def to_json(self) -> str:
-        data = {"spec": self.spec.to_json(), "block": self.block, "wide": self.wide}
-        data["fingerprint"] = fingerprint()
+        data = {"spec": self.spec.to_json(), "block": self.block, "fingerprint": fingerprint()}
         return json.dumps(data, sort_keys=True)
 
     @staticmethod
@@ -69,7 +67,7 @@ class Plan:
     def parse(text: str) -> Plan:
         data = json.loads(text)
         block = tuple(data["block"]) if data["block"] else None
-        return Plan(AttentionSpec.from_json(data["spec"]), block, data["wide"])
+        return Plan(AttentionSpec.from_json(data["spec"]), block)
 
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -149,8 +147,7 @@ def attend() -> Any:
 
 def attend_backward() -> Any:
     """`kp::attend_backward`: the gradients of q, k and v, laid out as [B,S,H,D], and of those operands that
-    are `wanted`; empty tensors for the others. Without `out`, `grad_lse` is minus rowsum(grad ∘ out), of
-    results over more keys than these. Bitwise the same in every run under
+    are `wanted`; empty tensors for the others. Bitwise the same in every run under
     `torch.use_deterministic_algorithms`; else the Hopper kernel adds up dq in an order that varies."""
     _operators()
     return torch.ops.kp.attend_backward.default
@@ -165,58 +162,75 @@ def _operators() -> tuple[Any, Any]:
     return run, back
 
 
-def _by_row(x: Tensor, width: Any, plan: str) -> Tensor:
-    """An empty [B,H,S,width] that lies in memory as [B,S,H,width], in the dtype of the plan's results."""
+def by_row(x: Tensor, width: Any) -> Tensor:
+    """An empty [B,H,S,width] that lies in memory as [B,S,H,width]."""
     batch, heads, rows, _ = x.shape
-    dtype = torch.float32 if Plan.parse(plan).wide else x.dtype
-    return x.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], blocks: list[Tensor],
     start_out: Tensor | None, start_lse: Tensor | None, seed: Tensor | None, plan: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     check_start(q, v, start_out, start_lse)
-    out = _by_row(q, v.shape[-1], plan)
+    out = by_row(q, v.shape[-1])
+    start = None if start_out is None or start_lse is None else (start_out, start_lse)
+    return out, write(out, q, k, v, operands, scalars, blocks, Plan.parse(plan), start, seed)
+
+
+def write(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any],
+    blocks: list[Tensor], plan: Plan, start: tuple[Tensor, Tensor] | None, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What `kp::attend` gives, to `out` [B,H,S,E], in q's dtype or float32; returns lse. `start` may lie
+    there."""
+    kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     lists = Lists(*blocks[:4]) if blocks else None
-    start = None
-    if start_out is not None and start_lse is not None:
-        start = (kernels.readable(start_out), start_lse.contiguous())
+    if start is not None:
+        start = (kernels.readable(start[0]), start[1].contiguous())
     hopper = _hopper(site)
     if hopper is not None and hopper.gains(site):
         kernels = hopper
-    return out, kernels.forward(site, lists, out, start)
+    found: Tensor = kernels.forward(site, lists, out, start)
+    return found
+
+
+def add_gradients(
+    to: tuple[Tensor, Tensor, Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor],
+    scalars: list[Any], blocks: list[Tensor], plan: Plan, lse: Tensor, delta: Tensor,
+) -> None:  # fmt: skip
+    """Add the gradients of q, k and v to what is there, in float32; that of q without the scale. lse and
+    delta = rowsum(grad ∘ out) are of results over these and perhaps more keys."""
+    kernels, site = _site(q, k, v, operands, scalars, blocks, None, plan)
+    grad, lse, delta = kernels.readable(grad), lse.contiguous(), delta.contiguous()
+    by_query, by_key = (Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
+    dq, dk, dv = to
+    hopper = _hopper_backward(site, grad)
+    if hopper is not None:
+        hopper.gradients(site, by_key, grad, lse, delta, dq, None, dk, dv)
+    else:
+        kernels.query_gradient(site, by_query, grad, lse, delta, dq, adds=True)
+        kernels.key_gradients(site, by_key, grad, lse, delta, dk, dv, adds=True)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _by_row(q, v.shape[-1], rest[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_row(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor],
-    scalars: list[Any], blocks: list[Tensor], seed: Tensor | None, out: Tensor | None, lse: Tensor,
+    scalars: list[Any], blocks: list[Tensor], seed: Tensor | None, out: Tensor, lse: Tensor,
     wanted: list[bool], plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
+    kernels, site = _site(q, k, v, operands, scalars, blocks, seed, Plan.parse(plan))
     grad, lse = kernels.readable(grad), lse.contiguous()
     if len(blocks) == 4 and wanted[1]:
         raise ValueError("kp::attend: gradients of k and v need the lists by blocks of keys, too")
     by_query, by_key = (Lists(*blocks[i : i + 4]) if len(blocks) > i else None for i in (0, 4))
-    dq, dk, dv = _matrices(q, k, v, wanted, plan)
-    hopper = None if torch.are_deterministic_algorithms_enabled() else _hopper(site)
-    if not (wanted[0] and wanted[1] and hopper is not None and hopper.takes_backward(site, grad)):
-        hopper = None
+    dq, dk, dv = _matrices(q, k, v, wanted)
+    hopper = _hopper_backward(site, grad) if wanted[0] and wanted[1] else None
     total = None if hopper is None else torch.empty_like(dq, dtype=torch.float32)
-    if out is not None:
-        delta = kernels.delta_of(grad, kernels.readable(out), grad_lse, total)
-    elif grad_lse is None:
-        raise ValueError(
-            "kp::attend_backward: needs out, or minus rowsum(grad ∘ out) in the place of grad_lse"
-        )
-    else:
-        delta = torch.neg(grad_lse)
-        total = None if total is None else total.zero_()
+    delta = kernels.delta_of(grad, kernels.readable(out), grad_lse, total)
     if hopper is not None:
         hopper.gradients(site, by_key, grad, lse, delta, total, dq, dk, dv)
     else:
@@ -230,17 +244,15 @@ def _backward(
 def _backward_fake(
     grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    wanted, plan = rest[-2:]
+    wanted = rest[-2]
     given = [o.new_empty(o.shape if want else (0,)) for o, want in zip(operands, wanted[2:], strict=True)]
-    return *_matrices(q, k, v, wanted, plan), given
+    return *_matrices(q, k, v, wanted), given
 
 
-def _matrices(
-    q: Tensor, k: Tensor, v: Tensor, wanted: list[bool], plan: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(q: Tensor, k: Tensor, v: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of q, k and v; of no size where none is wanted."""
     wants = zip((q, k, v), (wanted[0], wanted[1], wanted[1]), strict=True)
-    dq, dk, dv = (_by_row(x, x.shape[-1], plan) if want else x.new_empty((0,)) for x, want in wants)
+    dq, dk, dv = (by_row(x, x.shape[-1]) if want else x.new_empty((0,)) for x, want in wants)
     return dq, dk, dv
 
 
@@ -309,17 +321,16 @@ def _start_gradients(
 
 def _site(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any], blocks: list[Tensor],
-    seed: Tensor | None, plan: str,
+    seed: Tensor | None, plan: Plan,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The module of the kernels, and what they all read."""
-    parsed = Plan.parse(plan)
     check_matrices(q, k, v)
-    check_operands(parsed.spec, operands, scalars, seed)
-    check_lists(parsed.spec, parsed.block, q, k, blocks)
+    check_operands(plan.spec, operands, scalars, seed)
+    check_lists(plan.spec, plan.block, q, k, blocks)
     from kp_compiler.lowering.triton import attention as kernels
 
     q, k, v = (kernels.readable(x) for x in (q, k, v))
-    return kernels, kernels.Site(parsed.spec, q, k, v, operands, scalars, seed, parsed.block)
+    return kernels, kernels.Site(plan.spec, q, k, v, operands, scalars, seed, plan.block)
 
 
 def _hopper(site: Any) -> Any:
@@ -331,3 +342,11 @@ def _hopper(site: Any) -> Any:
     except ImportError:  # a Triton without Gluon's names
         return None
     return hopper if hopper.takes(site) else None
+
+
+def _hopper_backward(site: Any, grad: Tensor) -> Any:
+    """The same of its backward kernel."""
+    if torch.are_deterministic_algorithms_enabled():
+        return None
+    hopper = _hopper(site)
+    return hopper if hopper is not None and hopper.takes_backward(site, grad) else None

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, of_local
 from kp_compiler.lowering.context.schedules import SCHEDULES
-from kp_compiler.lowering.context.shard import Shard
+from kp_compiler.lowering.context.shard import Shard, engine, wide
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.ops import fragment
 from kp_compiler.specs import AttentionSpec
@@ -77,8 +78,8 @@ class Plan:
 
 def context_attention() -> Any:
     """`kp::context_attention`: q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank, operands and scalars of
-    the whole sequence as the plan's spec numbers them; out [B,H,n,E] in q's dtype and lse [B,H,n] in
-    float32."""
+    the whole sequence as the plan's spec numbers them; out [B,H,n,E] in q's dtype, laid out as [B,n,H,E], and
+    lse [B,H,n] in float32."""
     _operators()
     return torch.ops.kp.context_attention.default
 
@@ -102,9 +103,8 @@ def _operators() -> tuple[Any, ...]:
 
 def _gather(x: Tensor, dim: int, plan: str) -> Tensor:
     parsed = Plan.parse(plan)
-    return of_local(parsed.layout, parsed.size, x.shape[dim]).joined(
-        parsed.peers().gather(x, "vectors of masks"), dim
-    )
+    (found,) = parsed.peers().gather([x.contiguous()], "vectors of masks").wait()
+    return of_local(parsed.layout, parsed.size, x.shape[dim]).joined(found, dim)
 
 
 def _gather_fake(x: Tensor, dim: int, plan: str) -> Tensor:
@@ -118,16 +118,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     parsed = Plan.parse(plan)
     forward, _ = SCHEDULES[parsed.schedule]
-    out, lse = forward(parsed.shard(q, operands, scalars), parsed.peers(), q, k, v)
-    return out.to(q.dtype), lse.contiguous()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return forward(parsed.shard(q, operands, scalars), parsed.peers(), q, k, v)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_wide(q))
+    return by_row(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide(q))
 
 
 def _backward(
@@ -136,10 +131,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     parsed = Plan.parse(plan)
     _, backward = SCHEDULES[parsed.schedule]
-    delta = (grad.to(lse.dtype) * out).sum(-1)
+    delta = engine(q).delta_of(grad, out)
     shard = parsed.shard(q, operands, scalars)
-    found = backward(shard, parsed.peers(), grad, q, k, v, lse, delta)
-    dq, dk, dv = (x.to(like.dtype).contiguous() for x, like in zip(found, (q, k, v), strict=True))
+    dq, dk, dv = backward(shard, parsed.peers(), grad, q, k, v, lse, delta)
     dsink = q.new_empty(0)
     if wants_sink and parsed.spec.sink is not None:
         sink = operands[parsed.spec.sink]
@@ -156,7 +150,7 @@ def _backward_fake(
     dsink = (
         operands[sink].new_empty(operands[sink].shape) if wants_sink and sink is not None else q.new_empty(0)
     )
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (by_row(x, x.shape[3]) for x in (q, k, v))
     return dq, dk, dv, dsink
 
 

@@ -78,7 +78,7 @@ def forward(width: int, tile: Tile, *, wide: bool = False) -> int:
 
 def backward(width: int, tile: Tile, *, apart: bool = False) -> int:
     here = site(width)
-    layout = here.layout("dkdv", tile, adds=apart, apart=apart)
+    layout = here.layout("dkdv", tile, apart=apart)
     types = {name: descriptor(tile.inner, padded(width)) for name in ("q", "dout")}
     types |= {name: descriptor(ROWS, padded(width)) for name in "kv"}
     types |= {"dq": descriptor(*dq_part(layout), gl.float32), "lse": "*fp32", "delta": "*fp32"}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kp_compiler
 from kp_compiler.lowering import reference
-from kp_compiler.lowering.attend import Plan, attend, attend_backward
+from kp_compiler.lowering.attend import Plan, add_gradients, attend, write
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
 from tests.covering import pairwise
@@ -253,39 +253,29 @@ def test_going_on_from_other_keys(sink: bool) -> None:
 
 def test_results_to_be_added_up() -> None:
     """In float32: sixteen sets of keys one after the other, in half precision, are off no more than one."""
+    from kp_compiler.lowering.triton import attention
+
     q, k, v, grad = (torch.randn(1, h, n, 16).half() for h, n in ((4, 40), (2, 256), (2, 256), (4, 40)))
     spec = AttentionSpec(0.25)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     want = reference.attention_over(*leaves, [], [], spec)
     exact = torch.autograd.grad(want, leaves, grad.double())
-    plan = Plan(spec, wide=True).to_json()
-    out, lse = None, None
-    for span in range(0, 256, 16):
-        keys = slice(span, span + 16)
-        out, lse = attend()(q, k[:, :, keys], v[:, :, keys], [], [], [], out, lse, None, plan)
-        assert out.dtype == torch.float32
+    given = ([], [], [], Plan(spec))
+    out, start = torch.full(q.shape, float("nan")), None
+    spans = [slice(span, span + 16) for span in range(0, 256, 16)]
+    for span in spans:
+        lse = write(out, q, k[:, :, span], v[:, :, span], *given, start)
+        start = (out, lse)
     assert relative_error(out, want.detach()) < 2e-4
-    parts = [
-        attend_backward()(
-            grad,
-            None,
-            q,
-            k[:, :, s : s + 16],
-            v[:, :, s : s + 16],
-            [],
-            [],
-            [],
-            None,
-            out,
-            lse,
-            [True, True],
-            plan,
-        )
-        for s in range(0, 256, 16)
-    ]
-    found = [sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
-    assert all(x.dtype == torch.float32 for x in found)
-    assert all(relative_error(mine, theirs) < 1e-3 for mine, theirs in zip(found, exact, strict=True))
+    delta = attention.delta_of(grad, out, None)
+    before = [torch.randn(x.shape) for x in (q, k, v)]
+    found = [x.clone() for x in before]
+    for span in spans:
+        pair, sums = ([x[:, :, span] for x in some] for some in ((k, v), found[1:]))
+        add_gradients((found[0], *sums), grad, q, *pair, *given, lse, delta)
+    changes = [x - y for x, y in zip(found, before, strict=True)]
+    changes[0] *= spec.scale
+    assert all(relative_error(mine, theirs) < 1e-3 for mine, theirs in zip(changes, exact, strict=True))
 
 
 def test_starting_from_nothing() -> None:

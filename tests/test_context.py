@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering import mask_render, reference
-from kp_compiler.lowering.context import pairs, partial
+from kp_compiler.lowering.context import pairs, partial, schedules
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.lowering.context.shard import Shard
@@ -130,21 +131,18 @@ def test_partial_results_add_up(softcap: float | None) -> None:
     grad = torch.randn_like(want)
     exact = torch.autograd.grad(want, leaves, grad)
     with torch.no_grad():
-        result, spans = None, (slice(0, 9), slice(9, 10), slice(10, 24))
+        start, spans = None, (slice(0, 9), slice(9, 10), slice(10, 24))
+        out = torch.full_like(want, float("nan"))
         for span in spans:
             task = Masked(spec, keep[..., span])
-            result = partial.forward(q, k[:, :, span], v[:, :, span], task, result)
-        assert result is not None
-        out, lse = result
-        assert torch.allclose(out, want)
-        delta = (grad * out).sum(-1)
-        found = [
-            partial.backward(grad, q, k[:, :, s], v[:, :, s], Masked(spec, keep[..., s]), lse, delta)
-            for s in spans
-        ]
-    dq = sum(each[0] for each in found)
-    dk, dv = (torch.cat([each[i] for each in found], 2) for i in (1, 2))
-    for mine, theirs in zip((dq, dk, dv), exact, strict=True):
+            start = out, partial.forward(q, k[:, :, span], v[:, :, span], task, start, None, out)
+        assert start is not None and torch.allclose(out, want)
+        delta = partial.delta_of(grad, out)
+        dq, dk, dv = (torch.zeros_like(x) for x in leaves)
+        for span in spans:
+            given = (k[:, :, span], v[:, :, span], Masked(spec, keep[..., span]))
+            partial.backward(grad, q, *given, start[1], delta, dq, dk[:, :, span], dv[:, :, span])
+    for mine, theirs in zip((dq * spec.scale, dk, dv), exact, strict=True):
         assert torch.allclose(mine, theirs)
 
 
@@ -178,8 +176,9 @@ CASES = pairwise(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_schedules_against_one_process(case: tuple[Any, ...]) -> None:
+def test_schedules_against_one_process(monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]) -> None:
     schedule, name, kind, size, key_heads, change = case
+    monkeypatch.setattr(schedules, "ROWS", random.choice((1, 2 * 24 * 48 // size // 2, 2**17)))
     mask, scalars = MASKS[name]
     layout = Layout(kind, size, 48)
     spec = AttentionSpec(0.3, mask, dead_rows="zero", softcap=2.0 if change == "softcap" else None)
@@ -202,7 +201,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """kp's own, in Triton's interpreter: partial results and gradients in float32 of half precision."""
     from kp_compiler.lowering.context import kernels, shard
 
-    monkeypatch.setattr(shard, "_engine", lambda q: kernels)
+    monkeypatch.setattr(shard, "engine", lambda q: kernels)
     mask, scalars = MASKS[name]
     spec, layout = AttentionSpec(0.3, mask, dead_rows="zero", softcap=4.0), Layout("zigzag", 2, 48)
     whole = [torch.randn(2, heads, 48, 16).half() for heads in (4, 2, 2)]
@@ -211,7 +210,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     grad = torch.randn(want.shape).half()
     exact = torch.autograd.grad(want, leaves, grad.double())
     found = one_after_the_other(layout, spec, tensors(), scalars, [*whole, grad])
-    assert found[0].dtype == torch.float32 and relative_error(found[0], want.detach()) < 5e-4
+    assert found[0].dtype == torch.half and relative_error(found[0], want.detach()) < 5e-4
     assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
 
 
@@ -235,21 +234,38 @@ def test_what_travels() -> None:
     window = Shard(
         dataclasses.replace(spec, mask=MASKS["window"][0]), Layout("contiguous", 4, 400), 2, [], []
     )
-    assert [len(list(window.pieces(source))) for source in range(4)] == [0, 1, 1, 0]
+    assert [len(pieces) for pieces in window.pieces] == [0, 1, 1, 0]
 
 
 def test_pieces_are_few() -> None:
-    """Of two ranks that share a causal sequence in zigzag: each one computes its own tokens at once, and the
-    other's with a single rectangle."""
+    """Of two ranks that share a causal sequence in zigzag: of its own keys each of a rank's parts sees those
+    up to its last, of the other's keys there is a single rectangle; of all keys in order each part sees one
+    run."""
     spec, layout = AttentionSpec(0.3, MASKS["causal"][0]), Layout("zigzag", 2, 64)
     first, second = (Shard(spec, layout, rank, [], []) for rank in range(2))
-    everything, half = slice(0, 32), slice(16, 32)
     for shard in (first, second):
-        (own,) = shard.pieces(shard.rank)
-        assert (own.queries, own.keys) == (everything, everything)
-    ((other,), (another,)) = (list(shard.pieces(1 - shard.rank)) for shard in (first, second))
-    assert (other.queries, other.keys, other.task.mask) == (half, everything, None)
-    assert (another.queries, another.keys) == (everything, slice(0, 16))
+        own = [(piece.parts, piece.keys) for piece in shard.pieces[shard.rank]]
+        assert own == [((0,), slice(0, 16)), ((1,), slice(0, 32))]
+    ((other,), (another,)) = (shard.pieces[1 - shard.rank] for shard in (first, second))
+    assert (other.parts, other.keys, other.task.mask) == ((1,), slice(0, 32), None)
+    assert (another.parts, another.keys) == ((0, 1), slice(0, 16))
+    assert [piece.keys.stop for piece in first.pieces_of_all] == [16, 64]
+    assert [piece.keys.stop for piece in second.pieces_of_all] == [32, 48]
+    everything = Shard(AttentionSpec(0.3), layout, 0, [], [])
+    assert [(piece.parts, piece.task.mask) for piece in everything.pieces[0]] == [((0, 1), None)]
+
+
+def test_results_are_wide_until_their_last_keys() -> None:
+    """Parts that have seen all of theirs are in the result; the others' numbers are in float32 beside it."""
+    spec, layout = AttentionSpec(0.3, MASKS["causal"][0]), Layout("zigzag", 3, 96)
+    q, k, v = (torch.randn(1, 2, 32, 8).half() for _ in "qkv")
+    shard = Shard(spec, layout, 1, [], [])
+    out = torch.full_like(q, float("nan"))
+    results = shard.results(out, itertools.chain(*shard.pieces))
+    for source, done in ((1, []), (0, [0]), (2, [0, 1])):
+        shard.attend(q, k, v, shard.pieces[source], results)
+        assert [i for i in range(2) if not out[:, :, 16 * i : 16 * i + 16].isnan().any()] == done
+    assert results.finish().shape == (1, 2, 32)
 
 
 def test_masks_that_ask_for_the_order_alone() -> None:

@@ -3,6 +3,7 @@ one after the other."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.layout import Layout
-from kp_compiler.lowering.context.shard import Shard, Sum
+from kp_compiler.lowering.context.shard import Shard, engine, wide
 from kp_compiler.specs import AttentionSpec
 
 
@@ -36,9 +38,9 @@ class World:
 
 @dataclass
 class Arrived:
-    received: list[Tensor]
+    received: Any
 
-    def wait(self) -> list[Tensor]:
+    def wait(self) -> Any:
         return self.received
 
 
@@ -63,19 +65,16 @@ class VirtualPeers:
         assert all(x.shape == y.shape for x, y in zip(found, like, strict=True))
         return found
 
-    def gather(self, x: Tensor, what: str) -> list[Tensor]:
-        self.moved.append(x.numel())
-        return self.world.exchange(self.rank, x.clone())
+    def gather(self, sent: list[Tensor], what: str) -> Arrived:
+        self.moved += [x.numel() for x in sent]
+        found = self.world.exchange(self.rank, [x.clone() for x in sent])
+        return Arrived([list(each) for each in zip(*found, strict=True)])
 
-    def total(self, x: Tensor, to: int, what: str) -> Arrived:
-        self.moved.append(x.numel())
-        found = self.world.exchange(self.rank, x)
-        if self.rank == to:
-            total = sum(each.clone() for each in found)
-        self.world.barrier.wait()
-        if self.rank == to:
-            x.copy_(total)
-        return Arrived([x])
+    def reduce(self, sent: list[list[list[Tensor]]], what: str) -> Arrived:
+        given = [[torch.cat(parts, 1) for parts in of_ranks] for of_ranks in sent]
+        self.moved += [sum(x.numel() for x in of_ranks) for of_ranks in given]
+        found = self.world.exchange(self.rank, given)
+        return Arrived([sum(each[i][self.rank] for each in found) for i in range(len(given))])
 
 
 def run(size: int, function: Callable[[VirtualPeers], Any]) -> list[Any]:
@@ -100,25 +99,24 @@ def run(size: int, function: Callable[[VirtualPeers], Any]) -> list[Any]:
 def one_after_the_other(
     layout: Layout, spec: AttentionSpec, operands: list[Tensor], scalars: list[int], whole: list[Tensor]
 ) -> list[Tensor]:
-    """out, dq, dk, dv of the whole sequence in float32 or wider, from each rank's part of q, k, v and grad,
-    which `whole` holds: what any schedule computes that exchanges keys."""
+    """out, and in float32 or wider dq, dk, dv of the whole sequence, from each rank's part of q, k, v and
+    grad, which `whole` holds: what the ring computes."""
     parts = [
         [x.index_select(2, layout.positions(rank, x.device)) for x in whole] for rank in range(layout.size)
     ]
     outs, dqs = [], []
-    dks, dvs = ([torch.zeros_like(part[i], dtype=torch.float32) for part in parts] for i in (1, 2))
+    dks, dvs = ([torch.zeros_like(part[i], dtype=wide(part[i])) for part in parts] for i in (1, 2))
     for rank, (q, _, value, grad) in enumerate(parts):
         shard = Shard(spec, layout, rank, operands, scalars)
-        results = shard.results(q, value.shape[3])
-        for source, (_, k, v, _) in enumerate(parts):
-            shard.attend(q, k, v, source, results)
-        out, lse = results.finish()
-        outs.append(out)
-        dq = Sum(q, out.dtype)
-        delta = (grad * out).sum(-1)
-        for source, (_, k, v, _) in enumerate(parts):
-            found = shard.gradients(grad, q, k, v, source, lse, delta, dq)
-            dks[source], dvs[source] = dks[source] + found[0], dvs[source] + found[1]
-        dqs.append(dq.finish())
+        outs.append(by_row(q, value.shape[3]).fill_(float("nan")))
+        results = shard.results(outs[-1], itertools.chain(*shard.pieces))
+        for (_, k, v, _), pieces in zip(parts, shard.pieces, strict=True):
+            shard.attend(q, k, v, pieces, results)
+        lse = results.finish()
+        dq = torch.zeros_like(q, dtype=wide(q))
+        delta = engine(q).delta_of(grad, outs[-1])
+        for (_, k, v, _), pieces, dk, dv in zip(parts, shard.pieces, dks, dvs, strict=True):
+            shard.add_gradients(grad, q, k, v, pieces, lse, delta, dq, dk, dv)
+        dqs.append(dq * spec.scale)
     back = layout.inverse(whole[0].device)
     return [torch.cat(each, 2).index_select(2, back) for each in (outs, dqs, dks, dvs)]

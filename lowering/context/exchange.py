@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,17 +22,20 @@ def group_named(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
+Received = TypeVar("Received")
+
+
 @dataclass(frozen=True)
-class Pending:
+class Pending(Generic[Received]):
     """Tensors that are under way."""
 
     peers: Peers
     what: str
     works: Sequence[dist.Work]
-    received: list[Tensor]
+    received: Received
     sent: Sequence[Tensor]  # kept until they are there
 
-    def wait(self) -> list[Tensor]:
+    def wait(self) -> Received:
         with self.peers.waiting(self.what):
             for work in self.works:
                 work.wait()
@@ -65,9 +69,8 @@ class Peers:
                 f"{where}: rank {self.rank} of {self.size} waited for {what}, which failed: {reason}"
             ) from error
 
-    def shift(self, tensors: Sequence[Tensor], what: str) -> Pending:
-        """Tensors to the next rank, as many of the same sizes from the one before."""
-        sent = [x.contiguous() for x in tensors]
+    def shift(self, sent: list[Tensor], what: str) -> Pending[list[Tensor]]:
+        """Contiguous tensors to the next rank, as many of the same sizes from the one before."""
         before = (self.rank - 1) % self.size
         return self._swap(
             f"{what} from rank {before}", [((self.rank + 1) % self.size, sent)], [(before, sent)]
@@ -85,27 +88,34 @@ class Peers:
         found.insert(mine, sent[mine])
         return found
 
-    def gather(self, x: Tensor, what: str) -> list[Tensor]:
-        """Every rank's."""
-        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with self.waiting(f"{what} from all ranks"):
-            dist.all_gather(found, x.contiguous(), group=self.group)
-        return found
-
-    def total(self, x: Tensor, to: int, what: str) -> Pending:
-        """The sum of every rank's x, in place at rank `to`."""
-        what = f"{what} to rank {to}"
+    def gather(self, sent: list[Tensor], what: str) -> Pending[list[list[Tensor]]]:
+        """Of contiguous tensors, every rank's."""
+        found = [x.new_empty((self.size, *x.shape)) for x in sent]
+        what, works = f"{what} from all ranks", []
         with self.waiting(what):
-            work = dist.reduce(x, self._global(to), group=self.group, async_op=True)
-        assert work is not None
-        return Pending(self, what, [work], [x], [x])
+            for all_of_them, x in zip(found, sent, strict=True):
+                works.append(dist.all_gather_into_tensor(all_of_them, x, group=self.group, async_op=True))
+        return Pending(self, what, works, [list(x) for x in found], sent)
+
+    def reduce(self, sent: list[list[list[Tensor]]], what: str) -> Pending[list[Tensor]]:
+        """Sums over ranks of what each has for this one. `sent`: tensors, of them what is for each rank, as
+        parts that lie along dimension 1."""
+        what, works, found, kept = f"{what} from all ranks", [], [], []
+        for of_ranks in sent:
+            given = torch.stack([torch.cat(parts, 1) for parts in of_ranks])
+            total = torch.empty_like(given[0])
+            with self.waiting(what):
+                works.append(dist.reduce_scatter_tensor(total, given, group=self.group, async_op=True))
+            found.append(total)
+            kept.append(given)
+        return Pending(self, what, works, found, kept)
 
     def _swap(
         self,
         what: str,
         sends: Sequence[tuple[int, list[Tensor]]],
         receives: Sequence[tuple[int, Sequence[Tensor]]],
-    ) -> Pending:
+    ) -> Pending[list[Tensor]]:
         operations = [
             dist.P2POp(dist.isend, x, self._global(to), self.group) for to, several in sends for x in several
         ]

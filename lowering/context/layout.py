@@ -60,9 +60,17 @@ class Layout:
         order = self.order(device)
         return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
 
-    def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """The sequence along `dim`, from every rank's part."""
-        return torch.cat(list(parts), dim).index_select(dim, self.inverse(parts[0].device))
+    def joined(self, of_ranks: Sequence[Tensor], dim: int) -> Tensor:
+        """The sequence along `dim`, from what every rank has of it."""
+        parts: dict[Any, Tensor] = {}
+        for rank, x in enumerate(of_ranks):
+            for i, start in enumerate(self.starts(rank)):
+                parts[start] = x.narrow(dim, i * self.part, self.part)
+        return torch.cat([parts[start] for start in sorted(parts)], dim)
+
+    def divided(self, x: Tensor, dim: int) -> list[list[Tensor]]:
+        """What every rank has of a sequence along `dim`, as its parts."""
+        return [[x.narrow(dim, start, self.part) for start in self.starts(rank)] for rank in range(self.size)]
 
 
 def of_local(kind: Kind, size: int, local: Any) -> Layout:

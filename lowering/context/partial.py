@@ -1,11 +1,11 @@
 """Attention of some queries over some of their keys, and its gradients, in plain PyTorch: what a schedule is
 made of, and what it means.
 
-    out, lse = forward(q, k, v, task, start)       start: what other keys gave, taken in
-    dq, dk, dv = backward(grad, q, k, v, task, lse, delta)
+    lse = forward(q, k, v, task, start, sink, out)               start: what other keys gave, taken in
+    backward(grad, q, k, v, task, lse, delta, dq, dk, dv)        adds
 
-out and lse are in float32 or wider. lse is that of all keys in `backward`, where p = exp(s − lse), and delta
-= rowsum(grad ∘ out) of the whole result: partial gradients add up.
+Numbers that are still to be added to are in float32 or wider. lse is that of all keys in `backward`, where
+p = exp(s − lse), and delta = rowsum(grad ∘ out) of the whole result: partial gradients add up.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from kp_compiler.specs import AttentionSpec
 Start = tuple[Tensor, Tensor]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None) -> Start:
-    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E]."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None, sink: Tensor | None, out: Tensor
+) -> Tensor:
+    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E]; writes out [B,H,n,E], of any dtype, where `start` may lie, and
+    returns lse [B,H,n]. `sink` [H]: a score of every query without a value."""
     scores = _masked(_scores(q, k, task.spec), task.keep(q, k))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
-    out = _grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)
-    out = out.flatten(1, 2)
-    return (out, lse) if start is None else merged((out, lse), start)
+    found = (_grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)).flatten(1, 2), lse
+    if sink is not None:
+        found = merged(found, (torch.zeros_like(found[0]), sink.to(lse.dtype)[:, None].expand_as(lse)))
+    if start is not None:
+        found = merged(found, start)
+    out.copy_(found[0])
+    return found[1]
 
 
 def merged(one: Start, other: Start) -> Start:
@@ -36,24 +43,27 @@ def merged(one: Start, other: Start) -> Start:
     return sum(share * out for share, out in zip(shares, (one[0], other[0]), strict=True)), lse  # type: ignore[return-value]
 
 
+def delta_of(grad: Tensor, out: Tensor) -> Tensor:
+    return (_wide(grad) * out).sum(-1)
+
+
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, task: Task, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32 or wider."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, task: Task, lse: Tensor, delta: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Add to dq, without the scale, to dk and to dv."""
     heads = k.shape[1]
     spec = task.spec
     scores = _scores(q, k, spec)
     p = torch.exp(_masked(scores, task.keep(q, k)) - _finite(lse).unsqueeze(-1))
     grad = _grouped(_wide(grad), heads)
     p, delta = _grouped(p, heads), _grouped(delta.unsqueeze(-1), heads)
-    dv = (p.mT @ grad).sum(2)
+    dv += (p.mT @ grad).sum(2)
     ds = p * (grad @ _wide(v).unsqueeze(2).mT - delta)
     if spec.softcap is not None:
         ds = ds * (1.0 - (_grouped(scores, heads) / spec.softcap).square())
-    ds = ds * spec.scale
-    dq = (ds @ _wide(k).unsqueeze(2)).flatten(1, 2)
-    dk = (ds.mT @ _grouped(_wide(q), heads)).sum(2)
-    return dq, dk, dv
+    dq += (ds @ _wide(k).unsqueeze(2)).flatten(1, 2)
+    dk += (ds.mT @ _grouped(_wide(q), heads)).sum(2) * spec.scale
 
 
 def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:

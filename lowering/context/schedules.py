@@ -1,11 +1,13 @@
 """The ways in which ranks that share a sequence see each other's keys. All compute the same.
 
     ring         keys and values go round, one rank's at a time: memory of two ranks' parts
-    allgather    all of them are gathered first: one exchange, memory of the whole sequence's keys
+    allgather    all of them are gathered and put in order: each query sees its keys at once
     ulysses      heads are shared instead of tokens: q, k, v and out are exchanged, each rank attends over the
                  whole sequence with some heads
 
-In the backward pass gradients of keys and values go the same ways back, in float32.
+Some heads after the other (`chunks`): what travels for one chunk does so while another one is computed, and
+only one chunk's numbers are in float32. In the backward pass gradients of keys and values go the same ways
+back, in float32.
 
 Methods: Liu et al., Ring Attention (arXiv:2310.01889); Brandon et al., Striped Attention (arXiv:2311.09431),
 of which zigzag is the form for parts; Jacobs et al., DeepSpeed-Ulysses (arXiv:2309.14509).
@@ -13,96 +15,183 @@ of which zigzag is the form for parts; Jacobs et al., DeepSpeed-Ulysses (arXiv:2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.exchange import Peers, Pending
 from kp_compiler.lowering.context.layout import Layout
-from kp_compiler.lowering.context.partial import Start
-from kp_compiler.lowering.context.shard import Shard, Sum
+from kp_compiler.lowering.context.shard import Shard, wide
 
-Forward = Callable[[Shard, Peers, Tensor, Tensor, Tensor], Start]
+Forward = Callable[[Shard, Peers, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Backward = Callable[
     [Shard, Peers, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 ]
+CHUNKS = 4  # at most
+ROWS = 2**17  # queries of all heads of a chunk, at least: a thousand tiles for a kernel
+_KEYS, _GRADIENTS = "keys and values", "gradients of keys and values"
 
 
-def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
+def chunks(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """Heads of q, and of k, that go together."""
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    count = max(1, min(CHUNKS, kv_heads, q.shape[:3].numel() // ROWS))
+    ends = [kv_heads * i // count for i in range(count + 1)]
+    return [(slice(a * group, b * group), slice(a, b)) for a, b in itertools.pairwise(ends)]
+
+
+def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank to out [B,H,n,E] and lse [B,H,n] in float32."""
-    results = shard.results(q, v.shape[3])
+    out, lses = by_row(q, v.shape[3]), []
+    for mine, theirs in chunks(q, k):
+        results = shard.results(out[:, mine], itertools.chain(*shard.pieces), mine)
+        for source, key, value in _round(peers, k[:, theirs], v[:, theirs]):
+            shard.attend(q[:, mine], key, value, shard.pieces[source], results)
+        lses.append(results.finish())
+    return out, torch.cat(lses, 1)
+
+
+def _round(peers: Peers, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every rank's keys and values, this one's first; the next are on their way while these are used."""
+    pair = [k, v]
     for step in range(peers.size):
-        pending = peers.shift([k, v], _keys(step)) if step + 1 < peers.size else None
-        shard.attend(q, k, v, (peers.rank - step) % peers.size, results)
-        k, v = pending.wait() if pending is not None else (k, v)
-    return results.finish()
+        last = step + 1 == peers.size
+        pending = None if last else peers.shift(_by_token(*pair), f"{_KEYS} of step {step + 1}")
+        yield (peers.rank - step) % peers.size, *pair
+        if pending is not None:
+            pair = _by_head(pending.wait())
+
+
+def _by_token(*several: Tensor) -> list[Tensor]:
+    """[B,heads,n,D] as [B,n,heads,D], contiguous: the form in which they travel."""
+    return [x.transpose(1, 2).contiguous() for x in several]
+
+
+def _by_head(several: list[Tensor]) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in several]
 
 
 def ring_backward(
     shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values go round again; their gradients follow a step behind and end where they began."""
-    dq = Sum(q, lse.dtype)
-    coming = None
-    for step in range(peers.size):
-        pending = peers.shift([k, v], _keys(step)) if step + 1 < peers.size else None
-        dk, dv = shard.gradients(grad, q, k, v, (peers.rank - step) % peers.size, lse, delta, dq)
-        if coming is not None:
-            dk, dv = (mine + theirs for mine, theirs in zip((dk, dv), coming.wait(), strict=True))
-        coming = peers.shift([dk, dv], f"gradients of keys and values of step {step}")
-        k, v = pending.wait() if pending is not None else (k, v)
-    assert coming is not None
-    dk, dv = coming.wait()
-    return dq.finish(), dk, dv
+    """Keys and values go round again. What other ranks add to their gradients follows a step behind and ends
+    where they began, where this rank's own waits for it."""
+    sums = _Sums(shard, q, k, v)
+    for mine, theirs in chunks(q, k):
+        of_queries = [x[:, mine] for x in (grad, q)]
+        rows = [x[:, mine] for x in (lse, delta)]
+        dq, own = sums.of(q[:, mine]), [sums.of(x[:, theirs]) for x in (k, v)]
+        coming: Pending[list[Tensor]] | None = None
+        for source, *pair in _round(peers, k[:, theirs], v[:, theirs]):
+            found = own if source == peers.rank else [sums.of(x) for x in pair]
+            shard.add_gradients(*of_queries, *pair, shard.pieces[source], *rows, dq, *found)
+            if source == peers.rank:
+                continue
+            if coming is not None:
+                for x, others in zip(found, _by_head(coming.wait()), strict=True):
+                    x += others
+            coming = peers.shift(_by_token(*found), f"{_GRADIENTS} for rank {source}")
+        sums.of_queries(mine, dq)
+        sums.of_keys(theirs, own, coming)
+    return sums.finish()
 
 
-def allgather(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
-    results = shard.results(q, v.shape[3])
-    keys, values = peers.gather(k, "keys"), peers.gather(v, "values")
-    for source, (key, value) in enumerate(zip(keys, values, strict=True)):
-        shard.attend(q, key, value, source, results)
-    return results.finish()
+def allgather(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lses = by_row(q, v.shape[3]), []
+    for mine, _, keys, values in _gathered(shard, peers, q, k, v):
+        results = shard.results(out[:, mine], shard.pieces_of_all, mine)
+        shard.attend(q[:, mine], keys, values, shard.pieces_of_all, results)
+        lses.append(results.finish())
+    return out, torch.cat(lses, 1)
+
+
+def _gathered(
+    shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """The sequence's keys and values, some heads at a time; the next ones come while these are used."""
+    every = chunks(q, k)
+
+    def gather(heads: slice) -> Pending[list[list[Tensor]]]:
+        return peers.gather(_by_token(k[:, heads], v[:, heads]), _KEYS)
+
+    pending = gather(every[0][1])
+    for i, (mine, theirs) in enumerate(every):
+        keys, values = _by_head([shard.layout.joined(parts, 1) for parts in pending.wait()])
+        if i + 1 < len(every):
+            pending = gather(every[i + 1][1])
+        yield mine, theirs, keys, values
 
 
 def allgather_backward(
     shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each rank's keys at a time, so that two ranks' gradients are in memory, not all."""
-    dq = Sum(q, lse.dtype)
-    keys, values = peers.gather(k, "keys"), peers.gather(v, "values")
-    works: list[list[Pending]] = []
-    own: tuple[Tensor, Tensor] | None = None
-    for source in range(peers.size):
-        found = shard.gradients(grad, q, keys[source], values[source], source, lse, delta, dq)
-        if len(works) == 2:
-            _finish(works.pop(0))
-        works.append([peers.total(x, source, "gradients of keys and values") for x in found])
-        own = found if source == peers.rank else own
-    for pending in works:
-        _finish(pending)
-    assert own is not None
-    return dq.finish(), *own
+    sums = _Sums(shard, q, k, v)
+    for mine, theirs, keys, values in _gathered(shard, peers, q, k, v):
+        dq, found = sums.of(q[:, mine]), [sums.of(x) for x in (keys, values)]
+        of_queries, rows = ([x[:, mine] for x in some] for some in ((grad, q), (lse, delta)))
+        shard.add_gradients(*of_queries, keys, values, shard.pieces_of_all, *rows, dq, *found)
+        sums.of_queries(mine, dq)
+        parts = [shard.layout.divided(x.transpose(1, 2), 1) for x in found]
+        sums.of_keys(theirs, None, peers.reduce(parts, _GRADIENTS))
+    return sums.finish()
 
 
-def _finish(works: list[Pending]) -> None:
-    for work in works:
-        work.wait()
+class _Sums:
+    """Gradients that are added up in float32, some heads at a time, and their results in the tensors'
+    dtypes. What comes from other ranks is waited for when the next heads have been computed."""
+
+    def __init__(self, shard: Shard, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.scale = shard.spec.scale
+        self.dq, *self.of_pair = (by_row(x, x.shape[3]) for x in (q, k, v))
+        self.waiting: tuple[slice, list[Tensor] | None, Pending[list[Tensor]] | None] | None = None
+
+    @staticmethod
+    def of(x: Tensor) -> Tensor:
+        """Zeros of its sizes, that lie in memory by tokens."""
+        batch, heads, rows, width = x.shape
+        return x.new_zeros((batch, rows, heads, width), dtype=wide(x)).transpose(1, 2)
+
+    def of_queries(self, heads: slice, total: Tensor) -> None:
+        torch.mul(total, self.scale, out=self.dq[:, heads])
+
+    def of_keys(self, heads: slice, own: list[Tensor] | None, coming: Pending[list[Tensor]] | None) -> None:
+        """Of heads of keys: this rank's own, and what the others have found."""
+        self._settle()
+        self.waiting = (heads, own, coming)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        self._settle()
+        return self.dq, *self.of_pair
+
+    def _settle(self) -> None:
+        if self.waiting is None:
+            return
+        heads, own, coming = self.waiting
+        self.waiting = None
+        found = [_by_head(coming.wait())] if coming is not None else []
+        found += [own] if own is not None else []
+        for out, *several in zip(self.of_pair, *found, strict=True):
+            if len(several) == 1:
+                out[:, heads].copy_(several[0])
+            else:
+                torch.add(*several, out=out[:, heads])
 
 
-def _keys(step: int) -> str:
-    return f"keys and values of step {step + 1}"
-
-
-def ulysses(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Start:
+def ulysses(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     heads = _Heads(shard, peers, q.shape[1], k.shape[1])
     whole = heads.shard(shard)
     queries, keys, values = heads.gathered_queries(q), heads.gathered_keys(k), heads.gathered_keys(v)
-    results = whole.results(queries, v.shape[3])
-    whole.attend(queries, keys, values, 0, results)
-    out, lse = results.finish()
-    return heads.returned(out), heads.returned(lse.unsqueeze(-1)).squeeze(-1)
+    out = by_row(queries, v.shape[3])
+    results = whole.results(out, whole.pieces[0])
+    whole.attend(queries, keys, values, whole.pieces[0], results)
+    lse = heads.returned(results.finish().unsqueeze(-1)).squeeze(-1)
+    found = by_row(q, v.shape[3])
+    found.copy_(heads.returned(out))
+    return found, lse
 
 
 def ulysses_backward(
@@ -113,9 +202,17 @@ def ulysses_backward(
     queries, given = heads.gathered_queries(q), heads.gathered_queries(grad)
     keys, values = heads.gathered_keys(k), heads.gathered_keys(v)
     lse, delta = (heads.gathered_queries(x.unsqueeze(-1)).squeeze(-1) for x in (lse, delta))
-    dq = Sum(queries, lse.dtype)
-    dk, dv = whole.gradients(given, queries, keys, values, 0, lse, delta, dq)
-    return heads.returned(dq.finish()), heads.returned_keys(dk, k), heads.returned_keys(dv, v)
+    dq, dk, dv = (_Sums.of(x) for x in (queries, keys, values))
+    whole.add_gradients(given, queries, keys, values, whole.pieces[0], lse, delta, dq, dk, dv)
+    found = [by_row(x, x.shape[3]) for x in (q, k, v)]
+    sums = (
+        heads.returned(dq.mul_(shard.spec.scale).to(q.dtype)),
+        heads.returned_keys(dk, k),
+        heads.returned_keys(dv, v),
+    )
+    for out, total in zip(found, sums, strict=True):
+        out.copy_(total)
+    return found[0], found[1], found[2]
 
 
 class _Heads:

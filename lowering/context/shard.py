@@ -1,10 +1,10 @@
-"""A rank's part of an attention site, and what it makes of keys that it is given."""
+"""What a rank has of an attention site, and what it makes of keys that it is given."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -22,63 +22,72 @@ from kp_compiler.specs import AttentionSpec
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a rank's queries with some keys that it was given, as places among those of either rank."""
+    """Some parts of a rank's queries, which lie side by side, with some of the keys that it was given."""
 
-    queries: slice
+    parts: tuple[int, ...]
     keys: slice
     task: Task
 
 
-@dataclass
-class Sum:
-    """A tensor that is the sum of others along the tokens, and made when there is something to add."""
-
-    like: Tensor
-    dtype: torch.dtype
-    value: Tensor | None = None
-
-    def add(self, span: slice, x: Tensor) -> None:
-        if self.value is None and x.shape == self.like.shape:
-            self.value = x
-        else:
-            self.value = self.finish()
-            self.value[:, :, span] += x
-
-    def finish(self) -> Tensor:
-        return torch.zeros_like(self.like, dtype=self.dtype) if self.value is None else self.value
+Pieces = Sequence[Piece]
 
 
 @dataclass
 class Results:
-    """What a rank's queries make of the keys that they saw: out [B,H,n,E] and lse [B,H,n] in float32."""
+    """What a rank's queries make of the keys that they see, piece by piece. Parts that have seen their last
+    keys are in `out` [B,H,n,E]; others are in float32 beside it until then."""
 
-    like: Tensor  # q
-    width: int
-    lse_of_none: Tensor | None  # [H,1]: a sink is all that a row without a key has
-    found: Start | None = None
+    out: Tensor
+    part: int  # tokens of one
+    left: list[int]  # pieces that each part is still to see
+    sink: Tensor | None = None  # [H]
+    lses: dict[int, Tensor] = field(default_factory=dict)  # [B,H,part] of each part
+    wide: Tensor | None = None
 
-    def before(self, span: slice) -> Start | None:
-        """What is known of some queries; None if they have seen nothing."""
-        if self.found is None and self.lse_of_none is None:
+    def alike(self, parts: Iterable[int]) -> Iterator[tuple[int, ...]]:
+        """Neighbours that have, or have not, seen anything yet, and that this is, or is not, the last of."""
+        for _, some in itertools.groupby(parts, lambda i: (i in self.lses, self.left[i] == 1)):
+            yield tuple(some)
+
+    def before(self, parts: tuple[int, ...]) -> Start | None:
+        """What is known of them."""
+        if parts[0] not in self.lses:
             return None
-        out, lse = self.finish()
-        return out[:, :, span], lse[:, :, span]
+        known = [self.lses[i] for i in parts]
+        return self._wide()[:, :, _span(parts, self.part)], known[0] if len(known) == 1 else torch.cat(
+            known, 2
+        )
 
-    def take(self, span: slice, out: Tensor, lse: Tensor) -> None:
-        if out.shape[2] == self.like.shape[2]:
-            self.found = (out, lse)
-        else:
-            self.found = self.finish()
-            self.found[0][:, :, span], self.found[1][:, :, span] = out, lse
+    def place(self, parts: tuple[int, ...]) -> Tensor:
+        """Where it goes that they see some keys more."""
+        return (self.out if self.left[parts[0]] == 1 else self._wide())[:, :, _span(parts, self.part)]
 
-    def finish(self) -> Start:
-        if self.found is None:
-            sizes, wide = self.like.shape[:3], torch.promote_types(self.like.dtype, torch.float32)
-            lse = torch.full(sizes, float("-inf"), dtype=wide, device=self.like.device)
-            if self.lse_of_none is not None:
-                lse[:] = self.lse_of_none
-            self.found = (self.like.new_zeros((*sizes, self.width), dtype=wide), lse)
-        return self.found
+    def take(self, parts: tuple[int, ...], lse: Tensor) -> None:
+        for i, each in zip(parts, lse.split(self.part, 2), strict=True):
+            self.left[i] -= 1
+            self.lses[i] = each
+
+    def finish(self) -> Tensor:
+        """lse [B,H,n], when all pieces are there."""
+        assert not any(self.left)
+        for i in range(len(self.left)):
+            if i not in self.lses:
+                out = self.out[:, :, _span((i,), self.part)].zero_()
+                self.lses[i] = out.new_full(out.shape[:3], float("-inf"), dtype=wide(out))
+                if self.sink is not None:
+                    self.lses[i][:] = self.sink[:, None]
+        return torch.cat([self.lses[i] for i in range(len(self.left))], 2)
+
+    def _wide(self) -> Tensor:
+        if self.wide is None:
+            same = self.out.dtype == wide(self.out)
+            self.wide = self.out if same else torch.empty_like(self.out, dtype=wide(self.out))
+        return self.wide
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Of numbers that others are added to."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -91,33 +100,91 @@ class Shard:
     operands: Sequence[Tensor]
     scalars: Sequence[int]
 
-    def pieces(self, source: int) -> Iterator[Piece]:
-        """Of this rank's queries and the keys of another, as few as hold everything that the mask keeps."""
+    @cached_property
+    def pieces(self) -> list[Pieces]:
+        """Of this rank's queries and the keys of each rank, as few as hold everything that the mask keeps."""
+        return [list(self._with(source)) for source in range(self.layout.size)]
+
+    @cached_property
+    def pieces_of_all(self) -> Pieces:
+        """Of this rank's queries and the keys of the whole sequence, in its order: one for each part."""
+        given = [self.operands[index] for index in self.spec.mask.tensors]
+        return self._in_order(self.layout.starts(self.rank), self.layout.parts, given)
+
+    def results(self, out: Tensor, pieces: Iterable[Piece], heads: slice = slice(None)) -> Results:
+        """Nothing yet, of some heads that will see these pieces."""
+        seen = [i for piece in pieces for i in piece.parts]
+        left = [seen.count(i) for i in range(self.layout.each)]
+        sink = None if self.spec.sink is None else self.operands[self.spec.sink].reshape(-1)
+        if sink is not None and sink.numel() > 1:
+            sink = sink[heads]
+        return Results(out, self.layout.part, left, None if sink is None else sink.expand(out.shape[1]))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, results: Results) -> None:
+        """Take keys that were given into the results."""
+        for piece in pieces:
+            for parts in results.alike(piece.parts):
+                start = results.before(parts)
+                sink = results.sink if start is None else None
+                given = q[:, :, _span(parts, self.layout.part)], k[:, :, piece.keys], v[:, :, piece.keys]
+                lse = engine(q).forward(*given, piece.task, start, sink, results.place(parts))
+                results.take(parts, lse)
+
+    def add_gradients(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, lse: Tensor, delta: Tensor,
+        dq: Tensor, dk: Tensor, dv: Tensor,
+    ) -> None:  # fmt: skip
+        """Add to dq, without the scale, and to dk and dv of keys that were given; in lse's dtype."""
+        for piece in pieces:
+            mine, theirs = _span(piece.parts, self.layout.part), piece.keys
+            of_queries, rows = ([x[:, :, mine] for x in some] for some in ((grad, q), (lse, delta)))
+            of_keys, sums = ([x[:, :, theirs] for x in some] for some in ((k, v), (dk, dv)))
+            engine(q).backward(*of_queries, *of_keys, piece.task, *rows, dq[:, :, mine], *sums)
+
+    def _with(self, source: int) -> Iterator[Piece]:
+        n, each = self.layout.part, self.layout.each
         if source == self.rank and pairs.by_order(self.spec.mask):
-            everything = slice(0, self.layout.part * self.layout.each)
-            yield Piece(everything, everything, self._own_task)
+            yield from self._in_order([i * n for i in range(each)], each, self._own)
             return
         cells = self._relations(source)
-        for queries, keys in _rectangles(self.layout.each):
+        for queries, keys in _rectangles(each):
             inside = [(i, j) for i in queries for j in keys]
             if all(cells.get(cell) == "all" for cell in inside):
-                yield Piece(self._span(queries), self._span(keys), Task(self.spec))
-                cells = {cell: each for cell, each in cells.items() if cell not in inside}
+                yield Piece(queries, _span(keys, n), Task(self.spec))
+                cells = {cell: relation for cell, relation in cells.items() if cell not in inside}
+        given = [self.operands[index] for index in self.spec.mask.tensors]
         for (i, j), relation in cells.items():
             if relation == "some":
-                yield Piece(self._span((i,)), self._span((j,)), self._task(i, j, source))
+                starts = self.layout.starts(self.rank)[i], self.layout.starts(source)[j]
+                yield Piece((i,), _span((j,), n), self._task(*starts, n, given))
 
-    def _span(self, parts: Sequence[int]) -> slice:
-        return slice(parts[0] * self.layout.part, (parts[-1] + 1) * self.layout.part)
+    def _in_order(self, starts: Sequence[int], count: int, given: list[Tensor]) -> Pieces:
+        """Of queries whose parts begin at `starts`, and `count` parts of keys; both lie in the order that
+        `given`, the mask's operands, have."""
+        n = self.layout.part
+        found: list[Piece] = []
+        for i, start in enumerate(starts):
+            seen = [j for j in range(count) if self._relation(start, n, j * n, n) != "none"]
+            if not seen:
+                continue
+            keys = _span((seen[0], seen[-1]), n)
+            size = keys.stop - keys.start
+            if self._relation(start, n, keys.start, size) == "some":
+                found.append(Piece((i,), keys, self._task(start, keys.start, size, given)))
+            elif found and found[-1].task.mask is None and found[-1].keys == keys:
+                found[-1] = Piece((*found[-1].parts, i), keys, found[-1].task)
+            else:
+                found.append(Piece((i,), keys, Task(self.spec)))
+        return found
 
     def _relations(self, source: int) -> dict[tuple[int, int], pairs.Relation]:
         """By part of the queries and part of the keys."""
         n = self.layout.part
         starts = enumerate(self.layout.starts(self.rank)), enumerate(self.layout.starts(source))
-        return {
-            (i, j): pairs.relation(self._lines, self._bounded, q_start, n, k_start, n)
-            for (i, q_start), (j, k_start) in itertools.product(*starts)
-        }
+        return {(i, j): self._relation(q, n, k, n) for (i, q), (j, k) in itertools.product(*starts)}
+
+    def _relation(self, q_start: int, queries: int, k_start: int, keys: int) -> pairs.Relation:
+        return pairs.relation(self._lines, self._bounded, q_start, queries, k_start, keys)
 
     @cached_property
     def _lines(self) -> Lines:
@@ -128,48 +195,21 @@ class Shard:
         return mask_render.inequalities(self.spec.mask) is not None
 
     @cached_property
-    def _own_task(self) -> Task:
-        """Of all tokens of the rank with each other, where their order is all that the mask asks for."""
+    def _own(self) -> list[Tensor]:
+        """The mask's operands for the rank's own tokens, in their order."""
         n, starts = self.layout.part, self.layout.starts(self.rank)
         given = [self.operands[index] for index in self.spec.mask.tensors]
-        read = [torch.cat([x.narrow(-1, start, n) for start in starts], -1) for x in given]
-        return Task(self.spec, pairs.numbered(self.spec.mask), read, self.scalars)
+        return [torch.cat([x.narrow(-1, start, n) for start in starts], -1) for x in given]
 
-    def _task(self, i: int, j: int, source: int) -> Task:
-        mask, n = pairs.local(self.spec.mask), self.layout.part
+    def _task(self, q_start: int, k_start: int, keys: int, given: list[Tensor]) -> Task:
+        mask = pairs.local(self.spec.mask)
         assert mask is not None
-        q_start, k_start = self.layout.starts(self.rank)[i], self.layout.starts(source)[j]
-        given = [self.operands[index] for index in self.spec.mask.tensors]
-        slices = mask.operands(given, q_start, n, k_start, n)
+        slices = mask.operands(given, q_start, self.layout.part, k_start, keys)
         return Task(self.spec, mask.mask, slices, [*self.scalars, q_start, k_start])
 
-    def results(self, q: Tensor, width: int) -> Results:
-        sink = None if self.spec.sink is None else self.operands[self.spec.sink].reshape(-1, 1)
-        return Results(q, width, sink)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, source: int, results: Results) -> None:
-        """Take the keys of a rank into the results."""
-        for piece in self.pieces(source):
-            mine, theirs = piece.queries, piece.keys
-            found = _engine(q).forward(
-                q[:, :, mine], k[:, :, theirs], v[:, :, theirs], piece.task, results.before(mine)
-            )
-            results.take(mine, *found)
-
-    def gradients(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, source: int, lse: Tensor, delta: Tensor, dq: Sum
-    ) -> tuple[Tensor, Tensor]:
-        """Of a rank's keys and values, from this rank's queries, whose own is added to dq; in lse's dtype."""
-        dk, dv = Sum(k, lse.dtype), Sum(v, lse.dtype)
-        for piece in self.pieces(source):
-            mine, theirs = piece.queries, piece.keys
-            of_queries = (x[:, :, mine] for x in (grad, q))
-            of_keys = (x[:, :, theirs] for x in (k, v))
-            rows = (x[:, :, mine] for x in (lse, delta))
-            found = _engine(q).backward(*of_queries, *of_keys, piece.task, *rows)
-            for total, span, x in zip((dq, dk, dv), (mine, theirs, theirs), found, strict=True):
-                total.add(span, x)
-        return dk.finish(), dv.finish()
+def _span(parts: Sequence[int], size: int) -> slice:
+    return slice(parts[0] * size, (parts[-1] + 1) * size)
 
 
 @cache
@@ -179,8 +219,8 @@ def _rectangles(parts: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return sorted(itertools.product(runs, runs), key=lambda each: -len(each[0]) * len(each[1]))
 
 
-def _engine(q: Tensor) -> Any:
-    """What computes a pair: kp's kernels, or PyTorch."""
+def engine(q: Tensor) -> Any:
+    """What computes a piece: kp's kernels, or PyTorch."""
     if not q.is_cuda:
         return partial
     from kp_compiler.lowering.context import kernels

@@ -178,18 +178,22 @@ def forward_arguments(site: Site, out: Tensor, start: tuple[Tensor, Tensor] | No
 
 
 def query_gradient(
-    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor
+    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, adds: bool = False
 ) -> None:
-    """Write dq [B,H,S,D]; `lists` are those of blocks of queries."""
-    _launch("dq", site, lists, {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dq", dq)})
+    """Write dq [B,H,S,D]; `lists` are those of blocks of queries. `adds`: to dq in float32, without the
+    scale."""
+    found = {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dq", dq)}
+    _launch("dq", site, lists, found, adds=adds)
 
 
 def key_gradients(
-    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """Write dk [B,K,T,D] and dv [B,K,T,E]; `lists` are those of blocks of keys."""
+    site: Site, lists: Lists | None, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    adds: bool = False,
+) -> None:  # fmt: skip
+    """Write dk [B,K,T,D] and dv [B,K,T,E]; `lists` are those of blocks of keys. `adds`: to them, in
+    float32."""
     found = {"lse": lse, "delta": delta, **strided("dout", grad), **strided("dk", dk), **strided("dv", dv)}
-    _launch("dkdv", site, lists, found)
+    _launch("dkdv", site, lists, found, adds=adds)
 
 
 def bias_gradient(

@@ -61,7 +61,7 @@ class Layout:
     exact: bool = False  # float32 all the way
     wide: bool = False  # `out` in float32, whatever q is
     adds: bool = False  # gradients of q, k and v, in float32, are added to what is there; dq has no scale
-    apart: bool = False  # a program for dk and dv has one head of those that share its keys; it `adds`
+    apart: bool = False  # dk and dv of each head, before they are added up over those that share keys
     bias: int = 0  # which bias dbias is the gradient of
     summed: frozenset[str] = frozenset()  # of "q" and "k", those that this bias does not vary with
 

@@ -123,14 +123,16 @@ def gradients(
     """Write dq [B,H,S,D], dk and dv [B,K,T,D]; `lists` are those of blocks of keys. dq is added up in
     `total`, zeros in float32 with dq's strides, in an order that varies. Without dq all three are added to
     what is there: dq, without the scale, to `total`, dk and dv in float32."""
-    adds = dq is None
-    if lists is None or adds or not _long_columns(site, lists):
-        _gradients(site, lists, grad, lse, delta, total, dk, dv, adds=adds, apart=False)
-    else:
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv)]
-        _gradients(site, lists, grad, lse, delta, total, *sums, adds=True, apart=True)
-        for x, out in zip(sums, (dk, dv), strict=True):
-            scaled(x, 1.0, out)
+    apart = lists is not None and dq is not None and _long_columns(site, lists)
+    found = [dk, dv]
+    if apart:
+        batch, heads, _, _ = site.q.shape
+        sizes = ((batch, x.shape[2], heads, x.shape[3]) for x in found)
+        found = [dk.new_empty(size, dtype=torch.float32).transpose(1, 2) for size in sizes]
+    _gradients(site, lists, grad, lse, delta, total, *found, adds=dq is None, apart=apart)
+    if apart:
+        for x, out in zip(found, (dk, dv), strict=True):
+            out.copy_(x.unflatten(1, (site.k.shape[1], -1)).sum(2))
     if dq is not None:
         scaled(total, site.spec.scale, dq)
 
@@ -138,8 +140,8 @@ def gradients(
 def _long_columns(site: Site, lists: Lists) -> bool:
     """Whether one program that goes through all heads of a group would have half as much to do as there is
     for a multiprocessor, where all queries choose its keys: `sink_blocks` are such. A tenth of the blocks of
-    32k tokens, 32 heads for 8 of keys: 6.4 ms with a program for each head, 8.8 ms else (H100,
-    2026-11-27)."""
+    32k tokens, 32 heads for 8 of keys: 8.8 ms so, 6.4 ms with a program for each head (H100, 2026-11-27),
+    more where these add to one result by atomic operations."""
     heads, kv_heads = site.q.shape[1], site.k.shape[1]
     if site.block is None or heads == kv_heads:
         return False

@@ -58,7 +58,7 @@ def backward_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
     """Those of the portable kernel for dk and dv, where q, dout, k and v are descriptors [1,1,rows,D], and
     dq, a descriptor [1,1,*`dq_part`] of [B,H,S,D] in float32, is added to. PAIRS is B·K, CHUNK how many of
     them are gone through together; by lists, `order` says which pair and tile comes when, as pair · tiles +
-    tile. Where programs are `apart`, pairs are of B·H."""
+    tile. Where results are `apart`, pairs are of B·H, as dk and dv are."""
     strides = {f"{name}_{dim}" for name in DESCRIPTORS for dim in "bhs"}
     names = [name for name in parameters("dkdv", spec, layout) if name not in strides]
     return ("dq", *names, *(CHUNKS if layout.block is None else ORDER))
@@ -337,7 +337,7 @@ LEAVE = (
 
 
 def _results(writer: Writer) -> list[str]:
-    lines, store = [], "tl.atomic_add" if writer.layout.adds else "tl.store"
+    lines, head = [], "head_low" if writer.layout.apart else "kv_head"
     for name, width, size, layout, change in (
         ("dk", "D", writer.layout.head_dim, "KEYS", f" * {writer.spec.scale!r}"),
         ("dv", "E", writer.layout.value_dim, "VALUES", ""),
@@ -346,9 +346,11 @@ def _results(writer: Writer) -> list[str]:
         columns = f"tl.arange(0, {width}, tl.SliceLayout(0, {layout}))[None, :]"
         ragged = None if "k" in writer.layout.whole else f"{rows} < T"
         masked = inside(rows=ragged, columns=columns, size=size)
+        value = f"({name}_acc{change}).to({name}.dtype.element_ty)"
+        value += f" + tl.load(place{masked})" if writer.layout.adds else ""
         lines += [
-            f"{name} += batch.to(tl.int64) * {name}_b + kv_head.to(tl.int64) * {name}_h",
+            f"{name} += batch.to(tl.int64) * {name}_b + {head}.to(tl.int64) * {name}_h",
             f"place = {name} + {rows}.to(tl.int64) * {name}_s + {columns}",
-            f"{store}(place, ({name}_acc{change}).to({name}.dtype.element_ty){masked})",
+            f"tl.store(place, {value}{masked})",
         ]
     return lines

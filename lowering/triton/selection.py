@@ -280,10 +280,10 @@ def _choose(scores, kinds, edges, count, blocks, ROWS_ALL, FIRST, COUNT, BLOCKS,
     most = tl.maximum((allowed.to(tl.int64) * unit // UNIT).to(tl.int32), tl.maximum(least, 1)) - least
     share = tl.where(maybe, value, 0.0)
     missing = mass * tl.sum(share, 0) - tl.sum(tl.where(must, share, 0.0), 0)
-    low, high = tl.min(tl.where(free, key, 0x7FFFFFFF), 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1
+    low, high = tl.min(tl.where(free, key, 0x7FFFFFFF), 0), tl.max(key, 0) + 1
     # the largest threshold at which there are enough: low has enough or nothing has, high has not
     for _ in range(33):
-        middle = (low + high) >> 1
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their sum may be too large for int32
         above = free & (key >= middle)
         enough = tl.sum(above.to(tl.int32), 0) >= most
         if MASS:
