@@ -81,7 +81,8 @@ def unshard_sequence(
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
     `length` tokens, if given."""
     ranks = ranks_of(mesh)
-    parts = Peers(group_named(ranks.group), "unshard_sequence").gather(x.detach(), "parts")
+    peers = Peers(group_named(ranks.group), "unshard_sequence")
+    (parts,) = peers.gather([x.detach().contiguous()], "parts").wait()
     found = of_local(layout, ranks.size, x.shape[dim]).joined(parts, dim)
     return found if length is None else found.narrow(dim, 0, length)
 

@@ -90,20 +90,20 @@ class Peers:
 
     def gather(self, sent: list[Tensor], what: str) -> Pending[list[list[Tensor]]]:
         """Of contiguous tensors, every rank's."""
-        found = [x.new_empty((self.size, *x.shape)) for x in sent]
+        found = [x.new_empty((self.size * len(x), *x.shape[1:])) for x in sent]
         what, works = f"{what} from all ranks", []
         with self.waiting(what):
             for all_of_them, x in zip(found, sent, strict=True):
                 works.append(dist.all_gather_into_tensor(all_of_them, x, group=self.group, async_op=True))
-        return Pending(self, what, works, [list(x) for x in found], sent)
+        return Pending(self, what, works, [list(x.chunk(self.size)) for x in found], sent)
 
     def reduce(self, sent: list[list[list[Tensor]]], what: str) -> Pending[list[Tensor]]:
         """Sums over ranks of what each has for this one. `sent`: tensors, of them what is for each rank, as
         parts that lie along dimension 1."""
         what, works, found, kept = f"{what} from all ranks", [], [], []
         for of_ranks in sent:
-            given = torch.stack([torch.cat(parts, 1) for parts in of_ranks])
-            total = torch.empty_like(given[0])
+            given = torch.cat([torch.cat(parts, 1) for parts in of_ranks])
+            total = torch.empty_like(given[: len(given) // self.size])
             with self.waiting(what):
                 works.append(dist.reduce_scatter_tensor(total, given, group=self.group, async_op=True))
             found.append(total)
