@@ -2,11 +2,11 @@
 the (possibly symbolic) sizes, and the numbers of one site.
 
     ring         P times a rank's queries with one rank's keys, beside the exchange of the next keys
-    allgather    all keys are there before the first product
+    allgather    all keys of a chunk of heads are there before its first product, beside that of another one
     ulysses      queries, keys, values and results are exchanged, nothing beside it
 
 A pass is as slow as its slowest rank: under a causal mask the one with the most pairs. Gradients of keys and
-values travel in float32.
+values travel in float32. C is the number of chunks (`schedules.chunks`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import sympy
 from kp_compiler import cost
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.lowering.context.schedules import CHUNKS, ROWS, SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
 SP, SR, SL, SW = sympy.symbols("P rate link width", positive=True)  # ranks, FLOP/s, bytes/s, bytes an element
+SC = sympy.Max(1, sympy.Min(CHUNKS, SK, sympy.floor(SB * SH * SQ / ROWS)))
+COPIED = 2.4e12  # bytes/s that a GPU reads and writes, together
 # Bytes/s from one rank to another, both ways at once: two H100 over NVLink, 2026-11-22
 LINK = 229e9
 # FLOP/s and bytes/s that a CPU is taken to have, so that "auto" has an answer there, too
@@ -71,25 +73,33 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
     work = cost.area(spec).subs({SQ: SQ * SP, cost.ST: SQ * SP}) * 2 * SB * SH * (SD + SE) / SP / SR
     even = work * _slowest(spec, layout)
     keys, queries = SB * SK * SQ * (SD + SE), SB * SH * SQ * (SD + SE)  # elements of a rank's: k, v; q, out
-    sums = 4 * SB * SH * SQ * SD + 8 * keys  # gradients in float32: dq, and twice dk and dv
-    wide = 4 * keys / SL  # their gradients on the way
+    in_float32 = 4 * SB * SH * SQ * SE, 4 * SB * SH * SQ * SD, 4 * keys  # out, dq, and dk with dv
+    wide = in_float32[2] / SL  # gradients on the way
     one = SW * keys / SL + LATENCY
     if schedule == "ring":
         step, back = even / SP, BACKWARD * even / SP
+        moved = (
+            SW * keys * (2 + sympy.Min(1, SC - 1))
+        )  # what comes, what goes on, and a chunk's own as it goes
         return Formula(
-            step + (SP - 1) * sympy.Max(step, one) + SP * KERNEL,
-            back + (SP - 1) * sympy.Max(back, one + wide) + wide + LATENCY + SP * KERNEL,
-            SW * 2 * keys,
-            SW * 2 * keys + sums,
+            step + (SP - 1) * sympy.Max(step, one) + 2 * SP * SC * KERNEL,
+            back + (SP - 1) * sympy.Max(back, one + wide) + (wide + LATENCY) / SC + 2 * SP * SC * KERNEL,
+            (moved + in_float32[0]) / SC,
+            (moved + in_float32[1] + 5 * in_float32[2]) / SC,  # of this chunk, and of the one before
         )
     if schedule == "allgather":
-        gathered = (SP - 1) * one
+        gathered, joined = (SP - 1) * one, 2 * SW * SP * keys / COPIED
+        rest = gathered * (1 - 1 / SC)  # beside arithmetic
+        returned = (SP - 1) * wide + 2 * SP * in_float32[2] / COPIED
         return Formula(
-            gathered + even + SP * KERNEL,
-            gathered + sympy.Max(BACKWARD * even, (SP - 1) * wide) + wide + SP * (KERNEL + LATENCY),
-            SW * SP * keys,
-            SW * SP * keys + sums,
-        )  # fmt: skip
+            gathered / SC + sympy.Max(even, rest) + joined + 2 * SC * KERNEL,
+            (gathered + returned) / SC
+            + sympy.Max(BACKWARD * even, rest + returned)
+            + joined
+            + 2 * SC * KERNEL,
+            3 * SW * SP * keys / SC,  # as they came, in order, and the next
+            (3 * SW * SP * keys + in_float32[1] + 3 * SP * in_float32[2]) / SC,
+        )
     assert schedule == "ulysses"
     shared = sympy.Max(1, SP / SK)  # copies of a key head, where there are fewer than ranks
     moved = (SP - 1) / SP * SW * (queries + shared * keys) / SL

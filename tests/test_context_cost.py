@@ -50,15 +50,21 @@ def test_heads_that_can_t_be_divided_have_no_prediction() -> None:
 
 
 def test_memory() -> None:
-    """Of a ring's exchanges two ranks' keys and values, of all that are gathered every rank's."""
-    sizes = {"B": 1, "H": 32, "K": 8, "N": 131072, "D": 128, "E": 128, "P": 8}
-    keys = 2 * 8 * (131072 // 8) * 256
-    ring, gathered = (kp.estimate_memory(name).at(**sizes) for name in ("ring", "allgather"))
-    assert (ring.forward, gathered.forward) == (2 * keys, 8 * keys)
-    assert ring.own == (131072 // 8) * (2 * 256 * (32 + 8) + 4 * 32)
-    assert ring.peak > ring.own + ring.forward
-    found = predict(131072, 8, training=False)
-    assert (found["ring"].memory, found["allgather"].memory) == (2 * keys, 8 * keys)
+    """Of a ring's exchanges three ranks' keys and values, and results in float32; of all that are gathered
+    every rank's, three times; of a half of the heads, or a quarter."""
+    sizes = {"B": 1, "H": 32, "K": 8, "N": 131072, "D": 128, "E": 128}
+    for ranks, chunks in ((8, 2), (4, 4), (32, 1)):
+        mine = 131072 // ranks
+        keys, wide = 2 * 8 * mine * 256, 4 * 32 * mine * 128
+        ring, gathered = (kp.estimate_memory(name).at(**sizes, P=ranks) for name in ("ring", "allgather"))
+        assert ring.forward == (min(1 + chunks, 3) * keys + wide) // chunks
+        assert gathered.forward == 3 * ranks * keys // chunks
+        assert ring.own == mine * (2 * 256 * (32 + 8) + 4 * 32)
+        assert ring.peak > ring.own + ring.forward
+        found = predict(131072, ranks, training=False)
+        assert (found["ring"].memory, found["allgather"].memory) == tuple(
+            float(each.forward) for each in (ring, gathered)
+        )
     assert kp.estimate_memory("ring").at(P=4).own.free_symbols
 
 

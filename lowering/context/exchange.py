@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ def group_named(name: str) -> dist.ProcessGroup:
 
 
 Received = TypeVar("Received")
+NEAR = 8  # ranks
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,19 @@ class Peers:
         return found
 
     def gather(self, sent: list[Tensor], what: str) -> Pending[list[list[Tensor]]]:
-        """Of contiguous tensors, every rank's."""
+        """Of contiguous tensors, every rank's. As many ranks as one machine has send them to each other: two
+        tensors of 8 MiB come in 97 µs, by NCCL's own gathering in 130 to 460 beside a kernel (two H200,
+        2026-11-27)."""
+        if self.size <= NEAR:
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            pending = self._swap(
+                f"{what} from all ranks", [(rank, sent) for rank in others], [(rank, sent) for rank in others]
+            )
+            by_rank = [
+                pending.received[i : i + len(sent)] for i in range(0, len(pending.received), len(sent))
+            ]
+            by_rank.insert(self.rank, sent)
+            return replace(pending, received=[list(x) for x in zip(*by_rank, strict=True)])  # type: ignore
         found = [x.new_empty((self.size * len(x), *x.shape[1:])) for x in sent]
         what, works = f"{what} from all ranks", []
         with self.waiting(what):

@@ -32,7 +32,7 @@ Backward = Callable[
     [Shard, Peers, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 ]
 CHUNKS = 4  # at most
-ROWS = 2**17  # queries of all heads of a chunk, at least: a thousand tiles for a kernel
+ROWS = 2**18  # queries of all heads of a chunk, at least: two thousand tiles for a kernel
 _KEYS, _GRADIENTS = "keys and values", "gradients of keys and values"
 
 
@@ -47,23 +47,47 @@ def chunks(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
 def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank to out [B,H,n,E] and lse [B,H,n] in float32."""
     out, lses = by_row(q, v.shape[3]), []
-    for mine, theirs in chunks(q, k):
+    for mine, _, steps in _rounds(peers, q, k, v):
         results = shard.results(out[:, mine], itertools.chain(*shard.pieces), mine)
-        for source, key, value in _round(peers, k[:, theirs], v[:, theirs]):
+        for source, key, value in steps:
             shard.attend(q[:, mine], key, value, shard.pieces[source], results)
         lses.append(results.finish())
     return out, torch.cat(lses, 1)
 
 
-def _round(peers: Peers, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every rank's keys and values, this one's first; the next are on their way while these are used."""
-    pair = [k, v]
-    for step in range(peers.size):
-        last = step + 1 == peers.size
-        pending = None if last else peers.shift(_by_token(*pair), f"{_KEYS} of step {step + 1}")
-        yield (peers.rank - step) % peers.size, *pair
-        if pending is not None:
-            pair = _by_head(pending.wait())
+Step = tuple[int, Tensor, Tensor]  # a rank, its keys and values
+
+
+def _rounds(peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, Iterator[Step]]]:
+    """Of each chunk, heads of q and of k, and every rank's keys and values. The next are on their way while
+    these are used, those of the next chunk, too: this rank's own come first in the first chunk, which has
+    nothing else yet, and last in others, beside what is on its way back."""
+    every = chunks(q, k)
+    coming: Pending[list[Tensor]] | None = None
+
+    def begin(chunk: int) -> Pending[list[Tensor]] | None:
+        if peers.size == 1 or chunk == len(every):
+            return None
+        heads = every[chunk][1]
+        return peers.shift(_by_token(k[:, heads], v[:, heads]), f"{_KEYS} of step 1")
+
+    def steps(chunk: int) -> Iterator[Step]:
+        nonlocal coming
+        own = (peers.rank, *(x[:, every[chunk][1]] for x in (k, v)))
+        if chunk == 0:
+            coming = begin(0)
+            yield own
+        for step in range(1, peers.size):
+            assert coming is not None
+            pair = coming.wait()
+            last = step + 1 == peers.size
+            coming = begin(chunk + 1) if last else peers.shift(pair, f"{_KEYS} of step {step + 1}")
+            yield (peers.rank - step) % peers.size, *_by_head(pair)
+        if chunk > 0:
+            yield own
+
+    for chunk, (mine, theirs) in enumerate(every):
+        yield mine, theirs, steps(chunk)
 
 
 def _by_token(*several: Tensor) -> list[Tensor]:
@@ -81,12 +105,12 @@ def ring_backward(
     """Keys and values go round again. What other ranks add to their gradients follows a step behind and ends
     where they began, where this rank's own waits for it."""
     sums = _Sums(shard, q, k, v)
-    for mine, theirs in chunks(q, k):
+    for mine, theirs, steps in _rounds(peers, q, k, v):
         of_queries = [x[:, mine] for x in (grad, q)]
         rows = [x[:, mine] for x in (lse, delta)]
         dq, own = sums.of(q[:, mine]), [sums.of(x[:, theirs]) for x in (k, v)]
         coming: Pending[list[Tensor]] | None = None
-        for source, *pair in _round(peers, k[:, theirs], v[:, theirs]):
+        for source, *pair in steps:
             found = own if source == peers.rank else [sums.of(x) for x in pair]
             shard.add_gradients(*of_queries, *pair, shard.pieces[source], *rows, dq, *found)
             if source == peers.rank:
