@@ -171,6 +171,24 @@ def sparse_accuracy(rows: Rows) -> Any:
     return figure
 
 
+def ring_attention(rows: Rows) -> Any:
+    """Efficiency of every provider by setting, forward and both passes."""
+    rows = [r for r in rows if r["ranks"] > 1 and "efficiency" in r]
+    settings = list(dict.fromkeys((r["heads"], r["length"]) for r in rows))
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    for axes, mode in zip(panels, ("forward", "both"), strict=True):
+        here = {(r["provider"], r["heads"], r["length"]): r["efficiency"] for r in rows if r["mode"] == mode}
+        for name in dict.fromkeys(provider for provider, _, _ in here):
+            points = [(i, here[name, *each]) for i, each in enumerate(settings) if (name, *each) in here]
+            axes.plot(*zip(*points, strict=True), marker="o", linestyle="dotted", label=name)
+        axes.set_xticks(range(len(settings)), [f"{heads} heads\n{n // 1024}k" for heads, n in settings])
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_title("forward" if mode == "forward" else "forward and backward", fontsize=9)
+    panels[0].set_ylabel("fastest GPU alone / (GPUs x time)")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
 PLOTS: dict[str, Callable[[Rows], Any]] = {
     plot.__name__: plot
     for plot in (
@@ -183,6 +201,7 @@ PLOTS: dict[str, Callable[[Rows], Any]] = {
         fp8_sweep,
         fp8_accuracy,
         sparse_accuracy,
+        ring_attention,
     )
 }
 

@@ -215,13 +215,13 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_what_travels() -> None:
-    """Keys and values once round, or once; of a window's neighbours nothing is computed with others."""
-    heads, tokens, size = (8, 2), 64, 4
-    layout = Layout("contiguous", size, tokens)
-    spec = AttentionSpec(0.3, MASKS["causal"][0], dead_rows="zero")
+    """Keys and values once round, or once; those that a window sees, from neighbours alone."""
+    heads, tokens, size = (8, 2), 400, 4
     part = torch.randn(1, heads[1], tokens // size, 8)
 
-    def sent(schedule: str) -> int:
+    def sent(schedule: str, mask: str, kind: Any) -> int:
+        layout, spec = Layout(kind, size, tokens), AttentionSpec(0.3, MASKS[mask][0], dead_rows="zero")
+
         def one(peers: VirtualPeers) -> int:
             q = torch.randn(1, heads[0], tokens // size, 8)
             SCHEDULES[schedule][0](Shard(spec, layout, peers.rank, [], []), peers, q, part, part)  # type: ignore[arg-type]
@@ -229,12 +229,18 @@ def test_what_travels() -> None:
 
         return max(run(size, one))
 
-    assert sent("ring") == (size - 1) * 2 * part.numel()
-    assert sent("allgather") == 2 * part.numel()
-    window = Shard(
-        dataclasses.replace(spec, mask=MASKS["window"][0]), Layout("contiguous", 4, 400), 2, [], []
-    )
+    keys = 2 * part.numel()
+    assert sent("ring", "causal", "zigzag") == (size - 1) * keys
+    assert sent("allgather", "causal", "contiguous") == keys
+    assert sent("ring", "window", "contiguous") == keys
+    window = Shard(AttentionSpec(0.3, MASKS["window"][0]), Layout("contiguous", 4, 400), 2, [], [])
     assert [len(pieces) for pieces in window.pieces] == [0, 1, 1, 0]
+    for kind, mask, reach in (
+        ("contiguous", "causal", 3),
+        ("zigzag", "window", 3),
+        ("contiguous", "full", 3),
+    ):
+        assert Shard(AttentionSpec(0.3, MASKS[mask][0]), Layout(kind, 4, 400), 1, [], []).reach == reach
 
 
 def test_pieces_are_few() -> None:

@@ -54,10 +54,10 @@ class VirtualPeers:
     def size(self) -> int:
         return self.world.size
 
-    def shift(self, tensors: Sequence[Tensor], what: str) -> Arrived:
+    def shift(self, tensors: Sequence[Tensor], what: str, by: int = 1) -> Arrived:
         self.moved += [x.numel() for x in tensors]
         found = self.world.exchange(self.rank, [x.clone() for x in tensors])
-        return Arrived(found[(self.rank - 1) % self.size])
+        return Arrived(found[(self.rank - by) % self.size])
 
     def swap(self, sent: Sequence[Tensor], like: Sequence[Tensor], what: str) -> list[Tensor]:
         self.moved += [x.numel() for rank, x in enumerate(sent) if rank != self.rank]

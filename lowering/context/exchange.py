@@ -70,12 +70,10 @@ class Peers:
                 f"{where}: rank {self.rank} of {self.size} waited for {what}, which failed: {reason}"
             ) from error
 
-    def shift(self, sent: list[Tensor], what: str) -> Pending[list[Tensor]]:
-        """Contiguous tensors to the next rank, as many of the same sizes from the one before."""
-        before = (self.rank - 1) % self.size
-        return self._swap(
-            f"{what} from rank {before}", [((self.rank + 1) % self.size, sent)], [(before, sent)]
-        )
+    def shift(self, sent: list[Tensor], what: str, by: int = 1) -> Pending[list[Tensor]]:
+        """Contiguous tensors `by` ranks on, as many of the same sizes from as far back."""
+        on, back = ((self.rank + way) % self.size for way in (by, -by))
+        return self._swap(f"{what} from rank {back}", [(on, sent)], [(back, sent)])
 
     def swap(self, sent: Sequence[Tensor], like: Sequence[Tensor], what: str) -> list[Tensor]:
         """sent[r] to rank r; from it a tensor of the size of like[r]."""

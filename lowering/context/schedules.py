@@ -1,6 +1,6 @@
 """The ways in which ranks that share a sequence see each other's keys. All compute the same.
 
-    ring         keys and values go round, one rank's at a time: memory of two ranks' parts
+    ring         keys and values go round as far as the mask sees: memory of two ranks' parts
     allgather    all of them are gathered and put in order: each query sees its keys at once
     ulysses      heads are shared instead of tokens: q, k, v and out are exchanged, each rank attends over the
                  whole sequence with some heads
@@ -32,7 +32,7 @@ Backward = Callable[
     [Shard, Peers, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 ]
 CHUNKS = 4  # at most
-ROWS = 2**18  # queries of all heads of a chunk, at least: two thousand tiles for a kernel
+ROWS = 2**17  # queries of all heads of a chunk, at least: a thousand tiles for a kernel
 _KEYS, _GRADIENTS = "keys and values", "gradients of keys and values"
 
 
@@ -47,7 +47,7 @@ def chunks(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
 def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank to out [B,H,n,E] and lse [B,H,n] in float32."""
     out, lses = by_row(q, v.shape[3]), []
-    for mine, _, steps in _rounds(peers, q, k, v):
+    for mine, _, steps in _rounds(shard, peers, q, k, v):
         results = shard.results(out[:, mine], itertools.chain(*shard.pieces), mine)
         for source, key, value in steps:
             shard.attend(q[:, mine], key, value, shard.pieces[source], results)
@@ -58,15 +58,17 @@ def ring(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[T
 Step = tuple[int, Tensor, Tensor]  # a rank, its keys and values
 
 
-def _rounds(peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice, Iterator[Step]]]:
-    """Of each chunk, heads of q and of k, and every rank's keys and values. The next are on their way while
-    these are used, those of the next chunk, too: this rank's own come first in the first chunk, which has
-    nothing else yet, and last in others, beside what is on its way back."""
+def _rounds(
+    shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[slice, slice, Iterator[Step]]]:
+    """Of each chunk, heads of q and of k, and the keys and values of the ranks that some rank sees. The next
+    are on their way while these are used, those of the next chunk, too: this rank's own come first in the
+    first chunk, which has nothing else yet, and last in others, beside what is on its way back."""
     every = chunks(q, k)
     coming: Pending[list[Tensor]] | None = None
 
     def begin(chunk: int) -> Pending[list[Tensor]] | None:
-        if peers.size == 1 or chunk == len(every):
+        if shard.reach == 0 or chunk == len(every):
             return None
         heads = every[chunk][1]
         return peers.shift(_by_token(k[:, heads], v[:, heads]), f"{_KEYS} of step 1")
@@ -77,10 +79,10 @@ def _rounds(peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[sli
         if chunk == 0:
             coming = begin(0)
             yield own
-        for step in range(1, peers.size):
+        for step in range(1, shard.reach + 1):
             assert coming is not None
-            pair = coming.wait()
-            last = step + 1 == peers.size
+            pair, last = coming.wait(), step == shard.reach
+            coming = None  # what was sent is not needed any more
             coming = begin(chunk + 1) if last else peers.shift(pair, f"{_KEYS} of step {step + 1}")
             yield (peers.rank - step) % peers.size, *_by_head(pair)
         if chunk > 0:
@@ -102,10 +104,10 @@ def _by_head(several: list[Tensor]) -> list[Tensor]:
 def ring_backward(
     shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values go round again. What other ranks add to their gradients follows a step behind and ends
-    where they began, where this rank's own waits for it."""
+    """Keys and values go round again. What other ranks add to their gradients follows a step behind, and from
+    the last of them goes where they began, where this rank's own waits for it."""
     sums = _Sums(shard, q, k, v)
-    for mine, theirs, steps in _rounds(peers, q, k, v):
+    for mine, theirs, steps in _rounds(shard, peers, q, k, v):
         of_queries = [x[:, mine] for x in (grad, q)]
         rows = [x[:, mine] for x in (lse, delta)]
         dq, own = sums.of(q[:, mine]), [sums.of(x[:, theirs]) for x in (k, v)]
@@ -118,7 +120,9 @@ def ring_backward(
             if coming is not None:
                 for x, others in zip(found, _by_head(coming.wait()), strict=True):
                     x += others
-            coming = peers.shift(_by_token(*found), f"{_GRADIENTS} for rank {source}")
+            home = (source - peers.rank) % peers.size
+            by = home if home == peers.size - shard.reach else 1  # from the last rank that sees them
+            coming = peers.shift(_by_token(*found), f"{_GRADIENTS} for rank {source}", by)
         sums.of_queries(mine, dq)
         sums.of_keys(theirs, own, coming)
     return sums.finish()

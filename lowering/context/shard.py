@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -104,6 +104,11 @@ class Shard:
     def pieces(self) -> list[Pieces]:
         """Of this rank's queries and the keys of each rank, as few as hold everything that the mask keeps."""
         return [list(self._with(source)) for source in range(self.layout.size)]
+
+    @property
+    def reach(self) -> int:
+        """How far back the farthest rank is whose keys some rank sees; the last is followed by the first."""
+        return _reach(self._lines, self._bounded, self.layout)
 
     @cached_property
     def pieces_of_all(self) -> Pieces:
@@ -210,6 +215,20 @@ class Shard:
 
 def _span(parts: Sequence[int], size: int) -> slice:
     return slice(parts[0] * size, (parts[-1] + 1) * size)
+
+
+@lru_cache(maxsize=1024)
+def _reach(lines: Lines, bounded: bool, layout: Layout) -> int:
+    n, found = layout.part, 0
+    for rank in range(layout.size):
+        for back in range(layout.size - 1, found, -1):
+            starts = layout.starts(rank), layout.starts((rank - back) % layout.size)
+            if any(
+                pairs.relation(lines, bounded, q, n, k, n) != "none" for q, k in itertools.product(*starts)
+            ):
+                found = back
+                break
+    return found
 
 
 @cache
