@@ -29,7 +29,7 @@ Selector = Literal["content", "vertical_slash", "structured", "random", "learned
 Estimate = Literal["sampled", "pooled", "antidiagonal"]
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 Fp8Impl = Literal["auto", "scaled_mm", "te"]
-Schedule = Literal["auto", "ring", "allgather", "ulysses"]
+Schedule = Literal["auto", "ring", "allgather", "ulysses", "hybrid"]
 Recipe = Literal["tensorwise", "delayed", "rowwise", "rowwise_gw_hp", "blockwise"]
 
 
@@ -80,12 +80,18 @@ class SparseAttentionConfig(PassConfig):
 
 @dataclass(frozen=True)
 class Ranks:
-    """A one-dimensional mesh as plain data: the name of its process group, this rank, how many there are."""
+    """A mesh as plain data: the name of the process group of all of it, this rank, how many there are."""
 
     group: str
     rank: int
     size: int
     device: str  # "cuda" or "cpu", which the group's backend is for
+    grid: tuple[str, str] | None = None  # of two dimensions: the groups of this rank's column and of its row
+    row: int = 1  # ranks of a row
+
+    def sharing(self, schedule: str) -> int:
+        """How many ranks share heads; zero where the mesh has no such schedule."""
+        return {"ulysses": self.size, "hybrid": self.row if self.grid else 0}.get(schedule, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,7 @@ class RingAttentionConfig(PassConfig):
     """Sequences that ranks share, keys and values going round."""
 
     mode: Mode = "off"
-    mesh: Ranks | None = None  # a one-dimensional DeviceMesh, or a process group
+    mesh: Ranks | None = None  # a DeviceMesh of one dimension, or two for "hybrid"; a process group
     layout: Literal["zigzag", "contiguous"] = "zigzag"  # as shard_sequence divided the batch
 
 
@@ -289,7 +295,7 @@ def _check_shared(values: dict[str, Any]) -> None:
         if settings is None or settings.mode == "off":
             continue
         if settings.mesh is None:
-            raise KPConfigError(f"{name}: needs mesh=, a one-dimensional DeviceMesh: mesh['cp'], say")
+            raise KPConfigError(f"{name}: needs mesh=, a DeviceMesh: mesh['cp'], say")
         if settings.skip or settings.only:
             raise KPConfigError(f"{name}: skip and only would leave attention within parts of sequences")
         others = [other for other in SHARING if other != name] + ["sparse_attention"]

@@ -3,7 +3,9 @@ the (possibly symbolic) sizes, and the numbers of one site.
 
     ring         P times a rank's queries with one rank's keys, beside the exchange of the next keys
     allgather    all keys of a chunk of heads are there before its first product, beside that of another one
-    ulysses      queries, keys, values and results are exchanged, nothing beside it
+    ulysses      queries, keys, values and results of a chunk of heads are exchanged, beside the arithmetic of
+                 another one
+    hybrid       the same among the ranks of a row, with a ring among rows for the arithmetic
 
 A pass is as slow as its slowest rank: under a causal mask the one with the most pairs. Gradients of keys and
 values travel in float32. C is the number of chunks (`schedules.chunks`).
@@ -20,12 +22,14 @@ import sympy
 from kp_compiler import cost
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.lowering.context.schedules import CHUNKS, ROWS, SCHEDULES
+from kp_compiler.lowering.context.ring import CHUNKS, ROWS
+from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
 SP, SR, SL, SW = sympy.symbols("P rate link width", positive=True)  # ranks, FLOP/s, bytes/s, bytes an element
+SU = sympy.Symbol("U", positive=True)  # ranks of a row
 SC = sympy.Max(1, sympy.Min(CHUNKS, SK, sympy.floor(SB * SH * SQ / ROWS)))
 COPIED = 2.4e12  # bytes/s that a GPU reads and writes, together
 # Bytes/s from one rank to another, both ways at once: two H100 over NVLink, 2026-11-22
@@ -45,6 +49,10 @@ class Formula:
     backward: sympy.Expr
     memory: sympy.Expr
     backward_memory: sympy.Expr
+
+    def at(self, values: dict[Any, Any]) -> Formula:
+        every = (self.forward, self.backward, self.memory, self.backward_memory)
+        return Formula(*(x.subs(values, simultaneous=True) for x in every))
 
 
 @dataclass(frozen=True)
@@ -100,15 +108,22 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
             3 * SW * SP * keys / SC,  # as they came, in order, and the next
             (3 * SW * SP * keys + in_float32[1] + 3 * SP * in_float32[2]) / SC,
         )
-    assert schedule == "ulysses"
-    shared = sympy.Max(1, SP / SK)  # copies of a key head, where there are fewer than ranks
-    moved = (SP - 1) / SP * SW * (queries + shared * keys) / SL
-    returned = (SP - 1) / SP * (SW * queries * 2 + 4 * queries / 2 + (SW + 4) * shared * keys) / SL
+    if schedule == "ulysses":
+        return formula("hybrid", spec, layout).at({SU: SP})
+    assert schedule == "hybrid"
+    shared = sympy.Max(1, SU / SK)  # copies of a key head, where there are fewer than ranks
+    row = {SH: SH / SU, SK: shared * SK / SU, SQ: SQ * SU, SP: SP / SU}
+    beside = formula("ring", spec, layout).at(row)
+    count = SC.subs(row, simultaneous=True)
+    given = SW * (queries + shared * keys)  # q, k, v and out
+    moved = (SU - 1) / SU * given / SL + 2 * LATENCY
+    returned = moved + (SU - 1) / SU * (SW * SB * SH * SQ * SD + 4 * shared * keys) / SL
+    rest = 1 - 1 / count
     return Formula(
-        moved + work + 4 * LATENCY + 8 * KERNEL,
-        returned + BACKWARD * work + 6 * LATENCY + 12 * KERNEL,
-        SW * (queries + shared * keys),
-        SW * (queries + shared * keys) + 4 * (SB * SH * SQ * SD + shared * keys),
+        moved / count + sympy.Max(beside.forward, moved * rest),
+        returned / count + sympy.Max(beside.backward, returned * rest),
+        2 * given / count + beside.memory,
+        2 * (given + 2 * shared * keys) / count + beside.backward_memory,
     )
 
 
@@ -120,14 +135,15 @@ def _slowest(spec: AttentionSpec, layout: Kind) -> sympy.Expr:
 
 def predict(
     spec: AttentionSpec, shape: AttentionShape, layout: Kind, size: int, target: Target,
-    link: float | None = None,
+    link: float | None = None, row: int = 1,
 ) -> dict[str, Predicted]:  # fmt: skip
     """By schedule, for what one rank has of a site; symbolic sizes as this compilation saw them. `link`:
-    bytes/s between ranks, if they were measured."""
-    values = _values(shape, size, target, link)
+    bytes/s between ranks, if they were measured. `row`: ranks that share heads, where all are a grid."""
+    values = {**_values(shape, size, target, link), SU: row}
     found = {}
     for schedule in SCHEDULES:
-        if schedule == "ulysses" and hint(shape.heads) % size:
+        sharing = {"ulysses": size, "hybrid": row if row > 1 else 0}.get(schedule, 1)
+        if not sharing or hint(shape.heads) % sharing:
             continue
         each = formula(schedule, spec, layout)
         memory = sympy.Max(each.memory, each.backward_memory) if shape.training else each.memory

@@ -9,6 +9,8 @@ Labels are shifted before they are divided: a token's label is the next one's, w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,8 +39,8 @@ def shard_sequence(
 ) -> dict[str, Any]:
     """This rank's part of every tensor of `batch` that has the sequence along `dim`; other values stay.
 
-    `mesh`: a one-dimensional DeviceMesh, or a process group. Tensors [B,N,…] become [B,n,…] with n = N / P,
-    after they were lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times
+    `mesh`: a DeviceMesh of one dimension or two, or a process group. Tensors [B,N,…] become [B,n,…] with
+    n = N / P, after they were lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times
     `multiple`) by `padding` (by name; known for `input_ids`, `labels` and `attention_mask`). `labels` [B,N]
     become the labels of the next tokens and come as `labels` and as `shift_labels`, which losses of
     transformers take as they are. `position_ids` are added where there are none. Raises KPError where lengths
@@ -123,15 +125,25 @@ def _longer(name: str, x: Tensor, dim: int, tokens: int, padding: Mapping[str, f
     return torch.cat([x, x.new_full(sizes, known[name])], dim)
 
 
+@lru_cache(maxsize=64)
+def _flat(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of a mesh in one dimension, row after row. Makes a process group: every rank calls it."""
+    return mesh._flatten()
+
+
 def ranks_of(mesh: Any, name: str = "mesh") -> Ranks:
-    """A one-dimensional DeviceMesh or a process group as plain data. Raises KPConfigError for anything else,
-    and where this process is not in it."""
-    expected = "expected a one-dimensional DeviceMesh or a process group"
+    """A DeviceMesh of one dimension or two, or a process group, as plain data. Raises KPConfigError for
+    anything else, and where this process is not in it."""
+    expected = "expected a DeviceMesh of one dimension or two, or a process group"
     if not dist.is_available() or not dist.is_initialized():
         raise KPConfigError(f"{name}: torch.distributed is not initialised (init_process_group, torchrun)")
     if isinstance(mesh, DeviceMesh):
-        if mesh.ndim != 1:
+        if mesh.ndim > 2:
             raise KPConfigError(f"{name}: got {mesh.ndim} dimensions, {expected}: mesh['cp'], say")
+        if mesh.ndim == 2:
+            far, near = mesh.get_group(0), mesh.get_group(1)
+            grid = (far.group_name, near.group_name)
+            return replace(ranks_of(_flat(mesh), name), grid=grid, row=dist.get_world_size(near))
         mesh = mesh.get_group()
     if not isinstance(mesh, dist.ProcessGroup):
         raise KPConfigError(f"{name}: got {mesh!r}, {expected}")

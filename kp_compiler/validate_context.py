@@ -18,7 +18,7 @@ from torch import Tensor
 from kp_compiler import context_cost, cost
 from kp_compiler import target as targets
 from kp_compiler.config import Ranks
-from kp_compiler.context_cost import SP, SW, Predicted
+from kp_compiler.context_cost import SP, SU, SW, Predicted
 from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import reference, ring
 from kp_compiler.lowering.context.exchange import Peers, group_named
@@ -32,14 +32,14 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 TOKENS = 256  # of each rank, where schedules are compared with one process
 
 _N = sympy.Symbol("N", positive=True, integer=True)
-_SYMBOLS = {"B": cost.SB, "H": cost.SH, "K": cost.SK, "N": _N, "D": cost.SD, "E": cost.SE, "P": SP}
+_SYMBOLS = {"B": cost.SB, "H": cost.SH, "K": cost.SK, "N": _N, "D": cost.SD, "E": cost.SE, "P": SP, "U": SU}
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank and one attention site: formulas over B, H (query heads), K (key heads), N (tokens of
-    the whole sequence), D, E (head sizes of keys and values) and P (ranks), or numbers once `at` put sizes
-    in."""
+    the whole sequence), D, E (head sizes of keys and values), P (ranks) and U (ranks of a row, of "hybrid"),
+    or numbers once `at` put sizes in."""
 
     own: Any  # q, k, v, out and log-sum-exp
     forward: Any  # beside them, of exchanges
@@ -51,7 +51,7 @@ class Memory:
         return self.own + sympy.Max(self.forward, self.backward)
 
     def at(self, **sizes: float) -> Memory:
-        """With some of B, H, K, N, D, E, P as numbers."""
+        """With some of B, H, K, N, D, E, P, U as numbers."""
         values = cost.sized(_SYMBOLS, sizes)
         return Memory(*(x.subs(values) for x in (self.own, self.forward, self.backward)))
 
@@ -133,8 +133,11 @@ def validate_context_parallel(
         problems.append(f"{tokens} tokens are not {parts} equal parts: shard_sequence will add some")
     errors = {}
     for name in SCHEDULES:
-        if name == "ulysses" and heads % ranks.size:
-            problems.append(f"{name}: {heads} heads can't be divided among {ranks.size} ranks")
+        sharing = ranks.sharing(name)
+        if not sharing:
+            continue
+        if heads % sharing:
+            problems.append(f"{name}: {heads} heads can't be divided among {sharing} ranks")
             continue
         off = _error(name, ranks, layout, heads, kv_heads, head_dim, dtype, device)
         errors[name] = _most(off, peers, device)
@@ -146,7 +149,7 @@ def validate_context_parallel(
         batch, heads, kv_heads, mine, mine, head_dim, head_dim, dtype, device.type, training=True
     )
     target, spec = targets.detect(device), AttentionSpec(head_dim**-0.5, CAUSAL)
-    predicted = context_cost.predict(spec, shape, layout, ranks.size, target, link)
+    predicted = context_cost.predict(spec, shape, layout, ranks.size, target, link, row=ranks.row)
     alone = context_cost.alone(spec, shape, ranks.size, target)
     backend = str(dist.get_backend(peers.group))
     return ContextCheck(ranks.size, backend, link, errors, predicted, alone, tuple(problems))
@@ -164,7 +167,7 @@ def _error(
     spec = AttentionSpec(width**-0.5, CAUSAL)
     places = whole.positions(ranks.rank, device)
     mine = [x.index_select(2, places) for x in (q, k, v)]
-    plan = ring.Plan(spec, schedule, layout, ranks.group, ranks.rank, ranks.size, "validate_context_parallel")
+    plan = ring.Plan.of(ranks, spec, schedule, layout, "validate_context_parallel")
     got, _ = ring.context_attention()(*mine, [], [], plan.to_json())
     want = reference.attention_over(q.double(), k.double(), v.double(), [], [], spec)
     want = want.index_select(2, places)

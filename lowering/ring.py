@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kp_compiler.config import Ranks
 from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, of_local
-from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
 from kp_compiler.lowering.context.shard import Shard, engine, wide
 from kp_compiler.lowering.fingerprint import fingerprint
 from kp_compiler.lowering.ops import fragment
@@ -46,6 +47,12 @@ class Plan:
     rank: int
     size: int
     site: str = ""  # whose attention it is, for errors
+    grid: tuple[str, str] | None = None  # where ranks are one: the groups of this one's column and of its row
+
+    @staticmethod
+    def of(ranks: Ranks, spec: AttentionSpec, schedule: str, layout: Kind, site: str = "") -> Plan:
+        grid = ranks.grid if schedule == "hybrid" else None
+        return Plan(spec, schedule, layout, ranks.group, ranks.rank, ranks.size, site, grid)
 
     def to_json(self) -> str:
         data = {**asdict(self), "spec": self.spec.to_json(), "fingerprint": fingerprint()}
@@ -56,7 +63,8 @@ class Plan:
     def parse(text: str) -> Plan:
         data = json.loads(text)
         del data["fingerprint"]
-        return Plan(**{**data, "spec": AttentionSpec.from_json(data["spec"])})
+        grid = tuple(data["grid"]) if data["grid"] else None
+        return Plan(**{**data, "spec": AttentionSpec.from_json(data["spec"]), "grid": grid})
 
     def peers(self) -> Peers:
         """Raises ValueError where the group is not the one that the graph was compiled for."""
@@ -68,6 +76,13 @@ class Plan:
                 f"{here[1]}"
             )
         return Peers(group, self.site)
+
+    def groups(self) -> Groups:
+        """Of the schedule. Raises as `peers`."""
+        if self.grid is None:
+            return Groups(self.peers())
+        far, near = (Peers(group_named(name), self.site) for name in self.grid)
+        return Groups(self.peers(), near, far)
 
     def shard(self, q: Tensor, operands: list[Tensor], scalars: list[int]) -> Shard:
         layout = of_local(self.layout, self.size, q.shape[2])
@@ -118,7 +133,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     parsed = Plan.parse(plan)
     forward, _ = SCHEDULES[parsed.schedule]
-    return forward(parsed.shard(q, operands, scalars), parsed.peers(), q, k, v)
+    return forward(parsed.shard(q, operands, scalars), parsed.groups(), q, k, v)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -133,7 +148,7 @@ def _backward(
     _, backward = SCHEDULES[parsed.schedule]
     delta = engine(q).delta_of(grad, out)
     shard = parsed.shard(q, operands, scalars)
-    dq, dk, dv = backward(shard, parsed.peers(), grad, q, k, v, lse, delta)
+    dq, dk, dv = backward(shard, parsed.groups(), grad, q, k, v, lse, delta)
     dsink = q.new_empty(0)
     if wants_sink and parsed.spec.sink is not None:
         sink = operands[parsed.spec.sink]

@@ -42,8 +42,7 @@ class Sharing:
     layout: Kind = "zigzag"
 
     def plan(self, spec: AttentionSpec, schedule: str = "ring", site: str = "") -> str:
-        ranks = self.ranks
-        return ring.Plan(spec, schedule, self.layout, ranks.group, ranks.rank, ranks.size, site).to_json()
+        return ring.Plan.of(self.ranks, spec, schedule, self.layout, site).to_json()
 
 
 class ContextParallel:
@@ -72,7 +71,8 @@ class ContextParallel:
         spec, shape = ops.spec_of(site), shape_of(site, ctx)
         if (refused := refusal(site)) is not None:
             raise _error(refused)
-        costs = context_cost.predict(spec, shape, program.how.layout, program.how.ranks.size, ctx.target)
+        ranks = program.how.ranks
+        costs = context_cost.predict(spec, shape, program.how.layout, ranks.size, ctx.target, row=ranks.row)
         schedule, why = _schedule(config, site, program.how, costs)
         return Match(
             site,
@@ -162,9 +162,14 @@ def _schedule(
     """The schedule of a site, and what there is to say of it."""
     asked = getattr(config, "schedule", "ring")
     if asked != "auto":
+        sharing = how.ranks.sharing(asked)
+        if not sharing:
+            raise _error(
+                Rejection("mesh", "hybrid needs a mesh of two dimensions, of which rows share heads.")
+            )
         if asked not in costs:
             heads = tensor_of(site.args[0]).shape[1]  # type: ignore[union-attr]
-            raise _error(Rejection("heads", f"{heads} heads can't be divided among {how.ranks.size} ranks."))
+            raise _error(Rejection("heads", f"{heads} heads can't be divided among {sharing} ranks."))
         return asked, None
     limit = getattr(config, "memory", None)
     fitting = {name: each for name, each in costs.items() if limit is None or each.memory <= limit * 2**30}

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering import mask_render, reference
-from kp_compiler.lowering.context import pairs, partial, schedules
+from kp_compiler.lowering.context import pairs, partial, ring
 from kp_compiler.lowering.context.layout import Layout
-from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
 from kp_compiler.lowering.context.shard import Shard
 from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.selection.site import lines_of
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from tests.covering import pairwise
 from tests.helpers import relative_error
-from tests.virtual import VirtualPeers, one_after_the_other, run
+from tests.virtual import one_after_the_other, run
 
 LOOKUP = "Eq(t0(b, k), t0(b, q))"
 MASKS: dict[str, tuple[MaskSpec, list[int]]] = {
@@ -156,15 +156,16 @@ def on_ranks(
     """out, lse, dq, dk, dv of the whole sequence, from what each rank has of it. `whole`: q, k, v, grad."""
     forward, backward = SCHEDULES[schedule]
 
-    def one(peers: VirtualPeers) -> list[Tensor]:
-        place = layout.positions(peers.rank)
-        q, k, v, grad = (x.index_select(2, place) for x in whole)
-        shard = Shard(spec, layout, peers.rank, operands, scalars)
-        out, lse = forward(shard, peers, q, k, v)  # type: ignore[arg-type]
+    def one(groups: Groups) -> list[Tensor]:
+        rank = groups.every.rank
+        q, k, v, grad = (x.index_select(2, layout.positions(rank)) for x in whole)
+        shard = Shard(spec, layout, rank, operands, scalars)
+        out, lse = forward(shard, groups, q, k, v)
         delta = (grad * out).sum(-1)
-        return [out, lse, *backward(shard, peers, grad, q, k, v, lse, delta)]  # type: ignore[arg-type]
+        return [out, lse, *backward(shard, groups, grad, q, k, v, lse, delta)]
 
-    found = run(layout.size, one)
+    row = random.choice([n for n in (2, 3, 4) if layout.size % n == 0])
+    found = run(layout.size, one, row)
     return [torch.cat(parts, 2).index_select(2, layout.inverse()) for parts in zip(*found, strict=True)]
 
 
@@ -178,7 +179,7 @@ CASES = pairwise(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_schedules_against_one_process(monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]) -> None:
     schedule, name, kind, size, key_heads, change = case
-    monkeypatch.setattr(schedules, "ROWS", random.choice((1, 2 * 24 * 48 // size // 2, 2**17)))
+    monkeypatch.setattr(ring, "ROWS", random.choice((1, 2 * 24 * 48 // size // 2, 2**17)))
     mask, scalars = MASKS[name]
     layout = Layout(kind, size, 48)
     spec = AttentionSpec(0.3, mask, dead_rows="zero", softcap=2.0 if change == "softcap" else None)
@@ -222,10 +223,10 @@ def test_what_travels() -> None:
     def sent(schedule: str, mask: str, kind: Any) -> int:
         layout, spec = Layout(kind, size, tokens), AttentionSpec(0.3, MASKS[mask][0], dead_rows="zero")
 
-        def one(peers: VirtualPeers) -> int:
+        def one(groups: Groups) -> int:
             q = torch.randn(1, heads[0], tokens // size, 8)
-            SCHEDULES[schedule][0](Shard(spec, layout, peers.rank, [], []), peers, q, part, part)  # type: ignore[arg-type]
-            return sum(peers.moved)
+            SCHEDULES[schedule][0](Shard(spec, layout, groups.every.rank, [], []), groups, q, part, part)
+            return sum(groups.every.moved)  # type: ignore[attr-defined]
 
         return max(run(size, one))
 

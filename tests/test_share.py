@@ -95,6 +95,21 @@ def test_heads_that_can_t_be_divided() -> None:
     assert share(gm, "auto") <= {"ring", "allgather"}
 
 
+def test_grids() -> None:
+    """Rows of a mesh share heads, which have to be as many as they divide; other meshes have no rows."""
+    grid = dataclasses.replace(RANKS, grid=("column", "row"), row=2)
+    gm, _ = traced(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(6))
+    with pytest.raises(KPError, match="hybrid needs a mesh of two dimensions"):
+        share(gm, "hybrid")
+    assert share(gm, "hybrid", ranks=grid) == {"hybrid"}
+    (node,) = gm.graph.find_nodes(op="call_function", target=ring.context_attention())
+    plan = ring.Plan.parse(node.args[-1])
+    assert (plan.grid, plan.group) == (("column", "row"), RANKS.group)
+    gm, _ = traced(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(5))
+    with pytest.raises(KPError, match="5 heads can't be divided among 2 ranks"):
+        share(gm, "hybrid", ranks=grid)
+
+
 class Checkpointed(nn.Module):
     """Two blocks whose activations are recomputed, with a mask of documents that is made around them."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.layout import Layout
+from kp_compiler.lowering.context.schedules import Groups
 from kp_compiler.lowering.context.shard import Shard, engine, wide
 from kp_compiler.specs import AttentionSpec
 
@@ -59,11 +60,10 @@ class VirtualPeers:
         found = self.world.exchange(self.rank, [x.clone() for x in tensors])
         return Arrived(found[(self.rank - by) % self.size])
 
-    def swap(self, sent: Sequence[Tensor], like: Sequence[Tensor], what: str) -> list[Tensor]:
-        self.moved += [x.numel() for rank, x in enumerate(sent) if rank != self.rank]
-        found = [each[self.rank] for each in self.world.exchange(self.rank, [x.clone() for x in sent])]
-        assert all(x.shape == y.shape for x, y in zip(found, like, strict=True))
-        return found
+    def swap(self, sent: Sequence[list[Tensor]], what: str) -> Arrived:
+        self.moved += [x.numel() for rank, each in enumerate(sent) if rank != self.rank for x in each]
+        found = self.world.exchange(self.rank, [[x.clone() for x in each] for each in sent])
+        return Arrived([each[self.rank] for each in found])
 
     def gather(self, sent: list[Tensor], what: str) -> Arrived:
         self.moved += [x.numel() for x in sent]
@@ -77,15 +77,23 @@ class VirtualPeers:
         return Arrived([sum(each[i][self.rank] for each in found) for i in range(len(given))])
 
 
-def run(size: int, function: Callable[[VirtualPeers], Any]) -> list[Any]:
-    """What the function gives on each rank."""
+def run(size: int, function: Callable[[Groups], Any], row: int = 1) -> list[Any]:
+    """What the function gives on each rank; of a grid with rows of some ranks."""
     world = World(size)
+    rows, columns = [World(row) for _ in range(size // row)], [World(size // row) for _ in range(row)]
 
     def one(rank: int) -> Any:
+        far, near = divmod(rank, row)
+        groups: Any = Groups(
+            VirtualPeers(world, rank),  # type: ignore[arg-type]
+            VirtualPeers(rows[far], near),  # type: ignore[arg-type]
+            VirtualPeers(columns[near], far),  # type: ignore[arg-type]
+        )
         try:
-            return function(VirtualPeers(world, rank))
+            return function(groups)
         except BaseException:
-            world.barrier.abort()  # no rank waits for one that failed
+            for each in (world, *rows, *columns):
+                each.barrier.abort()  # no rank waits for one that failed
             raise
 
     with ThreadPoolExecutor(size) as pool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -75,32 +75,27 @@ class Peers:
         on, back = ((self.rank + way) % self.size for way in (by, -by))
         return self._swap(f"{what} from rank {back}", [(on, sent)], [(back, sent)])
 
-    def swap(self, sent: Sequence[Tensor], like: Sequence[Tensor], what: str) -> list[Tensor]:
-        """sent[r] to rank r; from it a tensor of the size of like[r]."""
-        mine, others = self.rank, [rank for rank in range(self.size) if rank != self.rank]
+    def swap(self, sent: Sequence[list[Tensor]], what: str) -> Pending[list[list[Tensor]]]:
+        """The contiguous tensors sent[r] to rank r; by rank, as many from it, of the sizes of sent[own]."""
+        own, others = self.rank, [rank for rank in range(self.size) if rank != self.rank]
         pending = self._swap(
             f"{what} from all ranks",
-            [(rank, [sent[rank].contiguous()]) for rank in others],
-            [(rank, [like[rank]]) for rank in others],
+            [(rank, sent[rank]) for rank in others],
+            [(rank, sent[own]) for rank in others],
         )
-        found = pending.wait()
-        found.insert(mine, sent[mine])
-        return found
+        count = len(sent[own])
+        found = [pending.received[i : i + count] for i in range(0, len(pending.received), count)]
+        found.insert(own, sent[own])
+        return Pending(self, pending.what, pending.works, found, pending.sent)
 
     def gather(self, sent: list[Tensor], what: str) -> Pending[list[list[Tensor]]]:
         """Of contiguous tensors, every rank's. As many ranks as one machine has send them to each other: two
         tensors of 8 MiB come in 97 µs, by NCCL's own gathering in 130 to 460 beside a kernel (two H200,
         2026-11-27)."""
         if self.size <= NEAR:
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            pending = self._swap(
-                f"{what} from all ranks", [(rank, sent) for rank in others], [(rank, sent) for rank in others]
-            )
-            by_rank = [
-                pending.received[i : i + len(sent)] for i in range(0, len(pending.received), len(sent))
-            ]
-            by_rank.insert(self.rank, sent)
-            return replace(pending, received=[list(x) for x in zip(*by_rank, strict=True)])  # type: ignore
+            swapped = self.swap([sent] * self.size, what)
+            by_tensor = [list(x) for x in zip(*swapped.received, strict=True)]
+            return Pending(self, swapped.what, swapped.works, by_tensor, sent)
         found = [x.new_empty((self.size * len(x), *x.shape[1:])) for x in sent]
         what, works = f"{what} from all ranks", []
         with self.waiting(what):

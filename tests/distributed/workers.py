@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import kp_compiler
 
@@ -198,7 +199,7 @@ def _check_same_scales(net: nn.Module) -> None:
 
 CONTEXT_CASES = [
     (schedule, mask, layout, heads)
-    for schedule in ("ring", "allgather", "ulysses")
+    for schedule in ("ring", "allgather", "ulysses", "hybrid")
     for mask, layout, heads in (
         ("causal", "zigzag", (8, 2)), ("documents", "contiguous", (8, 8)), ("window", "zigzag", (8, 1)),
         ("full", "contiguous", (8, 4)),
@@ -249,11 +250,14 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     """Every case on this rank, through the operator; rank 0 keeps the largest error of each."""
     from kp_compiler.lowering import reference, ring
     from kp_compiler.lowering.context.layout import Layout
+    from kp_compiler.sharding import ranks_of
     from kp_compiler.specs import AttentionSpec
     from tests.helpers import relative_error
     from tests.test_context import MASKS, tensors
 
     start(rank, size, file)
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("ring", "heads"))
+    ranks = ranks_of(mesh)
     worst: dict[str, float] = {}
     for number, (schedule, name, kind, heads) in enumerate(CONTEXT_CASES):
         generator = torch.Generator().manual_seed(number)
@@ -265,7 +269,7 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
         want.square().sum().backward()
         place = layout.positions(rank)
         mine = [x.index_select(2, place).requires_grad_() for x in whole]
-        plan = ring.Plan(spec, schedule, kind, dist.group.WORLD.group_name, rank, size).to_json()  # type: ignore[arg-type]
+        plan = ring.Plan.of(ranks, spec, schedule, kind).to_json()  # type: ignore[arg-type]
 
         operator, operands = ring.context_attention(), tensors()
 
@@ -281,13 +285,13 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
         worst[f"{schedule} {name}"] = max(errors)
     worst["sharding"] = sharding(rank, size)
     check = kp_compiler.validate_context_parallel(
-        dist.group.WORLD, tokens=1026, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32
+        mesh, tokens=1026, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32
     )
     parts = [f"1026 tokens are not {2 * size} equal parts: shard_sequence will add some"]
     parts += ["ulysses: 6 heads can't be divided among 4 ranks"] * (size == 4)
     assert list(check.problems) == parts and not check.ok
     assert check.link > 0 and (check.ranks, check.backend) == (size, "gloo")
-    assert set(check.predicted) == set(check.errors) and len(check.errors) == (2 if size == 4 else 3)
+    assert set(check.predicted) == set(check.errors) and len(check.errors) == (3 if size == 4 else 4)
     assert all(0 < check.efficiency(name) <= 1 for name in check.predicted)
     worst["validated"] = max(check.errors.values())
     everyone: list[Any] = [None] * size

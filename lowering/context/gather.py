@@ -1,0 +1,54 @@
+"""All keys and values are gathered, some heads at a time, and put in order: each query sees its keys at once,
+while those of the next heads come. Gradients are added up over ranks in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kp_compiler.lowering.attend import by_row
+from kp_compiler.lowering.context.exchange import Peers, Pending
+from kp_compiler.lowering.context.ring import GRADIENTS, KEYS, Sums, by_head, by_token, chunks, zeros
+from kp_compiler.lowering.context.shard import Shard
+
+
+def forward(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lses = by_row(q, v.shape[3]), []
+    for mine, _, keys, values in _gathered(shard, peers, q, k, v):
+        results = shard.results(out[:, mine], shard.pieces_of_all, mine)
+        shard.attend(q[:, mine], keys, values, shard.pieces_of_all, results)
+        lses.append(results.finish())
+    return out, torch.cat(lses, 1)
+
+
+def _gathered(
+    shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """The sequence's keys and values, some heads at a time; the next ones come while these are used."""
+    every = chunks(q, k)
+
+    def gather(heads: slice) -> Pending[list[list[Tensor]]]:
+        return peers.gather(by_token(k[:, heads], v[:, heads]), KEYS)
+
+    pending = gather(every[0][1])
+    for i, (mine, theirs) in enumerate(every):
+        keys, values = by_head([shard.layout.joined(parts, 1) for parts in pending.wait()])
+        if i + 1 < len(every):
+            pending = gather(every[i + 1][1])
+        yield mine, theirs, keys, values
+
+
+def backward(
+    shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = Sums(shard, q, k, v)
+    for mine, theirs, keys, values in _gathered(shard, peers, q, k, v):
+        dq, found = zeros(q[:, mine]), [zeros(x) for x in (keys, values)]
+        of_queries, rows = ([x[:, mine] for x in some] for some in ((grad, q), (lse, delta)))
+        shard.add_gradients(*of_queries, keys, values, shard.pieces_of_all, *rows, dq, *found)
+        sums.of_queries(mine, dq)
+        parts = [shard.layout.divided(x.transpose(1, 2), 1) for x in found]
+        sums.of_keys(theirs, None, peers.reduce(parts, GRADIENTS))
+    return sums.finish()
