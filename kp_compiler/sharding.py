@@ -40,9 +40,9 @@ def shard_sequence(
     """This rank's part of every tensor of `batch` that has the sequence along `dim`; other values stay.
 
     `mesh`: a DeviceMesh of one dimension or two, or a process group. Tensors [B,N,…] become [B,n,…] with
-    n = N / P, after they were lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times
-    `multiple`) by `padding` (by name; known for `input_ids`, `labels` and `attention_mask`). `labels` [B,N]
-    become the labels of the next tokens and come as `labels` and as `shift_labels`, which losses of
+    n = N / P, after they were lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag",
+    times `multiple`) by `padding` (by name; known for `input_ids`, `labels` and `attention_mask`). `labels`
+    [B,N] become the labels of the next tokens and come as `labels` and as `shift_labels`, which losses of
     transformers take as they are. `position_ids` are added where there are none. Raises KPError where lengths
     differ, and where a sequence has to be lengthened by what is not known.
     """

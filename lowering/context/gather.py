@@ -45,10 +45,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = Sums(shard, q, k, v)
     for mine, theirs, keys, values in _gathered(shard, peers, q, k, v):
-        dq, found = zeros(q[:, mine]), [zeros(x) for x in (keys, values)]
-        of_queries, rows = ([x[:, mine] for x in some] for some in ((grad, q), (lse, delta)))
-        shard.add_gradients(*of_queries, keys, values, shard.pieces_of_all, *rows, dq, *found)
+        dq, dk, dv = zeros(q[:, mine]), zeros(keys), zeros(values)
+        shard.add_gradients(
+            grad[:, mine], q[:, mine], keys, values, shard.pieces_of_all, lse[:, mine], delta[:, mine],
+            dq, dk, dv,
+        )  # fmt: skip
         sums.of_queries(mine, dq)
-        parts = [shard.layout.divided(x.transpose(1, 2), 1) for x in found]
+        parts = [shard.layout.divided(x.transpose(1, 2), 1) for x in (dk, dv)]
         sums.of_keys(theirs, None, peers.reduce(parts, GRADIENTS))
     return sums.finish()

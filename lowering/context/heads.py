@@ -148,9 +148,9 @@ def backward(
     grid = Grid(shard, near, far, q, k)
     dq, sums = by_row(q, q.shape[3]), [ring.zeros(x) for x in (k, v)]
     given = [grad, q, lse.unsqueeze(-1), delta.unsqueeze(-1)]
-    for chunk, (*of_queries, keys, values) in grid.heads.rounds(given, [k, v]):
-        rows = (x.squeeze(-1) for x in of_queries[2:])
-        found = ring.backward(grid.of(chunk), far, *of_queries[:2], keys, values, *rows, rounded=False)
+    for chunk, (grads, queries, sums_of, deltas, keys, values) in grid.heads.rounds(given, [k, v]):
+        of_rows = sums_of.squeeze(-1), deltas.squeeze(-1)
+        found = ring.backward(grid.of(chunk), far, grads, queries, keys, values, *of_rows, rounded=False)
         grid.heads.back(chunk, [(found[0], dq)], list(zip(found[1:], sums, strict=True)))
     grid.heads.settle()
     dk, dv = (by_row(x, x.shape[3]).copy_(total) for x, total in zip((k, v), sums, strict=True))

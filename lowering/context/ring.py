@@ -112,13 +112,14 @@ def backward(
     unless they are `rounded`."""
     sums = Sums(shard, q, k, v, rounded=rounded)
     for mine, theirs, steps in _rounds(shard, peers, q, k, v):
-        of_queries = [x[:, mine] for x in (grad, q)]
-        rows = [x[:, mine] for x in (lse, delta)]
         dq, own = zeros(q[:, mine]), [zeros(x[:, theirs]) for x in (k, v)]
         coming: Pending[list[Tensor]] | None = None
-        for source, *pair in steps:
-            found = own if source == shard.rank else [zeros(x) for x in pair]
-            shard.add_gradients(*of_queries, *pair, shard.pieces[source], *rows, dq, *found)
+        for source, key, value in steps:
+            dk, dv = found = own if source == shard.rank else [zeros(x) for x in (key, value)]
+            shard.add_gradients(
+                grad[:, mine], q[:, mine], key, value, shard.pieces[source], lse[:, mine], delta[:, mine], dq,
+                dk, dv,
+            )  # fmt: skip
             if source == shard.rank:
                 continue
             if coming is not None:
