@@ -22,6 +22,9 @@ def group_named(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
+# Their names before torch 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 Received = TypeVar("Received")
 NEAR = 8  # ranks
 
@@ -100,7 +103,7 @@ class Peers:
         what, works = f"{what} from all ranks", []
         with self.waiting(what):
             for all_of_them, x in zip(found, sent, strict=True):
-                works.append(dist.all_gather_into_tensor(all_of_them, x, group=self.group, async_op=True))
+                works.append(_all_gather(all_of_them, x, group=self.group, async_op=True))
         return Pending(self, what, works, [list(x.chunk(self.size)) for x in found], sent)
 
     def reduce(self, sent: list[list[list[Tensor]]], what: str) -> Pending[list[Tensor]]:
@@ -111,7 +114,7 @@ class Peers:
             given = torch.cat([torch.cat(parts, 1) for parts in of_ranks])
             total = torch.empty_like(given[: len(given) // self.size])
             with self.waiting(what):
-                works.append(dist.reduce_scatter_tensor(total, given, group=self.group, async_op=True))
+                works.append(_reduce_scatter(total, given, group=self.group, async_op=True))
             found.append(total)
             kept.append(given)
         return Pending(self, what, works, found, kept)
