@@ -97,12 +97,12 @@ def bert() -> Any:
     return build(transformers.BertForMaskedLM, config)
 
 
-def build(cls: Any, config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A randomly initialised model on the GPU."""
+def build(cls: Any, config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
+    """A randomly initialised model, on the GPU."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             return cls(config)
     finally:
         torch.set_default_dtype(before)

@@ -189,6 +189,28 @@ def ring_attention(rows: Rows) -> Any:
     return figure
 
 
+def context_scaling(rows: Rows) -> Any:
+    """Predicted efficiency of the chosen schedule over GPUs, a line for each length, a marker for each
+    schedule."""
+    rows = sorted((r for r in rows if r.get("chosen")), key=lambda r: r["gpus"])
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for place, length in enumerate(sorted({r["length"] for r in rows})):
+        here = [(r["gpus"], r["efficiency"]) for r in rows if r["length"] == length]
+        axes.plot(*zip(*here, strict=True), color=f"C{place}", label=f"{length // 1024}k tokens")
+    for name, marker in (("ring", "o"), ("allgather", "s"), ("ulysses", "^")):
+        found = [(r["gpus"], r["efficiency"]) for r in rows if r["schedule"] == name]
+        if found:
+            axes.scatter(*zip(*found, strict=True), color="black", marker=marker, s=24, zorder=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes := sorted({r["gpus"] for r in rows}), [str(size) for size in sizes])
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("predicted: GPU alone / (GPUs x time)")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
 PLOTS: dict[str, Callable[[Rows], Any]] = {
     plot.__name__: plot
     for plot in (
@@ -202,6 +224,7 @@ PLOTS: dict[str, Callable[[Rows], Any]] = {
         fp8_accuracy,
         sparse_accuracy,
         ring_attention,
+        context_scaling,
     )
 }
 

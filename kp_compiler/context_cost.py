@@ -37,7 +37,9 @@ LINK = 229e9
 # FLOP/s and bytes/s that a CPU is taken to have, so that "auto" has an answer there, too
 CPU_RATE, CPU_LINK = 0.2e12, 2e9
 LATENCY = 20e-6  # seconds of one exchange
-BACKWARD = sympy.Rational(5, 2)  # times the forward pass's products
+# Times the forward pass. There are 2.5 times the products, at a lower rate: 2.98 to 3.07 times as long on one
+# H200 (benchmarks/ring_attention.py, 2026-11-27), 3.3 on an H100 at 32k (benchmarks/attention_kernels.py)
+BACKWARD = sympy.Integer(3)
 
 
 @dataclass(frozen=True)
