@@ -15,7 +15,8 @@ of the dead ones in the store that torchrun keeps for them (https://github.com/p
 A checkpoint is a folder `step-N` of torch.distributed.checkpoint's, whose `.metadata` is written under
 another name and renamed when all ranks' files are there: a folder without it is passed over.
 
-hung: torchrun took more than LIMIT seconds.   survivors: what stopped the ranks that were not killed.
+hung: torchrun took more than LIMIT seconds.   survivors: what stopped the ranks that were not killed;
+errors outside kp come from exchanges of FSDP2, of checkpoints and of the program, torchrun stops who is late.
 worst: the largest relative difference of a loss from the undisturbed training's at its step, repeated steps
 among them.   float32 over gloo on a CPU, autocast to bfloat16 over NCCL on GPUs, as many as there are.
 """
