@@ -99,8 +99,9 @@ def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:
     counts = torch.as_tensor(count, dtype=torch.float32, device=total.device).clone()
     sums = total.detach().float().clone()
     group = group_named(ranks_of(mesh).group)
-    for x in (counts, sums):
-        dist.all_reduce(x, group=group)
+    with Peers(group, "sequence_mean").waiting("sums of all ranks"):
+        for x in (counts, sums):
+            dist.all_reduce(x, group=group)
     mine = total / counts
     return mine + (sums / counts - mine.detach())
 

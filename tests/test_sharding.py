@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kp_compiler.errors import KPError
-from kp_compiler.sharding import shard_sequence, shifted_labels
+from kp_compiler.errors import KPError, KPExchangeError
+from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels
 
 
 @pytest.fixture
@@ -57,3 +57,13 @@ def test_what_is_refused(group: Any) -> None:
         shard_sequence({"input_ids": ids}, init_device_mesh("cpu", (1, 1, 1)))
     with pytest.raises(KPError, match="mesh: got 'cp', expected a DeviceMesh of one dimension"):
         shard_sequence({"input_ids": ids}, "cp")
+
+
+def test_a_mean_without_its_ranks(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_reduce", closed)
+    told = "sequence_mean: rank 1 of 4 waited for sums of all ranks, which failed: Connection closed by peer"
+    with pytest.raises(KPExchangeError, match=told):
+        sequence_mean(torch.ones(()), 3, group)

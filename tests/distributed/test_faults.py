@@ -1,4 +1,5 @@
-"""A rank that dies or stands still: every survivor is told who waited for what, in time."""
+"""A rank that dies or stands still: every survivor is told who waited for what, in time, and training goes on
+from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 
+from benchmarks import context_faults
 from tests.distributed import workers
 
 SIZE = 3
@@ -45,3 +48,16 @@ def test_survivors_are_told(schedule: str, how: str, tmp_path: Path) -> None:
             seed,
             told,
         )
+
+
+@pytest.mark.skipif(context_faults.GPU and torch.cuda.device_count() < SIZE, reason="a GPU for each rank")
+def test_training_is_resumed_by_more_ranks(tmp_path: Path) -> None:
+    """Two ranks with divided weights, of which one is killed; three go on."""
+    (tmp_path / "step-5").mkdir()  # a checkpoint that was not finished
+    rank = random.randrange(2)
+    plan = context_faults.Plan(steps=6, sharded=True, kill=(rank, "before a step", 5, 0.0))
+    row = context_faults.killed(tmp_path, 2, SIZE, plan, context_faults.alone(plan.steps))
+    assert not row["hung"] and row["kills"] == 1, row
+    assert row["resumed from"] == row["last checkpoint"] == 4, row
+    assert row["steps"] == plan.steps and row["worst"] <= context_faults.BOUND, row
+    assert "inside kp" not in row["survivors"], row
