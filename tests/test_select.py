@@ -116,7 +116,7 @@ def test_through_the_compiler(monkeypatch: pytest.MonkeyPatch, function: Any) ->
     torch._dynamo.reset()
     with kp_compiler.capture_reports() as reports:
         compiled = torch.compile(function, backend="kp", fullgraph=True, options=options)
-        for length in (300, 200):
+        for length in (170, 100):
             leaves = [x.requires_grad_() for x in inputs(length, length)]
             for x in leaves:
                 torch._dynamo.mark_dynamic(x, 2)
