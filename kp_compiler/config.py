@@ -229,7 +229,7 @@ def resolve(
     env = os.environ if env is None else env
     if env.get("KP_DISABLE", "") not in ("", "0"):
         for name in SHARING:
-            if (settings or {}).get(name, "off") not in ("off", False):
+            if any(_asked(layer, name) for layer in (*_scoped.get(), settings or {})):
                 raise KPConfigError(f"KP_DISABLE: {name} is on, and the model would be wrong without it")
         return Config(disabled=True)
     layers: list[tuple[str, Mapping[str, Any]]] = [("KP_PASSES", _from_env(env.get("KP_PASSES", "")))]
@@ -252,6 +252,13 @@ def resolve(
         _check_inductor(values.get("mode"), values.get("inductor", {}))
     _check_consistent(values, sources)
     return Config(**values, sources=sources)
+
+
+def _asked(layer: Mapping[str, Any], name: str) -> bool:
+    """Whether a layer of options switches a pass on that is off by default."""
+    value = layer.get(name, "off")
+    mode = value.get("mode", "auto") if isinstance(value, Mapping) else value
+    return mode not in ("off", False)
 
 
 def _check_consistent(values: dict[str, Any], sources: dict[str, str]) -> None:

@@ -272,4 +272,5 @@ def test_what_does_not_go_together(
 def test_kp_can_t_be_disabled_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KPConfigError, match="KP_DISABLE: context_parallel is on"):
         resolve({"context_parallel": {"mesh": 3}}, env={"KP_DISABLE": "1"})
-    assert resolve({"context_parallel": "off"}, env={"KP_DISABLE": "1"}).disabled
+    for off in ("off", False, {"mode": "off"}):
+        assert resolve({"context_parallel": off}, env={"KP_DISABLE": "1"}).disabled
