@@ -305,10 +305,23 @@ def _check_shared(values: dict[str, Any]) -> None:
             raise KPConfigError(f"{name}: needs mesh=, a DeviceMesh: mesh['cp'], say")
         if settings.skip or settings.only:
             raise KPConfigError(f"{name}: skip and only would leave attention within parts of sequences")
-        others = [other for other in SHARING if other != name] + ["sparse_attention"]
-        for other in others:
-            if other in values and values[other].mode != "off":
+        for other in SHARING:
+            if other != name and other in values and values[other].mode != "off":
                 raise KPConfigError(f"{name}: can't be used together with {other}")
+        sparse = values.get("sparse_attention", SparseAttentionConfig())
+        if sparse.mode != "off":
+            _check_chosen(name, getattr(settings, "schedule", "ring"), sparse)
+
+
+def _check_chosen(name: str, schedule: str, sparse: SparseAttentionConfig) -> None:
+    """Who chooses blocks has to see all keys, and knows of its own heads alone."""
+    if schedule not in ("auto", "ulysses"):
+        raise KPConfigError(
+            f"{name}: can't be used together with sparse_attention, but by schedule='ulysses'"
+        )
+    for setting in ("dense_heads", "gates", "calibration"):
+        if getattr(sparse, setting):
+            raise KPConfigError(f"{name}: can't be used together with sparse_attention.{setting}")
 
 
 def _merge(values: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str) -> None:

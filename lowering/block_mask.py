@@ -89,7 +89,7 @@ def block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int = BLOCK) 
     return _once(emit, node, spec, block, lambda: _block_flags(emit, node, spec, block))
 
 
-class _Now:
+class Now:
     """In place of an emitter: operations on tensors that are there."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def lists_now(
 ) -> list[Tensor]:
     """`visit_lists` of tensors that are there: by blocks of queries, and by blocks of keys."""
     node: Any = SimpleNamespace(args=(q, k, None, list(operands), list(scalars)))
-    return visit_lists(_Now(), node, spec)
+    return visit_lists(Now(), node, spec)
 
 
 def _block_flags(emit: Any, node: Node, spec: AttentionSpec, block: int) -> tuple[Node, Node]:

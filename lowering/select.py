@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -191,6 +192,20 @@ def emit_lists(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape
     for each, whole in zip(both, (everything[:4], everything[4:]), strict=False):
         lists += _replaced(emit, heads, _for_group(emit, sparse, shape, each), whole)
     return lists
+
+
+def lists_now(
+    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[int], spec: AttentionSpec,
+    *, training: bool,
+) -> list[Tensor]:  # fmt: skip
+    """`emit_lists` of tensors that are there."""
+    from kp_compiler.lowering.block_mask import Now
+
+    node: Any = SimpleNamespace(args=(q, k, v, list(operands), list(scalars)))
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    shape = AttentionShape(*sizes, q.dtype, q.device.type, training)
+    found: list[Any] = emit_lists(Now(), node, spec, shape)
+    return found
 
 
 def _items(emit: Any, four: Node) -> list[Node]:

@@ -15,9 +15,9 @@ from kp_compiler.passes.sparse_attention import SparseAttention
 ALL_PASSES: tuple[Pass, ...] = (
     RaiseAttention(),
     ProveMasks(),
+    SparseAttention(),
     RingAttention(),
     ContextParallel(),
-    SparseAttention(),
     Attention(),
     RaiseLinear(),
     Fp8Linear(),

@@ -33,6 +33,8 @@ from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
 
+CHOOSING = "ulysses"  # whose ranks see all keys of their heads, as those who choose blocks have to
+
 
 @dataclass(frozen=True)
 class Sharing:
@@ -161,6 +163,8 @@ def _schedule(
 ) -> tuple[str, Rejection | None]:
     """The schedule of a site, and what there is to say of it."""
     asked = getattr(config, "schedule", "ring")
+    if ops.spec_of(site).sparse is not None and asked == "auto":
+        asked = CHOOSING
     if asked != "auto":
         sharing = how.ranks.sharing(asked)
         if not sharing:

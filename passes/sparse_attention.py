@@ -57,7 +57,7 @@ class SparseAttention:
         yield from ops.attentions(graph)
 
     def inspect(self, site: Node, ctx: Context) -> Match | Rejection:
-        config, shape = ctx.config.sparse_attention, shape_of(site, ctx)
+        config, shape = ctx.config.sparse_attention, _whole(shape_of(site, ctx), ctx)
         if hint(shape.keys) < config.min_tokens:
             return Rejection(
                 "short",
@@ -98,6 +98,16 @@ class SparseAttention:
         site.update_arg(5, spec.to_json())
         site.meta["kp_measured"] = choice.measured
         return site
+
+
+def _whole(shape: AttentionShape, ctx: Context) -> AttentionShape:
+    """What a rank attends with that shares the sequence: some heads, and all tokens."""
+    ranks = ctx.config.context_parallel.mesh
+    if not ctx.config.shares_sequences() or ranks is None:
+        return shape
+    heads, kv_heads = (max(1, n // ranks.size) for n in (shape.heads, shape.kv_heads))
+    queries, keys = (n * ranks.size for n in (shape.queries, shape.keys))
+    return dataclasses.replace(shape, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys)
 
 
 def site_name(site: Node, ctx: Context) -> str:

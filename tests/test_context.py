@@ -19,7 +19,7 @@ from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
 from kp_compiler.lowering.context.shard import Shard
 from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.selection.site import lines_of
-from kp_compiler.specs import AttentionSpec, MaskSpec
+from kp_compiler.specs import AttentionSpec, MaskSpec, SparseSpec
 from tests.covering import pairwise
 from tests.helpers import relative_error
 from tests.virtual import one_after_the_other, run
@@ -213,6 +213,26 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     found = one_after_the_other(layout, spec, tensors(), scalars, [*whole, grad])
     assert found[0].dtype == torch.half and relative_error(found[0], want.detach()) < 5e-4
     assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "documents"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_are_chosen_as_by_one_process(name: str, shared: bool) -> None:
+    """By ranks that share heads; each sees all keys of its own."""
+    mask, scalars = MASKS[name]
+    sparse = SparseSpec("content", 0.4, block=16, sink_blocks=0, local_blocks=1, shared=shared)
+    spec = AttentionSpec(0.3, mask, dead_rows="zero", sparse=sparse)
+    whole = [torch.randn(1, heads, 160, 8) for heads in (8, 4, 4)]
+    operands = [(torch.rand(1, 160) < 0.03).cumsum(-1)]
+    leaves = [x.clone().requires_grad_() for x in whole]
+    want = reference.attention(*leaves, operands, scalars, spec.to_json())
+    assert relative_error(want, reference.attention_over(*leaves, operands, scalars, spec)) > 0.01
+    grad = torch.randn_like(want)
+    exact = torch.autograd.grad(want, leaves, grad)
+    layout = Layout("zigzag", 4, 160)
+    out, _, *found = on_ranks("ulysses", layout, spec, operands, scalars, [*whole, grad])
+    assert relative_error(out, want.detach()) < 1e-5
+    assert all(relative_error(mine, theirs) < 1e-5 for mine, theirs in zip(found, exact, strict=True))
 
 
 def test_what_travels() -> None:

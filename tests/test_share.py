@@ -254,7 +254,11 @@ def test_config_errors(options: dict[str, Any], message: str) -> None:
     ("others", "message"),
     [
         ({"skip": ("a",)}, "skip and only would leave attention within parts"),
-        ({"sparse_attention": "on"}, "can't be used together with sparse_attention"),
+        (
+            {"sparse_attention": "on", "schedule": "ring"},
+            "can't be used together with sparse_attention, but by",
+        ),
+        ({"sparse_attention": {"dense_heads": {"": [1]}}}, "together with sparse_attention.dense_heads"),
         ({"ring_attention": {"mesh": RANKS}}, "can't be used together with context_parallel"),
         ({"raise_attention": "off"}, "required, but raise_attention"),
         ({"prove_masks": "off"}, "required, but prove_masks"),
@@ -264,7 +268,7 @@ def test_what_does_not_go_together(
     others: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharding, "ranks_of", lambda mesh, name="": mesh)
-    mine = {"mesh": RANKS, **{name: others.pop(name) for name in ("skip",) if name in others}}
+    mine = {"mesh": RANKS, **{name: others.pop(name) for name in ("skip", "schedule") if name in others}}
     with pytest.raises(KPConfigError, match=message):
         resolve({"context_parallel": mine, **others}, env={})
 

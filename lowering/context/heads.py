@@ -116,7 +116,8 @@ class Grid:
         layout = shard.layout
         self.near, self.far = near, far
         self.heads = Heads(near, Layout(layout.kind, near.size, q.shape[2] * near.size), q, k)
-        self.rows = Layout(layout.kind, layout.size // near.size, layout.tokens)
+        rows = layout.size // near.size
+        self.rows = Layout("contiguous" if rows == 1 else layout.kind, rows, layout.tokens)
         self.shard = shard
 
     def of(self, chunk: Chunk) -> Shard:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kp_compiler.lowering import mask_render
+from kp_compiler.lowering import mask_render, select
 from kp_compiler.lowering.attend import Plan, add_gradients, write
 from kp_compiler.lowering.block_mask import BLOCK, lists_now
 from kp_compiler.lowering.context.partial import Start
@@ -17,12 +17,17 @@ from kp_compiler.specs import MaskSpec
 Given = tuple[list[Tensor], list[int], list[Tensor], Plan]
 
 
-def _given(q: Tensor, k: Tensor, task: Task, sink: Tensor | None = None) -> Given:
+def _given(
+    q: Tensor, k: Tensor, v: Tensor, task: Task, sink: Tensor | None = None, *, training: bool
+) -> Given:
     """operands, scalars, lists and plan of `kp::attend`."""
     spec = replace(task.spec, mask=task.mask or MaskSpec(), sink=None, dead_rows="zero")
     operands, scalars = list(task.operands), list(task.scalars)
     lists, block = [], None
-    if mask_render.inequalities(spec.mask) is None:
+    if spec.sparse is not None:  # a choice is the same each time, and takes less memory than to keep it
+        lists = select.lists_now(q, k, v, operands, scalars, spec, training=training)
+        spec, block = replace(spec, sparse=None), (spec.sparse.block, spec.sparse.block)
+    elif mask_render.inequalities(spec.mask) is None:
         lists, block = lists_now(q, k, operands, scalars, spec), (BLOCK, BLOCK)
     if sink is not None:
         spec, operands = replace(spec, sink=len(operands)), [*operands, sink]
@@ -32,7 +37,7 @@ def _given(q: Tensor, k: Tensor, task: Task, sink: Tensor | None = None) -> Give
 def forward(
     q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None, sink: Tensor | None, out: Tensor
 ) -> Tensor:
-    return write(out, q, k, v, *_given(q, k, task, sink), start)
+    return write(out, q, k, v, *_given(q, k, v, task, sink, training=False), start)
 
 
 def delta_of(grad: Tensor, out: Tensor) -> Tensor:
@@ -43,4 +48,4 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, task: Task, lse: Tensor, delta: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    add_gradients((dq, dk, dv), grad, q, k, v, *_given(q, k, task), lse, delta)
+    add_gradients((dq, dk, dv), grad, q, k, v, *_given(q, k, v, task, training=True), lse, delta)

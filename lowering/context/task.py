@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,7 +13,8 @@ from kp_compiler.specs import AttentionSpec, MaskSpec
 
 @dataclass(frozen=True)
 class Task:
-    """The mask of the pair, None where all is kept, and what it reads; of `spec`, scale and soft-cap."""
+    """The mask of the pair, None where all is kept, and what it reads; of `spec`, scale, soft-cap and how
+    blocks are chosen, by schedules that see all keys at once."""
 
     spec: AttentionSpec
     mask: MaskSpec | None = None
@@ -22,7 +23,12 @@ class Task:
 
     def keep(self, q: Tensor, k: Tensor) -> Tensor | None:
         """As a tensor that broadcasts to [B,H,n,m]."""
-        if self.mask is None:
-            return None
-        like = q.new_empty(1, 1, 1, 1).expand(*q.shape[:3], k.shape[2])
-        return reference.mask(self.mask, self.operands, self.scalars, like)
+        kept = None
+        if self.mask is not None:
+            like = q.new_empty(1, 1, 1, 1).expand(*q.shape[:3], k.shape[2])
+            kept = reference.mask(self.mask, self.operands, self.scalars, like)
+        if self.spec.sparse is None:
+            return kept
+        spec = replace(self.spec, mask=self.mask or MaskSpec())
+        chosen = reference.chosen_pairs(q, k, k, list(self.operands), list(self.scalars), spec)
+        return chosen if kept is None else chosen & kept

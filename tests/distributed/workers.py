@@ -358,7 +358,8 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
     return max(errors)
 
 
-COMPOSED = ("ddp", "fsdp2", "fp8_linear")
+COMPOSED = ("ddp", "fsdp2", "fp8_linear", "sparse_attention")
+SPARSE = {"sparse_attention": {"mode": "require", "sparsity": 0.5, "min_tokens": 1}, "cpu_rewrites": True}
 
 
 def composed(rank: int, size: int, file: str, out: str) -> None:
@@ -370,11 +371,16 @@ def composed(rank: int, size: int, file: str, out: str) -> None:
 
     start(rank, size, file)
     mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "cp"))
-    x = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(1))
-    want = attention_net()
-    want(x).square().mean().backward()
     worst = {}
     for what in COMPOSED:
+        tokens = 1024 if what == "sparse_attention" else 32
+        x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(1))
+        want = attention_net()
+        torch._dynamo.reset()
+        alone: dict[str, Any] = SPARSE if what == "sparse_attention" else {}
+        torch.compile(want, backend="kp", options={**alone, "lowering": "aot_eager"})(
+            x
+        ).square().mean().backward()
         torch._dynamo.reset()
         grads = _composed(what, mesh, x)
         worst[what] = max(relative_error(a, p.grad) for a, p in zip(grads, want.parameters(), strict=True))
@@ -392,6 +398,8 @@ def _composed(what: str, mesh: Any, x: torch.Tensor) -> list[torch.Tensor]:
     options: dict[str, Any] = {"context_parallel": {"mesh": mesh["cp"]}, "lowering": "aot_eager"}
     if what == "fp8_linear":
         options |= {"fp8_linear": _fp8("rowwise"), "cpu_rewrites": True}
+    if what == "sparse_attention":
+        options |= SPARSE
     net, ranks = attention_net(), mesh.size()
     whole = x[mesh["dp"].get_local_rank()][None]
     mine = kp_compiler.shard_sequence({"x": whole}, mesh["cp"])["x"]
