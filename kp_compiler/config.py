@@ -91,7 +91,7 @@ class Ranks:
 
     def sharing(self, schedule: str) -> int:
         """How many ranks share heads; zero where the mesh has no such schedule."""
-        return {"ulysses": self.size, "hybrid": self.row if self.grid else 0}.get(schedule, 1)
+        return {"ulysses": self.size, "hybrid": self.row if self.row > 1 else 0}.get(schedule, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,8 @@ def resolve(
     env = os.environ if env is None else env
     if env.get("KP_DISABLE", "") not in ("", "0"):
         for name in SHARING:
-            if any(_asked(layer, name) for layer in (*_scoped.get(), settings or {})):
+            asked = [layer[name] for layer in (*_scoped.get(), settings or {}) if name in layer]
+            if asked and _asked(asked[-1]):
                 raise KPConfigError(f"KP_DISABLE: {name} is on, and the model would be wrong without it")
         return Config(disabled=True)
     layers: list[tuple[str, Mapping[str, Any]]] = [("KP_PASSES", _from_env(env.get("KP_PASSES", "")))]
@@ -254,9 +255,8 @@ def resolve(
     return Config(**values, sources=sources)
 
 
-def _asked(layer: Mapping[str, Any], name: str) -> bool:
-    """Whether a layer of options switches a pass on that is off by default."""
-    value = layer.get(name, "off")
+def _asked(value: Any) -> bool:
+    """Whether an option switches a pass on that is off by default."""
     mode = value.get("mode", "auto") if isinstance(value, Mapping) else value
     return mode not in ("off", False)
 
@@ -319,6 +319,8 @@ def _check_chosen(name: str, schedule: str, sparse: SparseAttentionConfig) -> No
         raise KPConfigError(
             f"{name}: can't be used together with sparse_attention, but by schedule='ulysses'"
         )
+    if sparse.selector == "random":
+        raise KPConfigError(f"{name}: can't be used together with sparse_attention.selector='random'")
     for setting in ("dense_heads", "gates", "calibration"):
         if getattr(sparse, setting):
             raise KPConfigError(f"{name}: can't be used together with sparse_attention.{setting}")

@@ -128,8 +128,20 @@ def _longer(name: str, x: Tensor, dim: int, tokens: int, padding: Mapping[str, f
 
 @lru_cache(maxsize=64)
 def _flat(mesh: DeviceMesh) -> DeviceMesh:
-    """All ranks of a mesh in one dimension, row after row. Makes a process group: every rank calls it."""
+    """All ranks of a mesh in one dimension, row after row. Makes a process group: every rank calls it, also
+    those of a larger mesh that this one is a part of."""
     return mesh._flatten()
+
+
+def _grid(mesh: DeviceMesh, name: str) -> Ranks:
+    if mesh.mesh_dim_names is None:
+        raise KPConfigError(f"{name}: a mesh of two dimensions needs names for them, mesh_dim_names=")
+    order = mesh.mesh.flatten()
+    if not torch.equal(order, order.sort().values):  # which a process group of all of them has
+        raise KPConfigError(f"{name}: its ranks are not in ascending order, row after row")
+    far, near = mesh.get_group(0), mesh.get_group(1)
+    grid = (far.group_name, near.group_name)
+    return replace(ranks_of(_flat(mesh), name), grid=grid, row=dist.get_world_size(near))
 
 
 def ranks_of(mesh: Any, name: str = "mesh") -> Ranks:
@@ -142,9 +154,7 @@ def ranks_of(mesh: Any, name: str = "mesh") -> Ranks:
         if mesh.ndim > 2:
             raise KPConfigError(f"{name}: got {mesh.ndim} dimensions, {expected}: mesh['cp'], say")
         if mesh.ndim == 2:
-            far, near = mesh.get_group(0), mesh.get_group(1)
-            grid = (far.group_name, near.group_name)
-            return replace(ranks_of(_flat(mesh), name), grid=grid, row=dist.get_world_size(near))
+            return _grid(mesh, name)
         mesh = mesh.get_group()
     if not isinstance(mesh, dist.ProcessGroup):
         raise KPConfigError(f"{name}: got {mesh!r}, {expected}")

@@ -152,7 +152,7 @@ def _backward(
     dsink = q.new_empty(0)
     if wants_sink and parsed.spec.sink is not None:
         sink = operands[parsed.spec.sink]
-        share = torch.exp(sink.to(lse.dtype).reshape(1, -1, 1) - lse)
+        share = torch.where(torch.isinf(lse), 0.0, torch.exp(sink.to(lse.dtype).reshape(1, -1, 1) - lse))
         dsink = -(share * delta).sum((0, 2)).sum_to_size(sink.numel()).view_as(sink).to(sink.dtype)
     return dq, dk, dv, dsink
 

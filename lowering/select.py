@@ -202,8 +202,10 @@ def lists_now(
     from kp_compiler.lowering.block_mask import Now
 
     node: Any = SimpleNamespace(args=(q, k, v, list(operands), list(scalars)))
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-    shape = AttentionShape(*sizes, q.dtype, q.device.type, training)
+    (batch, heads, queries, width), (kv_heads, keys) = q.shape, k.shape[1:3]
+    shape = AttentionShape(
+        batch, heads, kv_heads, queries, keys, width, v.shape[3], q.dtype, q.device.type, training
+    )
     found: list[Any] = emit_lists(Now(), node, spec, shape)
     return found
 

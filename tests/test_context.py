@@ -235,6 +235,23 @@ def test_blocks_are_chosen_as_by_one_process(name: str, shared: bool) -> None:
     assert all(relative_error(mine, theirs) < 1e-5 for mine, theirs in zip(found, exact, strict=True))
 
 
+def test_chosen_blocks_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter."""
+    from kp_compiler.lowering.context import kernels, shard
+
+    monkeypatch.setattr(shard, "engine", lambda q: kernels)
+    sparse = SparseSpec("content", 0.4, block=32, sink_blocks=0, local_blocks=1)
+    spec = AttentionSpec(0.3, MASKS["causal"][0], dead_rows="zero", sparse=sparse)
+    whole = [torch.randn(1, heads, 200, 16).half() for heads in (4, 2, 2)]
+    leaves = [x.float().requires_grad_() for x in whole]
+    want = reference.attention(*leaves, [], [], spec.to_json())
+    grad = torch.randn(want.shape).half()
+    exact = torch.autograd.grad(want, leaves, grad.float())
+    found = one_after_the_other(Layout("contiguous", 1, 200), spec, [], [], [*whole, grad])
+    for mine, theirs in zip(found, [want.detach(), *exact], strict=True):
+        assert relative_error(mine, theirs) < 2e-3
+
+
 def test_what_travels() -> None:
     """Keys and values once round, or once; those that a window sees, from neighbours alone."""
     heads, tokens, size = (8, 2), 400, 4

@@ -55,6 +55,8 @@ def test_what_is_refused(group: Any) -> None:
         shard_sequence({"input_ids": ids}, group, layout="ring")  # type: ignore[arg-type]
     with pytest.raises(KPError, match="mesh: got 3 dimensions, expected a DeviceMesh of one dimension"):
         shard_sequence({"input_ids": ids}, init_device_mesh("cpu", (1, 1, 1)))
+    with pytest.raises(KPError, match="needs names for them"):
+        shard_sequence({"input_ids": ids}, init_device_mesh("cpu", (1, 1)))
     with pytest.raises(KPError, match="mesh: got 'cp', expected a DeviceMesh of one dimension"):
         shard_sequence({"input_ids": ids}, "cp")
 

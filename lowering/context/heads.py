@@ -98,14 +98,15 @@ class Heads:
                 if i < count:
                     to[:, queries[0] : queries[-1] + 1].copy_(x.transpose(1, 2))
                 else:
-                    to.index_add_(1, torch.tensor(keys, device=x.device), x.transpose(1, 2))
+                    for place, head in enumerate(keys):  # by indices on the device the host would wait for it
+                        to[:, head] += x[:, :, place]
 
 
 def _laid(x: Tensor, heads: list[int]) -> Tensor:
     """Some heads, [B,n,h,·]."""
     if heads == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1].transpose(1, 2).contiguous()
-    return x.index_select(1, torch.tensor(heads, device=x.device)).transpose(1, 2).contiguous()
+    return torch.stack([x[:, head] for head in heads], 2)
 
 
 class Grid:

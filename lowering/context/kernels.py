@@ -23,10 +23,10 @@ def _given(
     """operands, scalars, lists and plan of `kp::attend`."""
     spec = replace(task.spec, mask=task.mask or MaskSpec(), sink=None, dead_rows="zero")
     operands, scalars = list(task.operands), list(task.scalars)
-    lists, block = [], None
-    if spec.sparse is not None:  # a choice is the same each time, and takes less memory than to keep it
+    lists, block, sparse = [], None, spec.sparse
+    if sparse is not None:  # a choice is the same each time, and takes less memory than to keep it
         lists = select.lists_now(q, k, v, operands, scalars, spec, training=training)
-        spec, block = replace(spec, sparse=None), (spec.sparse.block, spec.sparse.block)
+        spec, block = replace(spec, sparse=None), (sparse.block, sparse.block)
     elif mask_render.inequalities(spec.mask) is None:
         lists, block = lists_now(q, k, operands, scalars, spec), (BLOCK, BLOCK)
     if sink is not None:

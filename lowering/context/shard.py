@@ -103,6 +103,8 @@ class Shard:
     @cached_property
     def pieces(self) -> list[Pieces]:
         """Of this rank's queries and the keys of each rank, as few as hold everything that the mask keeps."""
+        if not self.spec.mask.tensors:
+            return _pieces(self.spec, self.layout, self.rank, tuple(self.scalars))
         return [list(self._with(source)) for source in range(self.layout.size)]
 
     @property
@@ -218,6 +220,12 @@ class Shard:
 
 def _span(parts: Sequence[int], size: int) -> slice:
     return slice(parts[0] * size, (parts[-1] + 1) * size)
+
+
+@lru_cache(maxsize=1024)
+def _pieces(spec: AttentionSpec, layout: Layout, rank: int, scalars: tuple[int, ...]) -> list[Pieces]:
+    shard = Shard(spec, layout, rank, (), scalars)
+    return [list(shard._with(source)) for source in range(layout.size)]
 
 
 @lru_cache(maxsize=1024)

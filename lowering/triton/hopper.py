@@ -143,7 +143,7 @@ def _long_columns(site: Site, lists: Lists) -> bool:
     32k tokens, 32 heads for 8 of keys: 8.8 ms so, 6.4 ms with a program for each head (H100, 2026-11-27),
     more where these add to one result by atomic operations."""
     heads, kv_heads = site.q.shape[1], site.k.shape[1]
-    if site.block is None or heads == kv_heads:
+    if site.block is None or heads == kv_heads or lists.count.shape[1] == 1:  # one list for all, of a mask
         return False
     rows = -(-site.q.shape[2] // site.block[0])
     each = lists.blocks.numel() // (lists.count.shape[0] * lists.count.shape[1]) * site.q.shape[0] * heads

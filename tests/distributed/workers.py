@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import kp_compiler
 
@@ -248,6 +249,7 @@ def finish() -> None:
 
 def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     """Every case on this rank, through the operator; rank 0 keeps the largest error of each."""
+    from kp_compiler.errors import KPConfigError
     from kp_compiler.lowering import reference, ring
     from kp_compiler.lowering.context.layout import Layout
     from kp_compiler.sharding import ranks_of
@@ -258,6 +260,10 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     start(rank, size, file)
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("ring", "heads"))
     ranks = ranks_of(mesh)
+    turned = DeviceMesh("cpu", torch.arange(size).view(2, size // 2).T, mesh_dim_names=("a", "b"))
+    if size > 2:
+        with pytest.raises(KPConfigError, match="not in ascending order"):
+            ranks_of(turned)
     worst: dict[str, float] = {}
     for number, (schedule, name, kind, heads) in enumerate(CONTEXT_CASES):
         generator = torch.Generator().manual_seed(number)
