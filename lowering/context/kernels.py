@@ -20,7 +20,7 @@ Given = tuple[list[Tensor], list[int], list[Tensor], Plan]
 def _given(
     q: Tensor, k: Tensor, v: Tensor, task: Task, sink: Tensor | None = None, *, training: bool
 ) -> Given:
-    """operands, scalars, lists and plan of `kp::attend`."""
+    """operands, scalars, lists and plan of `kp::attend`. Lists of a mask are those of all heads."""
     spec = replace(task.spec, mask=task.mask or MaskSpec(), sink=None, dead_rows="zero")
     operands, scalars = list(task.operands), list(task.scalars)
     lists, block, sparse = [], None, spec.sparse
@@ -28,7 +28,10 @@ def _given(
         lists = select.lists_now(q, k, v, operands, scalars, spec, training=training)
         spec, block = replace(spec, sparse=None), (sparse.block, sparse.block)
     elif mask_render.inequalities(spec.mask) is None:
-        lists, block = lists_now(q, k, operands, scalars, spec), (BLOCK, BLOCK)
+        known = task.known.get((q.shape[2], k.shape[2]))
+        lists, block = known or lists_now(q, k, operands, scalars, spec), (BLOCK, BLOCK)
+        if operands:  # else the task is kept from call to call, and lists would be, too
+            task.known[q.shape[2], k.shape[2]] = lists
     if sink is not None:
         spec, operands = replace(spec, sink=len(operands)), [*operands, sink]
     return operands, scalars, lists, Plan(spec, block)

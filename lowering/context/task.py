@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ class Task:
     mask: MaskSpec | None = None
     operands: Sequence[Tensor] = ()
     scalars: Sequence[int] = ()
+    known: dict[Any, Any] = field(default_factory=dict, compare=False)  # what engines have made of it
 
     def keep(self, q: Tensor, k: Tensor) -> Tensor | None:
         """As a tensor that broadcasts to [B,H,n,m]."""
