@@ -91,7 +91,13 @@ class Ranks:
 
     def sharing(self, schedule: str) -> int:
         """How many ranks share heads; zero where the mesh has no such schedule."""
-        return {"ulysses": self.size, "hybrid": self.row if self.row > 1 else 0}.get(schedule, 1)
+        return sharing(schedule, self.size, self.row)
+
+
+def sharing(schedule: str, size: int, row: int) -> int:
+    """How many of `size` ranks, of which a grid has `row` in a row, share heads by a schedule; zero where one
+    row is no grid."""
+    return {"ulysses": size, "hybrid": row if row > 1 else 0}.get(schedule, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ the (possibly symbolic) sizes, and the numbers of one site.
     hybrid       the same among the ranks of a row, with a ring among rows for the arithmetic
 
 A pass is as slow as its slowest rank: under a causal mask the one with the most pairs. Gradients of keys and
-values travel in float32. C is the number of chunks (`schedules.chunks`).
+values travel in float32. C is the number of chunks (`ring.chunk_count`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 
 from kp_compiler import cost
+from kp_compiler.config import sharing
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ
 from kp_compiler.lowering.context.layout import Kind
 from kp_compiler.lowering.context.ring import CHUNKS, ROWS
@@ -88,9 +89,8 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
     one = SW * keys / SL + LATENCY
     if schedule == "ring":
         step, back = even / SP, BACKWARD * even / SP
-        moved = (
-            SW * keys * (2 + sympy.Min(1, SC - 1))
-        )  # what comes, what goes on, and a chunk's own as it goes
+        # what comes, what goes on, and a chunk's own as it goes
+        moved = SW * keys * (2 + sympy.Min(1, SC - 1))
         return Formula(
             step + (SP - 1) * sympy.Max(step, one) + 2 * SP * SC * KERNEL,
             back + (SP - 1) * sympy.Max(back, one + wide) + (wide + LATENCY) / SC + 2 * SP * SC * KERNEL,
@@ -144,8 +144,8 @@ def predict(
     values = {**_values(shape, size, target, link), SU: row}
     found = {}
     for schedule in SCHEDULES:
-        sharing = {"ulysses": size, "hybrid": row if row > 1 else 0}.get(schedule, 1)
-        if not sharing or hint(shape.heads) % sharing:
+        among = sharing(schedule, size, row)
+        if not among or hint(shape.heads) % among:
             continue
         each = formula(schedule, spec, layout)
         memory = sympy.Max(each.memory, each.backward_memory) if shape.training else each.memory

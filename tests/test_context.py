@@ -44,9 +44,9 @@ MASKS: dict[str, tuple[MaskSpec, list[int]]] = {
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_layout(kind: Any, size: int) -> None:
     layout = Layout(kind, size, 24 * size)
-    order = layout.order()
+    order = torch.cat([layout.positions(rank) for rank in range(size)])
     assert order.sort().values.tolist() == list(range(24 * size))
-    assert order[layout.inverse()].tolist() == list(range(24 * size))
+    assert layout.joined(order.chunk(size), 0).tolist() == list(range(24 * size))
     for rank in range(size):
         part = layout.positions(rank)
         assert torch.equal(part, order[24 * rank : 24 * rank + 24])
@@ -166,7 +166,7 @@ def on_ranks(
 
     row = random.choice([n for n in (2, 3, 4) if layout.size % n == 0])
     found = run(layout.size, one, row)
-    return [torch.cat(parts, 2).index_select(2, layout.inverse()) for parts in zip(*found, strict=True)]
+    return [layout.joined(parts, 2) for parts in zip(*found, strict=True)]
 
 
 # 24 heads: as many for 2, 3, 4 and 8 ranks; 3 of keys are not

@@ -126,5 +126,4 @@ def one_after_the_other(
         for (_, k, v, _), pieces, dk, dv in zip(parts, shard.pieces, dks, dvs, strict=True):
             shard.add_gradients(grad, q, k, v, pieces, lse, delta, dq, dk, dv)
         dqs.append(dq * spec.scale)
-    back = layout.inverse(whole[0].device)
-    return [torch.cat(each, 2).index_select(2, back) for each in (outs, dqs, dks, dvs)]
+    return [layout.joined(each, 2) for each in (outs, dqs, dks, dvs)]

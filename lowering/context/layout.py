@@ -51,15 +51,6 @@ class Layout:
             [torch.arange(start, start + self.part, device=device) for start in self.starts(rank)]
         )
 
-    def order(self, device: torch.device | str = "cpu") -> Tensor:
-        """Places of all tokens, one rank after the other."""
-        return torch.cat([self.positions(rank, device) for rank in range(self.size)])
-
-    def inverse(self, device: torch.device | str = "cpu") -> Tensor:
-        """Where each token of the sequence is, when ranks lie one after the other."""
-        order = self.order(device)
-        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
-
     def joined(self, of_ranks: Sequence[Tensor], dim: int) -> Tensor:
         """The sequence along `dim`, from what every rank has of it."""
         parts: dict[Any, Tensor] = {}

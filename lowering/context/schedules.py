@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -34,43 +35,19 @@ Backward = Callable[
 ]
 
 
-def _ring(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    return ring.forward(shard, groups.every, *tensors)
+def _among_all(run: Any, *more: Any) -> Any:
+    """Of all ranks."""
+    return lambda shard, groups, *tensors: run(shard, groups.every, *more, *tensors)
 
 
-def _ring_backward(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return ring.backward(shard, groups.every, *tensors)
-
-
-def _allgather(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    return gather.forward(shard, groups.every, *tensors)
-
-
-def _allgather_backward(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return gather.backward(shard, groups.every, *tensors)
-
-
-def _ulysses(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    return heads.forward(shard, groups.every, None, *tensors)
-
-
-def _ulysses_backward(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return heads.backward(shard, groups.every, None, *tensors)
-
-
-def _hybrid(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    assert groups.near is not None
-    return heads.forward(shard, groups.near, groups.far, *tensors)
-
-
-def _hybrid_backward(shard: Shard, groups: Groups, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    assert groups.near is not None
-    return heads.backward(shard, groups.near, groups.far, *tensors)
+def _in_rows(run: Any) -> Any:
+    """Of those of a row and of a column."""
+    return lambda shard, groups, *tensors: run(shard, groups.near, groups.far, *tensors)
 
 
 SCHEDULES: dict[str, tuple[Forward, Backward]] = {
-    "ring": (_ring, _ring_backward),
-    "allgather": (_allgather, _allgather_backward),
-    "ulysses": (_ulysses, _ulysses_backward),
-    "hybrid": (_hybrid, _hybrid_backward),
+    "ring": (_among_all(ring.forward), _among_all(ring.backward)),
+    "allgather": (_among_all(gather.forward), _among_all(gather.backward)),
+    "ulysses": (_among_all(heads.forward, None), _among_all(heads.backward, None)),
+    "hybrid": (_in_rows(heads.forward), _in_rows(heads.backward)),
 }
