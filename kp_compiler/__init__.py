@@ -13,6 +13,7 @@ from kp_compiler.backend import kp
 from kp_compiler.calibrate import calibrate
 from kp_compiler.capture import capture_reports, explain, plan
 from kp_compiler.config import options
+from kp_compiler.documents import document_order
 from kp_compiler.efficiency import Efficiency, attention_efficiency
 from kp_compiler.errors import KPConfigError, KPError, KPExchangeError, KPRequirementError
 from kp_compiler.lowering.fp8.state import load_state_dict, state_dict
@@ -36,6 +37,7 @@ __all__ = [
     "attention_efficiency",
     "calibrate",
     "capture_reports",
+    "document_order",
     "estimate_memory",
     "explain",
     "kp",

@@ -89,15 +89,15 @@ class Ranks:
     grid: tuple[str, str] | None = None  # of two dimensions: the groups of this rank's column and of its row
     row: int = 1  # ranks of a row
 
-    def sharing(self, schedule: str) -> int:
-        """How many ranks share heads; zero where the mesh has no such schedule."""
-        return sharing(schedule, self.size, self.row)
+    def sharing(self, schedule: str, layout: str = "zigzag") -> int:
+        """How many ranks share heads; zero where the mesh and the layout have no such schedule."""
+        return sharing(schedule, self.size, self.row, layout)
 
 
-def sharing(schedule: str, size: int, row: int) -> int:
+def sharing(schedule: str, size: int, row: int, layout: str = "zigzag") -> int:
     """How many of `size` ranks, of which a grid has `row` in a row, share heads by a schedule; zero where one
-    row is no grid."""
-    return {"ulysses": size, "hybrid": row if row > 1 else 0}.get(schedule, 1)
+    row is no grid, and where rows have no layout of their own."""
+    return {"ulysses": size, "hybrid": row if row > 1 and layout != "documents" else 0}.get(schedule, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class RingAttentionConfig(PassConfig):
 
     mode: Mode = "off"
     mesh: Ranks | None = None  # a DeviceMesh of one dimension, or two for "hybrid"; a process group
-    layout: Literal["zigzag", "contiguous"] = "zigzag"  # as shard_sequence divided the batch
+    layout: Literal["zigzag", "contiguous", "documents"] = "zigzag"  # as shard_sequence divided the batch
 
 
 @dataclass(frozen=True, kw_only=True)

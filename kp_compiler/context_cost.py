@@ -144,7 +144,7 @@ def predict(
     values = {**_values(shape, size, target, link), SU: row}
     found = {}
     for schedule in SCHEDULES:
-        among = sharing(schedule, size, row)
+        among = sharing(schedule, size, row, layout)
         if not among or hint(shape.heads) % among:
             continue
         each = formula(schedule, spec, layout)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from kp_compiler.config import Ranks
 from kp_compiler.errors import KPConfigError, KPError
 from kp_compiler.lowering.context.exchange import Peers, group_named
-from kp_compiler.lowering.context.layout import Kind, Layout, of_local
+from kp_compiler.lowering.context.layout import Fixed, Layout, of_local
+from kp_compiler.lowering.context.order import SequenceOrder
 
 IGNORED = -100  # a label that no loss counts
 # What stands at positions that a sequence is lengthened by
@@ -32,31 +33,28 @@ def shard_sequence(
     batch: Mapping[str, Any],
     mesh: Any,
     *,
-    layout: Kind = "zigzag",
+    layout: Fixed | SequenceOrder = "zigzag",
     dim: int = 1,
     multiple: int = 1,
     padding: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """This rank's part of every tensor of `batch` that has the sequence along `dim`; other values stay.
 
-    `mesh`: a DeviceMesh of one dimension or two, or a process group. Tensors [B,N,…] become [B,n,…] with
-    n = N / P, after they were lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag",
-    times `multiple`) by `padding` (by name; known for `input_ids`, `labels` and `attention_mask`). `labels`
+    `mesh`: a DeviceMesh of one dimension or two, or a process group. `layout`: the compiled graph's; for
+    "documents" the batch's `document_order`. Tensors [B,N,…] become [B,n,…] with n = N / P, after they were
+    lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times `multiple`) by `padding`
+    (by name; known for `input_ids`, `labels` and `attention_mask`). `labels`
     [B,N] become the labels of the next tokens and come as `labels` and as `shift_labels`, which losses of
     transformers take as they are. `position_ids` are added where there are none. Raises KPError where lengths
     differ, and where a sequence has to be lengthened by what is not known.
     """
     ranks = ranks_of(mesh)
-    size = ranks.size
-    if layout not in ("contiguous", "zigzag"):
-        raise KPError(f"layout: got {layout!r}, expected one of 'contiguous', 'zigzag'")
     given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > dim}
     lengths = {name: x.shape[dim] for name, x in given.items()}
     if len(set(lengths.values())) != 1:
         raise KPError(f"shard_sequence: tensors have no one length along dimension {dim}: {lengths}")
     length = next(iter(lengths.values()))
-    parts = Layout(layout, size, 0).parts * multiple
-    whole = Layout(layout, size, -(-length // parts) * parts)
+    whole = _layout(layout, ranks, length, multiple)
     if "labels" in given:
         given["labels"] = given["shift_labels"] = shifted_labels(given["labels"], dim)
     places = whole.positions(ranks.rank)
@@ -78,15 +76,31 @@ def shifted_labels(labels: Tensor, dim: int = 1) -> Tensor:
 
 
 def unshard_sequence(
-    x: Tensor, mesh: Any, *, layout: Kind = "zigzag", dim: int = 1, length: int | None = None
+    x: Tensor, mesh: Any, *, layout: Fixed | SequenceOrder = "zigzag", dim: int = 1, length: int | None = None
 ) -> Tensor:
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
     `length` tokens, if given."""
     ranks = ranks_of(mesh)
     peers = Peers(group_named(ranks.group), "unshard_sequence")
     (parts,) = peers.gather([x.detach().contiguous()], "parts").wait()
-    found = of_local(layout, ranks.size, x.shape[dim]).joined(parts, dim)
+    if isinstance(layout, SequenceOrder):
+        found = layout.layout.joined(parts, dim)
+    else:
+        found = of_local(layout, ranks.size, x.shape[dim]).joined(parts, dim)
     return found if length is None else found.narrow(dim, 0, length)
+
+
+def _layout(layout: Fixed | SequenceOrder, ranks: Ranks, length: int, multiple: int) -> Layout:
+    """Of a sequence of this length, lengthened to what the layout needs."""
+    if isinstance(layout, SequenceOrder):
+        tokens = layout.layout.tokens
+        if layout.group != ranks.group or not 0 <= tokens - length < layout.layout.size * layout.chunks:
+            raise KPError(f"layout: the order of {tokens} tokens is not one of {length} on this mesh")
+        return layout.layout
+    if layout not in get_args(Fixed):
+        raise KPError(f"layout: got {layout!r}, expected 'contiguous', 'zigzag' or a document_order")
+    parts = Layout(layout, ranks.size, 0).parts * multiple
+    return Layout(layout, ranks.size, -(-length // parts) * parts)
 
 
 def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:
@@ -106,17 +120,20 @@ def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:
     return mine + (sums / counts - mine.detach())
 
 
+def lengthened_positions(x: Tensor, dim: int, tokens: int) -> Tensor:
+    """Going on as they end."""
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    steps = torch.arange(1, tokens - x.shape[dim] + 1, device=x.device, dtype=x.dtype)
+    return torch.cat([x, last + steps.view([-1 if i == dim else 1 for i in range(x.dim())])], dim)
+
+
 def _longer(name: str, x: Tensor, dim: int, tokens: int, padding: Mapping[str, float]) -> Tensor:
     more = tokens - x.shape[dim]
     if not more:
         return x
     sizes = [*x.shape[:dim], more, *x.shape[dim + 1 :]]
     if name == "position_ids" and name not in padding:
-        last = x.narrow(dim, x.shape[dim] - 1, 1)
-        steps = torch.arange(1, more + 1, device=x.device).view(
-            [-1 if i == dim else 1 for i in range(x.dim())]
-        )
-        return torch.cat([x, last + steps.to(x.dtype)], dim)
+        return lengthened_positions(x, dim, tokens)
     known = {**PADDING, **padding}
     if name not in known:
         raise KPError(

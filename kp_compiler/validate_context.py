@@ -22,7 +22,7 @@ from kp_compiler.context_cost import SP, SU, SW, Predicted
 from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import reference, ring
 from kp_compiler.lowering.context.exchange import Peers, group_named
-from kp_compiler.lowering.context.layout import Kind, Layout
+from kp_compiler.lowering.context.layout import Fixed, Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.sharding import ranks_of
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
@@ -110,7 +110,7 @@ def validate_context_parallel(
     head_dim: int = 128,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    layout: Kind = "zigzag",
+    layout: Fixed = "zigzag",
 ) -> ContextCheck:
     """Try every schedule on a small site of these heads, measure the link, and predict what a causal site of
     `tokens` in all would take. Every rank of `mesh` has to call it. Problems are listed, not raised; raises
@@ -123,8 +123,10 @@ def validate_context_parallel(
         raise KPConfigError(f"heads: got {heads} for {kv_heads} of keys, expected a multiple")
     if dtype not in BOUNDS:
         raise KPConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, BOUNDS))}")
-    if layout not in get_args(Kind):
-        raise KPConfigError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, get_args(Kind)))}")
+    if layout not in get_args(Fixed):
+        raise KPConfigError(
+            f"layout: got {layout!r}, expected one of {', '.join(map(repr, get_args(Fixed)))}"
+        )
     device = torch.device(ranks.device)
     peers = Peers(group_named(ranks.group), "validate_context_parallel")
     parts = Layout(layout, ranks.size, 0).parts
@@ -156,7 +158,7 @@ def validate_context_parallel(
 
 
 def _error(
-    schedule: str, ranks: Ranks, layout: Kind, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
+    schedule: str, ranks: Ranks, layout: Fixed, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
     device: torch.device,
 ) -> float:  # fmt: skip
     """Of a small site's result on this rank, against float64 in this process."""

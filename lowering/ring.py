@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kp_compiler.config import Ranks
 from kp_compiler.lowering.attend import by_row
+from kp_compiler.lowering.context import order
 from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, of_local
 from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
@@ -28,8 +29,9 @@ from kp_compiler.lowering.ops import fragment
 from kp_compiler.specs import AttentionSpec
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] scalars"
+_PLACES = "(Tensor x, int dim, str plan) -> Tensor"
 _FORWARD = f"({_INPUTS}, str plan) -> (Tensor out, Tensor lse)"
-_GATHER = "(Tensor x, int dim, str plan) -> Tensor"
+_GATHER = "(Tensor x, int dim, Tensor? places, str plan) -> Tensor"
 _BACKWARD = (
     f"(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, bool wants_sink, str plan)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
@@ -85,7 +87,10 @@ class Plan:
         return Groups(self.peers(), near, far)
 
     def shard(self, q: Tensor, operands: list[Tensor], scalars: list[int]) -> Shard:
-        layout = of_local(self.layout, self.size, q.shape[2])
+        places = None
+        if self.layout == "documents":
+            *operands, places = operands
+        layout = of_local(self.layout, self.size, q.shape[2], places)
         if q.shape[2] % layout.each:
             raise ValueError(f"kp::context_attention: {q.shape[2]} tokens are not {layout.each} equal parts")
         return Shard(self.spec, layout, self.rank, operands, scalars)
@@ -93,17 +98,25 @@ class Plan:
 
 def context_attention() -> Any:
     """`kp::context_attention`: q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank, operands and scalars of
-    the whole sequence as the plan's spec numbers them; out [B,H,n,E] in q's dtype, laid out as [B,n,H,E], and
-    lse [B,H,n] in float32."""
+    the whole sequence as the plan's spec numbers them, in the layout "documents" followed by
+    `sequence_places`; out [B,H,n,E] in q's dtype, laid out as [B,n,H,E], and lse [B,H,n] in float32."""
     _operators()
     return torch.ops.kp.context_attention.default
 
 
 def gather_sequence() -> Any:
     """`kp::gather_sequence`: every rank's part of x along a dimension, in the order of the sequence, on every
-    rank; for what has no gradient."""
+    rank; for what has no gradient. `places`: those of the layout "documents"."""
     _operators()
     return torch.ops.kp.gather_sequence.default
+
+
+def sequence_places() -> Any:
+    """`kp::sequence_places`: of the order that this call is made under, rank after rank, where its tokens lie
+    in the sequence, [N]; x has this rank's tokens along a dimension. Raises KPError under no order, and under
+    one of another length."""
+    _operators()
+    return torch.ops.kp.sequence_places.default
 
 
 @cache
@@ -113,16 +126,28 @@ def _operators() -> tuple[Any, ...]:
     run = fragment("context_attention", _FORWARD, {key: _forward}, _forward_fake)
     back = fragment("context_attention_backward", _BACKWARD, {key: _backward}, _backward_fake)
     torch.library.register_autograd("kp::context_attention", _gradients, setup_context=_save, lib=run)
-    return run, back, fragment("gather_sequence", _GATHER, {key: _gather}, _gather_fake)
+    gather = fragment("gather_sequence", _GATHER, {key: _gather}, _gather_fake)
+    tags = (torch.Tag.cudagraph_unsafe,)  # a replay would see the order of the call that was recorded
+    places = fragment("sequence_places", _PLACES, {key: _places}, _places_fake, tags=tags)
+    return run, back, gather, places
 
 
-def _gather(x: Tensor, dim: int, plan: str) -> Tensor:
+def _places(x: Tensor, dim: int, plan: str) -> Tensor:
+    parsed = Plan.parse(plan)
+    return order.active(parsed.group, x.shape[dim] * parsed.size).on(x.device).clone()
+
+
+def _places_fake(x: Tensor, dim: int, plan: str) -> Tensor:
+    return x.new_empty(x.shape[dim] * Plan.parse(plan).size, dtype=torch.int64)
+
+
+def _gather(x: Tensor, dim: int, places: Tensor | None, plan: str) -> Tensor:
     parsed = Plan.parse(plan)
     (found,) = parsed.peers().gather([x.contiguous()], "vectors of masks").wait()
-    return of_local(parsed.layout, parsed.size, x.shape[dim]).joined(found, dim)
+    return of_local(parsed.layout, parsed.size, x.shape[dim], places).joined(found, dim)
 
 
-def _gather_fake(x: Tensor, dim: int, plan: str) -> Tensor:
+def _gather_fake(x: Tensor, dim: int, places: Tensor | None, plan: str) -> Tensor:
     sizes = list(x.shape)
     sizes[dim] = sizes[dim] * Plan.parse(plan).size
     return x.new_empty(sizes)

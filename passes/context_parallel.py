@@ -11,7 +11,7 @@ What can't be kept is an error, not a refusal: the graph as it is would compute 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from kp_compiler.errors import KPError
 from kp_compiler.lowering import ops, ring
 from kp_compiler.lowering.context import pairs
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.metadata import tensor_of
+from kp_compiler.metadata import bodies, tensor_of
 from kp_compiler.normalize import canonical
 from kp_compiler.passes import sequence
 from kp_compiler.passes.attention import shape_of
@@ -103,6 +103,7 @@ class _Program:
         self.found: Any = None
         self.whole: dict[Graph, _Whole] = {}
         self.placed = False
+        self.places: Node | None = None
 
     def check(self) -> None:
         """Raises KPError where the graph's results would not be those of the whole sequence."""
@@ -114,8 +115,9 @@ class _Program:
     def place_positions(self) -> None:
         if not self.placed:
             self.placed = True
+            calls = {body.graph: calls for body, calls in bodies(self.gm)}
             for node in self.found.positions:
-                _place(node, self.how)
+                _place(node, self.how, self._places_in(node, calls[node.graph]))
 
     def attend(self, site: Node, schedule: str, ctx: Context) -> Node:
         spec = ops.spec_of(site)
@@ -123,6 +125,8 @@ class _Program:
         given: Any = site.args[3]
         whole = self._whole(ctx)
         operands = [whole.of(node, site) if i in spec.mask.tensors else node for i, node in enumerate(given)]
+        if self.how.layout == "documents":
+            operands.append(self._places_in(site, ctx.calls))
         plan = self.how.plan(spec, schedule, module_of(site) or source_of(site))
         both = emit.call(ring.context_attention(), *site.args[:3], operands, [], plan)
         out = emit.call(operator.getitem, both, 0)
@@ -130,10 +134,30 @@ class _Program:
         return out
 
     def _whole(self, ctx: Context) -> _Whole:
-        around = self.whole.setdefault(self.gm.graph, _Whole(self.how, self.found.tokens))
+        around = self.whole.setdefault(self.gm.graph, _Whole(self.how, self.found.tokens, self._places))
         if not ctx.calls:
             return around
-        return self.whole.setdefault(ctx.gm.graph, _Whole(self.how, self.found.tokens, around, ctx.calls))
+        return self.whole.setdefault(
+            ctx.gm.graph, _Whole(self.how, self.found.tokens, self._places, around, ctx.calls)
+        )
+
+    def _places(self) -> Node | None:
+        """In the graph itself, of the layout "documents", where everyone's tokens lie."""
+        if self.how.layout != "documents" or self.places is not None:
+            return self.places
+        inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        first = next(node for node in self.gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        for node in inputs:
+            along = sequence.given(node, self.found.tokens)
+            if along is not None:
+                plan = self.how.plan(AttentionSpec(1.0))
+                self.places = Emitter(first, node).call(ring.sequence_places(), node, along.dim, plan)
+                return self.places
+        raise _error(Rejection("no-input", "No input of the graph has its tokens, whose order is asked for."))
+
+    def _places_in(self, node: Node, calls: tuple[Node, ...]) -> Node | None:
+        """The same where `node` is, which may be in a checkpoint's body."""
+        return ops.import_node(self._places(), node, calls)  # type: ignore[no-any-return]
 
 
 def _error(why: Rejection) -> KPError:
@@ -166,11 +190,11 @@ def _schedule(
     if ops.spec_of(site).sparse is not None and asked == "auto":
         asked = CHOOSING
     if asked != "auto":
-        sharing = how.ranks.sharing(asked)
+        sharing = how.ranks.sharing(asked, how.layout)
         if not sharing:
-            raise _error(
-                Rejection("mesh", "hybrid needs a mesh of two dimensions, of which rows share heads.")
-            )
+            needed = "a layout that is not 'documents', and " if how.layout == "documents" else ""
+            needed += "a mesh of two dimensions, of which rows share heads."
+            raise _error(Rejection("mesh", f"hybrid needs {needed}"))
         if asked not in costs:
             heads = tensor_of(site.args[0]).shape[1]  # type: ignore[union-attr]
             raise _error(Rejection("heads", f"{heads} heads can't be divided among {sharing} ranks."))
@@ -198,12 +222,15 @@ def _sharing(config: RingAttentionConfig, ctx: Context) -> Sharing:
     return Sharing(ranks, config.layout)
 
 
-def _place(node: Node, how: Sharing) -> None:
+def _place(node: Node, how: Sharing, places: Node | None) -> None:
     """Who uses local indices gets places in the sequence."""
     users = list(node.users)
     emit = Emitter(node.next, node)
     tokens = emit.size(node, 0)
-    if how.layout == "contiguous":
+    if how.layout == "documents":
+        mine = emit.call(torch.narrow, places, 0, emit.product([tokens, how.ranks.rank]), tokens)
+        placed = emit.call(torch.Tensor.to, mine, tensor_of(node).dtype)  # type: ignore[union-attr]
+    elif how.layout == "contiguous":
         placed = emit.call(torch.add, node, emit.product([tokens, how.ranks.rank]))
     else:  # the first half is the rank's part from the front, the second the one from the back
         half = tokens // 2 if isinstance(tokens, int) else emit.call(operator.floordiv, tokens, 2)
@@ -219,9 +246,10 @@ class _Whole:
     of a checkpoint's body are made whole around it and handed to it."""
 
     def __init__(
-        self, how: Sharing, tokens: Any, around: _Whole | None = None, calls: tuple[Node, ...] = ()
-    ) -> None:
-        self.how, self.tokens, self.around, self.calls = how, tokens, around, calls
+        self, how: Sharing, tokens: Any, places: Callable[[], Node | None], around: _Whole | None = None,
+        calls: tuple[Node, ...] = (),
+    ) -> None:  # fmt: skip
+        self.how, self.tokens, self.places, self.around, self.calls = how, tokens, places, around, calls
         self.made: dict[Node, Any] = {}
 
     def of(self, node: Node, reader: Node) -> Node:
@@ -260,7 +288,8 @@ class _Whole:
         along = sequence.given(node, self.tokens)
         if along is None:
             return node
-        return emit.call(ring.gather_sequence(), node, along.dim, self.how.plan(AttentionSpec(1.0)))
+        plan = self.how.plan(AttentionSpec(1.0))
+        return emit.call(ring.gather_sequence(), node, along.dim, self.places(), plan)
 
     def _handed(self, node: Node, emit: Emitter) -> Node:
         assert self.around is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kp_compiler.lowering import mask_render, reference
 from kp_compiler.lowering.context import pairs, partial, ring
-from kp_compiler.lowering.context.layout import Layout
+from kp_compiler.lowering.context.layout import Layout, Ordered
 from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
 from kp_compiler.lowering.context.shard import Shard
 from kp_compiler.lowering.context.task import Task
@@ -40,17 +40,31 @@ MASKS: dict[str, tuple[MaskSpec, list[int]]] = {
 # ---------------------------------------------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def layout_of(kind: Any, size: int, tokens: int, chunks: int = 3) -> Layout:
+    """Where the order is a batch's, chunks of any rank."""
+    if kind != "documents":
+        return Layout(kind, size, tokens)
+    chunk = tokens // (size * chunks)
+    starts = chunk * torch.randperm(size * chunks).view(size, chunks).sort(1).values
+    return Ordered(kind, size, tokens, (starts.view(-1, 1) + torch.arange(chunk)).flatten())
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "documents"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_layout(kind: Any, size: int) -> None:
-    layout = Layout(kind, size, 24 * size)
+    layout = layout_of(kind, size, 24 * size)
     order = torch.cat([layout.positions(rank) for rank in range(size)])
     assert order.sort().values.tolist() == list(range(24 * size))
     assert layout.joined(order.chunk(size), 0).tolist() == list(range(24 * size))
     for rank in range(size):
         part = layout.positions(rank)
         assert torch.equal(part, order[24 * rank : 24 * rank + 24])
-        assert all(part[i * layout.part] == start for i, start in enumerate(layout.starts(rank)))
+        assert torch.equal(layout.taken(rank, torch.arange(24 * size)), part)
+        halves = torch.cat([torch.cat(parts) for parts in layout.divided(torch.arange(24 * size), 0)])
+        assert torch.equal(halves, order)
+        assert kind == "documents" or all(
+            part[i * layout.part] == start for i, start in enumerate(layout.starts(rank))
+        )
 
 
 def test_zigzag_is_balanced_under_a_causal_mask() -> None:
@@ -172,7 +186,7 @@ def on_ranks(
 # 24 heads: as many for 2, 3, 4 and 8 ranks; 3 of keys are not
 CASES = pairwise(
     list(itertools.product(SCHEDULES, MASKS)),
-    ["contiguous", "zigzag"], [2, 3, 4, 8], [24, 8, 3, 1], ["none", "softcap", "sink"],
+    ["contiguous", "zigzag", "documents"], [2, 3, 4, 8], [24, 8, 3, 1], ["none", "softcap", "sink"],
 )  # fmt: skip
 
 
@@ -181,7 +195,9 @@ def test_schedules_against_one_process(monkeypatch: pytest.MonkeyPatch, case: tu
     schedule, name, kind, size, key_heads, change = case
     monkeypatch.setattr(ring, "ROWS", random.choice((1, 2 * 24 * 48 // size // 2, 2**17)))
     mask, scalars = MASKS[name]
-    layout = Layout(kind, size, 48)
+    if schedule == "hybrid" and kind == "documents":
+        kind = "zigzag"  # rows have no order of their own
+    layout = layout_of(kind, size, 48, chunks=2)
     spec = AttentionSpec(0.3, mask, dead_rows="zero", softcap=2.0 if change == "softcap" else None)
     operands = tensors()
     if change == "sink":
@@ -197,14 +213,16 @@ def test_schedules_against_one_process(monkeypatch: pytest.MonkeyPatch, case: tu
     assert all(relative_error(mine, theirs) < 1e-12 for mine, theirs in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "zigzag") for name in MASKS), ("documents", "documents")]
+)
+def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     """kp's own, in Triton's interpreter: partial results and gradients in float32 of half precision."""
     from kp_compiler.lowering.context import kernels, shard
 
     monkeypatch.setattr(shard, "engine", lambda q: kernels)
     mask, scalars = MASKS[name]
-    spec, layout = AttentionSpec(0.3, mask, dead_rows="zero", softcap=4.0), Layout("zigzag", 2, 48)
+    spec, layout = AttentionSpec(0.3, mask, dead_rows="zero", softcap=4.0), layout_of(kind, 2, 48)
     whole = [torch.randn(2, heads, 48, 16).half() for heads in (4, 2, 2)]
     leaves = [x.double().requires_grad_() for x in whole]
     want = reference.attention_over(*leaves, tensors(), scalars, spec)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from kp_compiler import document_order
 from kp_compiler.errors import KPError, KPExchangeError
+from kp_compiler.lowering.context.order import active
 from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels
 
 
@@ -44,6 +46,50 @@ def test_contiguous_and_lengthened(group: Any) -> None:
     assert shifted_labels(whole).tolist() == [[*range(1, 14), -100]]
 
 
+def packed(tokens: int) -> torch.Tensor:
+    """position_ids [tokens] of documents of random lengths, up to half of them all."""
+    lengths = (1 + torch.rand(64) ** 4 * tokens / 2).long()
+    return torch.cat([torch.arange(int(n)) for n in lengths])[:tokens]
+
+
+def test_order_of_documents(group: Any) -> None:
+    """Every rank has as many tokens, and nearly as many pairs; places and other tensors go with them."""
+    positions = torch.stack([packed(2**14) for _ in range(2)])
+    ids = torch.arange(positions.shape[1]).expand(2, -1)
+    order = document_order(positions, group)
+    places = order.layout.places.view(4, -1)
+    assert torch.equal(places.flatten().sort().values, torch.arange(order.layout.tokens))
+    assert torch.equal(places, places.sort(1).values)
+    pairs = (torch.nn.functional.pad(positions, (0, order.layout.tokens - len(ids[0]))) + 1).sum(0)
+    shares = pairs[places].sum(1) / pairs.sum() * 4
+    assert shares.max() < 1.01 and order.imbalance == pytest.approx(float(shares.max()), rel=0.02)
+    mine = shard_sequence({"input_ids": ids, "position_ids": positions, "flag": 1}, group, layout=order)
+    real = places[1] < len(ids[0])
+    assert torch.equal(mine["input_ids"][:, real], ids[:, places[1][real]])
+    assert torch.equal(mine["position_ids"][:, real], positions[:, places[1][real]])
+    assert document_order(positions, group, window=1).imbalance == 1
+
+
+def test_orders_that_are_refused(group: Any) -> None:
+    order = document_order(packed(4096), group)
+    with pytest.raises(KPError, match="layout: the order of 4096 tokens is not one of 4000 on this mesh"):
+        shard_sequence({"input_ids": torch.ones(1, 4000)}, group, layout=order)
+    with pytest.raises(KPError, match=r"position_ids: got torch.float32 \[8\], expected integers"):
+        document_order(torch.ones(8), group)
+    with pytest.raises(KPError, match="chunks: got 0"):
+        document_order(packed(8), group, chunks=0)
+    with pytest.raises(KPError, match=r"needs an order: with kp\.document_order"):
+        active(group.group_name, 4096)
+    with order:
+        assert active(group.group_name, 4096) is order
+        with document_order(packed(64), group) as inner:
+            assert active(group.group_name, 64) is inner
+        with pytest.raises(KPError, match="the order is one of 4096 tokens, ranks have 8192 together"):
+            active(group.group_name, 8192)
+    with pytest.raises(KPError, match="needs an order"):
+        active(group.group_name, 4096)
+
+
 def test_what_is_refused(group: Any) -> None:
     ids = torch.arange(13)[None]
     with pytest.raises(KPError, match="features has 13 tokens, 16 are needed"):
@@ -51,8 +97,8 @@ def test_what_is_refused(group: Any) -> None:
     assert shard_sequence({"features": torch.randn(1, 13, 4)}, group, padding={"features": 0.0})
     with pytest.raises(KPError, match="no one length"):
         shard_sequence({"input_ids": ids, "labels": ids[:, 1:]}, group)
-    with pytest.raises(KPError, match="expected one of 'contiguous', 'zigzag'"):
-        shard_sequence({"input_ids": ids}, group, layout="ring")  # type: ignore[arg-type]
+    with pytest.raises(KPError, match="expected 'contiguous', 'zigzag' or a document_order"):
+        shard_sequence({"input_ids": ids}, group, layout="documents")  # type: ignore[arg-type]
     with pytest.raises(KPError, match="mesh: got 3 dimensions, expected a DeviceMesh of one dimension"):
         shard_sequence({"input_ids": ids}, init_device_mesh("cpu", (1, 1, 1)))
     with pytest.raises(KPError, match="needs names for them"):

@@ -116,7 +116,7 @@ class Grid:
     def __init__(self, shard: Shard, near: Peers, far: Peers | None, q: Tensor, k: Tensor) -> None:
         layout = shard.layout
         self.near, self.far = near, far
-        self.heads = Heads(near, Layout(layout.kind, near.size, q.shape[2] * near.size), q, k)
+        self.heads = Heads(near, replace(layout, size=near.size, tokens=q.shape[2] * near.size), q, k)
         rows = layout.size // near.size
         self.rows = Layout("contiguous" if rows == 1 else layout.kind, rows, layout.tokens)
         self.shard = shard

@@ -3,6 +3,7 @@
     relation(lines, …)   nothing kept, all kept, or some: from the mask's inequalities alone
     local(mask)          the mask in indices of the two parts, which begin at two more of its scalars;
                          per-token vectors come as slices
+    placed(mask, …)      the mask of tokens in any order, whose places in the sequence are one more vector
 
 A mask `k <= q` of the sequence is `k + n1 <= q + n0` of a pair of parts.
 """
@@ -21,15 +22,16 @@ from kp_compiler.lowering.selection.site import Lines
 from kp_compiler.specs import MaskSpec
 
 Relation = Literal["none", "some", "all"]
+Along = Literal["q", "k"]
 
 
 @dataclass(frozen=True)
 class Local:
     """A mask of a pair of parts. Its tensor m is a slice of the sequence's tensor `slices[m][0]`, along
-    queries or along keys; its last two scalars are where queries and keys begin."""
+    queries or along keys; of `local`, the last two scalars are where queries and keys begin."""
 
     mask: MaskSpec
-    slices: tuple[tuple[int, Literal["q", "k"]], ...]
+    slices: tuple[tuple[int, Along], ...]
 
     def operands(
         self, whole: list[Tensor], q_start: int, queries: int, k_start: int, keys: int
@@ -41,32 +43,59 @@ class Local:
 @lru_cache(maxsize=1024)
 def local(mask: MaskSpec) -> Local | None:
     """None where the mask reads a tensor at anything but a pair's own query or key."""
+    slices = _slices(mask)
+    if slices is None or mask.expr == _WHOLE:
+        return None if slices is None else Local(mask, ())
+    begin = (sympy.Symbol(f"n{mask.scalars + i}", integer=True) for i in range(2))
+    moved = {name: mask_render.symbol(name) + n for name, n in zip("qk", begin, strict=True)}
+    return _moved(mask, slices, moved, scalars=mask.scalars + 2)
+
+
+@lru_cache(maxsize=1024)
+def placed(mask: MaskSpec, along: tuple[Along, ...] = ("q", "k")) -> Local:
+    """Queries, or queries and keys, as they lie somewhere; what is not `along` lies in the order of the
+    sequence. Their places are a slice of one more tensor, 0, 1, … of the sequence. `mask` is one that `local`
+    can do."""
+    slices, free = dict(_slices(mask) or {}), mask_render.parse(mask.expr)
+    free = free.xreplace({call: sympy.Dummy() for call in slices}).free_symbols
+    moved = {}
+    for name in along:
+        if mask_render.symbol(name) in free:
+            moved[name] = sympy.Function("place", integer=True)(mask_render.symbol(name))
+            slices[moved[name]] = (len(mask.tensors), name)
+    return _moved(mask, slices, moved, scalars=mask.scalars)
+
+
+_Slices = dict[Any, tuple[int, Along]]  # by what a mask reads: the tensor, and along what
+_WHOLE = MaskSpec().expr
+
+
+def _slices(mask: MaskSpec) -> _Slices | None:
     if mask.kind == "tensor":
         return None
+    found: _Slices = {}
     expr = mask_render.parse(mask.expr)
-    if expr == sympy.true:
-        return Local(mask, ())
-    slices: list[tuple[int, Literal["q", "k"]]] = []
-    stand_ins: dict[Any, Any] = {}
-    back: dict[Any, Any] = {}
     for call in sorted(expr.atoms(sympy.core.function.AppliedUndef), key=str):
         *batch, index = call.args
-        name = next((n for n in ("q", "k") if index == mask_render.symbol(n)), None)
+        name: Along | None = next((n for n in ("q", "k") if index == mask_render.symbol(n)), None)  # type: ignore[misc]
         if name is None or any(arg != mask_render.symbol("b") and not arg.is_Integer for arg in batch):
             return None
-        stand_in = stand_ins[call] = sympy.Dummy(integer=True)
-        back[stand_in] = sympy.Function(f"t{len(slices)}", integer=True)(*call.args)
-        slices.append((int(call.func.__name__[1:]), name))  # type: ignore[arg-type]
-    begin = (sympy.Symbol(f"n{mask.scalars + i}", integer=True) for i in range(2))
-    moved = {
-        mask_render.symbol(name): mask_render.symbol(name) + n for name, n in zip("qk", begin, strict=True)
-    }
-    expr = expr.xreplace(stand_ins).xreplace(moved).xreplace(back)
+        found[call] = (int(call.func.__name__[1:]), name)
+    return found
+
+
+def _moved(mask: MaskSpec, slices: _Slices, moved: dict[str, Any], scalars: int) -> Local:
+    """With its tensors numbered as `slices`, and other indices where they are read by themselves."""
+    calls = {call: sympy.Dummy(integer=True) for call in slices}
+    back = {calls[call]: sympy.Function(f"t{i}", integer=True)(*call.args) for i, call in enumerate(slices)}
+    expr = mask_render.parse(mask.expr).xreplace(calls)
+    others = {mask_render.symbol(name): value.xreplace(calls) for name, value in moved.items()}
+    expr = expr.xreplace(others).xreplace(back)
     found = replace(
-        mask, kind="pointwise", expr=str(expr), tensors=tuple(range(len(slices))), scalars=mask.scalars + 2,
+        mask, kind="pointwise", expr=str(expr), tensors=tuple(range(len(slices))), scalars=scalars,
         monotone=(), window=None,
     )  # fmt: skip
-    return Local(found, tuple(slices))
+    return Local(found, tuple(slices.values()))
 
 
 @lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.context import pairs, partial
-from kp_compiler.lowering.context.layout import Layout
+from kp_compiler.lowering.context.layout import Layout, Ordered
 from kp_compiler.lowering.context.partial import Start
 from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.selection.site import Lines, lines_of
@@ -103,18 +103,22 @@ class Shard:
     @cached_property
     def pieces(self) -> list[Pieces]:
         """Of this rank's queries and the keys of each rank, as few as hold everything that the mask keeps."""
-        if not self.spec.mask.tensors:
+        if not self.spec.mask.tensors and not self._ordered:
             return _pieces(self.spec, self.layout, self.rank, tuple(self.scalars))
         return [list(self._with(source)) for source in range(self.layout.size)]
 
     @property
     def reach(self) -> int:
         """How far back the farthest rank is whose keys some rank sees; the last is followed by the first."""
+        if self._ordered:
+            return self.layout.size - 1
         return _reach(self._lines, self._bounded, self.layout)
 
     @cached_property
     def pieces_of_all(self) -> Pieces:
         """Of this rank's queries and the keys of the whole sequence, in its order: one for each part."""
+        if self._ordered:
+            return [Piece((0,), slice(0, self.layout.tokens), self._placed())]
         given = [self.operands[index] for index in self.spec.mask.tensors]
         return self._in_order(self.layout.starts(self.rank), self.layout.parts, given)
 
@@ -152,6 +156,9 @@ class Shard:
         n, each = self.layout.part, self.layout.each
         if source == self.rank and pairs.by_order(self.spec.mask):
             yield from self._in_order([i * n for i in range(each)], each, self._own)
+            return
+        if self._ordered:
+            yield Piece((0,), slice(0, n), self._placed(source))
             return
         cells = self._relations(source)
         for queries, keys in _rectangles(each):
@@ -204,9 +211,24 @@ class Shard:
     @cached_property
     def _own(self) -> list[Tensor]:
         """The mask's operands for the rank's own tokens, in their order."""
-        n, starts = self.layout.part, self.layout.starts(self.rank)
-        given = [self.operands[index] for index in self.spec.mask.tensors]
-        return [torch.cat([x.narrow(-1, start, n) for start in starts], -1) for x in given]
+        return [self.layout.taken(self.rank, self.operands[index]) for index in self.spec.mask.tensors]
+
+    @property
+    def _ordered(self) -> bool:
+        return isinstance(self.layout, Ordered)
+
+    def _placed(self, source: int | None = None) -> Task:
+        """Of this rank's queries and the keys of another one, or of all in the order of the sequence."""
+        mask = pairs.placed(self.spec.mask, ("q",) if source is None else ("q", "k"))
+        assert isinstance(self.layout, Ordered)
+        order = torch.arange(self.layout.tokens, dtype=torch.int32, device=self.layout.places.device)
+        whole = [*(self.operands[index] for index in self.spec.mask.tensors), order]
+
+        def of(index: int, along: pairs.Along) -> Tensor:
+            rank = self.rank if along == "q" else source
+            return whole[index] if rank is None else self.layout.taken(rank, whole[index])
+
+        return Task(self.spec, mask.mask, [of(*each) for each in mask.slices], self.scalars)
 
     def _task(self, q_start: int, k_start: int, keys: int, given: list[Tensor]) -> Task:
         mask = pairs.local(self.spec.mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -215,7 +216,8 @@ def sharding(rank: int, size: int) -> float:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 99, (2, 45), generator=generator)
     wrong = 0.0
-    for layout in ("contiguous", "zigzag"):
+    order = kp_compiler.document_order(torch.arange(45) % 20, dist.group.WORLD, chunks=2)
+    for layout in ("contiguous", "zigzag", order):
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         mine = shard_sequence(batch, dist.group.WORLD, layout=layout)  # type: ignore[arg-type]
         back = {
@@ -312,6 +314,7 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
 MODEL_CASES = [
     ("mistral", "ring", "contiguous", ""), ("llama", "ulysses", "contiguous", "padded"),
     ("gpt2", "ring", "zigzag", ""), ("llama", "auto", "zigzag", "packed, recomputed"),
+    ("llama", "ring", "documents", "packed, recomputed"), ("llama", "ulysses", "documents", "packed"),
 ]  # fmt: skip
 
 
@@ -351,11 +354,17 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
 
     shared = {"mesh": dist.group.WORLD, "schedule": schedule, "layout": layout}
     options = {"context_parallel": shared, "lowering": "aot_eager"}
-    place = Layout(layout, size, count).positions(rank)
+    divided: Any = Layout(layout, size, count) if layout != "documents" else None
+    order: Any = contextlib.nullcontext()
+    if divided is None:
+        order = kp_compiler.document_order(inputs["position_ids"], dist.group.WORLD, chunks=3)
+        divided = order.layout
+    place = divided.positions(rank)
     mine = {key: x.index_select(1, place) for key, x in inputs.items()}
     torch._dynamo.reset()
     compiled: Any = torch.compile(other, backend="kp", fullgraph=True, options=options)
-    got = compiled(**mine, use_cache=False).logits
+    with order:
+        got = compiled(**mine, use_cache=False).logits
     part = weights.index_select(1, place)
     (got * part).sum().backward()
     seen = part != 0
