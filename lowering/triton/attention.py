@@ -110,21 +110,28 @@ class Site:
         pair = sum(x.element_size() for x in streamed)
         return tile.fitted(kernel, (head, value), size, pair, detect(self.q.device).shared_memory, self.block)
 
-    def arguments(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
         """By parameter name."""
-        q, k, spec = self.q, self.k, self.spec
-        found: dict[str, Any] = {f"n{i}": n for i, n in enumerate(self.scalars)}
-        found |= {"H": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "S": q.shape[2], "T": k.shape[2]}
-        for name in ("q", "k", "v"):
-            found |= strided(name, getattr(self, name))
-        for index, tensor in enumerate(self.mask_tensors()):
-            found |= strided(f"t{index}", tensor, range(tensor.dim()))
-        for index, bias in enumerate(spec.biases):
-            found |= strided(f"bias{index}", self._broadcast(self.operands[bias.operand]), range(4))
-        if spec.sink is not None:
-            found["sink"] = self.operands[spec.sink].reshape(-1).expand(q.shape[1]).contiguous()
+        found = {"q": self.q, "k": self.k, "v": self.v}
+        found |= {f"t{i}": x for i, x in enumerate(self.mask_tensors())}
+        for i, bias in enumerate(self.spec.biases):
+            found[f"bias{i}"] = self._broadcast(self.operands[bias.operand])
+        if self.spec.sink is not None:
+            found["sink"] = self.operands[self.spec.sink].reshape(-1).expand(self.q.shape[1]).contiguous()
         if self.seed is not None:
             found["seed"] = self.seed
+        return found
+
+    def arguments(self) -> dict[str, Any]:
+        """By parameter name: tensors, their strides, sizes and numbers."""
+        q, k = self.q, self.k
+        found: dict[str, Any] = {f"n{i}": n for i, n in enumerate(self.scalars)}
+        found |= {"H": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "S": q.shape[2], "T": k.shape[2]}
+        for name, x in self.tensors().items():
+            if name in ("sink", "seed"):
+                found[name] = x
+            else:
+                found |= strided(name, x, "bhs" if name in ("q", "k", "v") else range(x.dim()))
         return found
 
     def mask_tensors(self) -> list[Tensor]:
@@ -163,14 +170,16 @@ def forward(
     site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Write `out` [B,H,S,E]; returns the log-sum-exp [B,H,S] in float32, −∞ for rows without a key."""
-    found = forward_arguments(site, out, start)
+    lse = torch.empty(site.q.shape[:3], dtype=torch.float32, device=site.q.device)
+    found = forward_arguments(site, out, lse, start)
     _launch("forward", site, lists, found, start=start is not None)
     return found["lse"]
 
 
-def forward_arguments(site: Site, out: Tensor, start: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """Of a forward kernel, by parameter name: its results, `lse` new, and what it starts from."""
-    lse = torch.empty(site.q.shape[:3], dtype=torch.float32, device=site.q.device)
+def forward_arguments(
+    site: Site, out: Tensor, lse: Tensor, start: tuple[Tensor, Tensor] | None
+) -> dict[str, Any]:
+    """Of a forward kernel, by parameter name: its results, and what it starts from."""
     found = {"lse": lse, **strided("out", out)}
     if start is not None:
         found |= {**strided("start_out", start[0]), "start_lse": start[1]}
@@ -306,10 +315,11 @@ def _launch(
 def run(
     site: Site, function: str, text: str, names: Iterable[str], found: dict[str, Any],
     grid: tuple[int, ...], warps: int,
-) -> None:  # fmt: skip
-    """Launch a kernel of a module's text on the site's device, with those of `found` that it names."""
+) -> Any:  # fmt: skip
+    """Launch a kernel of a module's text on the site's device, with those of `found` that it names. Returns
+    it as it was compiled."""
     with torch.cuda.device_of(site.q):
-        compiled(function, text)[grid](**{name: found[name] for name in names}, num_warps=warps)
+        return compiled(function, text)[grid](**{name: found[name] for name in names}, num_warps=warps)
 
 
 # The matrices whose tiles a loop goes through

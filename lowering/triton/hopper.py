@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
 )
 from kp_compiler.lowering.triton.hopper_source import hopper_parameters, hopper_source
 from kp_compiler.lowering.triton.hopper_text import ROWS, padded
+from kp_compiler.lowering.triton.launches import Launches, alike
 from kp_compiler.target import detect
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -87,24 +89,66 @@ def forward(
     site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """As `triton.attention.forward`, for a site that it `takes`."""
-    tile = _tile("hopper forward", site)
-    wide = out.dtype != site.q.dtype
-    layout = site.layout("forward", tile, start=start is not None, wide=wide)
-    found = site.arguments() | forward_arguments(site, out, start)
-    found["q"] = _descriptor(site.q, ROWS)
-    if not wide:
-        found["out"] = _descriptor(out, ROWS)
-    found |= {name: _descriptor(found[name], tile.inner) for name in "kv"}
-    found |= lists.arguments() if lists is not None else {}
-    batch, heads, queries, _ = site.q.shape
-    size = (site.k[0, 0].numel() + site.v[0, 0].numel()) * site.k.element_size()
-    tiles = -(-queries // tile.outer)
-    found |= _chunks(site, batch * heads, tiles, max(1, size * site.k.shape[1] // heads), _FORWARD)
-    found["taken"] = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
-    programs = min(tiles * batch * heads, detect(site.q.device).multiprocessors)
-    text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
-    run(site, "kp_attention_hopper", text, names, found, (programs,), tile.warps)
-    return found["lse"]
+    lse = torch.empty(site.q.shape[:3], dtype=torch.float32, device=site.q.device)
+    taken = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
+    tensors = {"out": out, "lse": lse, "taken": taken}
+    if start is not None:
+        tensors |= {"start_out": start[0], "start_lse": start[1]}
+
+    def prepared(found: dict[str, Any]) -> Prepared:
+        tile = _tile("hopper forward", site)
+        wide = out.dtype != site.q.dtype
+        layout = site.layout("forward", tile, start=start is not None, wide=wide)
+        found |= forward_arguments(site, out, lse, start)
+        found["q"] = _descriptor(site.q, ROWS)
+        if not wide:
+            found["out"] = _descriptor(out, ROWS)
+        found |= {name: _descriptor(found[name], tile.inner) for name in "kv"}
+        batch, heads, queries, _ = site.q.shape
+        size = (site.k[0, 0].numel() + site.v[0, 0].numel()) * site.k.element_size()
+        tiles = -(-queries // tile.outer)
+        found |= _chunks(site, batch * heads, tiles, max(1, size * site.k.shape[1] // heads), _FORWARD)
+        programs = min(tiles * batch * heads, detect(site.q.device).multiprocessors)
+        text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
+        return Prepared("kp_attention_hopper", text, names, programs, tile.warps)
+
+    _launch("forward", site, lists, tensors, prepared)
+    return lse
+
+
+class Prepared(NamedTuple):
+    """A launch: what its sizes decide, beside its arguments."""
+
+    function: str
+    text: str
+    names: tuple[str, ...]
+    programs: int
+    warps: int
+
+
+_launches = Launches()
+
+
+def _launch(
+    kind: Any, site: Site, lists: Lists | None, tensors: dict[str, Tensor],
+    prepared: Callable[[dict[str, Any]], Prepared],
+) -> None:  # fmt: skip
+    """Launch a kernel as the last time with arguments alike, else as `prepared` says, which adds what it
+    knows to the arguments."""
+    listed = lists.arguments() if lists is not None else {}
+    tensors |= site.tensors() | {name: x for name, x in listed.items() if isinstance(x, Tensor)}
+    key = (kind, site.spec, site.block, tuple(site.scalars), site.q.device, alike(tensors))
+    again = None if site.tiles else _launches.find(key)
+    if again is not None:
+        with torch.cuda.device_of(site.q):
+            again(tensors)
+        return
+    found = site.arguments() | listed | tensors
+    given = prepared(found)
+    grid, arguments = (given.programs,), {name: found[name] for name in given.names}
+    kernel = run(site, given.function, given.text, given.names, found, grid, given.warps)
+    if not site.tiles:
+        _launches.keep(key, kernel, grid, arguments)
 
 
 def _chunks(site: Site, pairs: int, tiles: int, size: int, cached: int) -> dict[str, int]:
@@ -155,22 +199,27 @@ def _gradients(
     dk: Tensor, dv: Tensor, *, adds: bool, apart: bool,
 ) -> None:  # fmt: skip
     tile = _tile("hopper backward", site)
-    layout = site.layout("dkdv", tile, adds=adds, apart=apart)
-    found = site.arguments() | {"lse": lse, "delta": delta, **strided("dk", dk), **strided("dv", dv)}
-    found |= {"q": _descriptor(site.q, tile.inner), "dout": _descriptor(grad, tile.inner)}
-    found |= {name: _descriptor(found[name], ROWS) for name in "kv"}
-    found["dq"] = _descriptor(total, *dq_part(layout))
-    found |= lists.arguments() if lists is not None else {}
     batch, heads = site.k.shape[0], (site.q if apart else site.k).shape[1]
     tiles = -(-site.k.shape[2] // tile.outer)
     size = site.q[0].numel() // heads * 8  # q, dout, and dq in float32
-    found |= _chunks(site, batch * heads, tiles, size, _BACKWARD)
+    chunks = _chunks(site, batch * heads, tiles, size, _BACKWARD)
+    tensors = {"lse": lse, "delta": delta, "dk": dk, "dv": dv, "dq": total, "dout": grad}
     if lists is not None and site.block is not None:
         visits = lists.count.repeat_interleave(site.block[1] // tile.outer, 2)[:, :, :tiles]
-        found["order"] = _longest_first(visits.expand(batch, site.q.shape[1], -1), heads, found["CHUNK"])
-    programs = tiles * batch * heads
-    text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
-    run(site, "kp_attention_hopper_backward", text, names, found, (programs,), tile.warps)
+        visits = visits.expand(batch, site.q.shape[1], -1)
+        tensors["order"] = _longest_first(visits, heads, chunks["CHUNK"])
+
+    def prepared(found: dict[str, Any]) -> Prepared:
+        layout = site.layout("dkdv", tile, adds=adds, apart=apart)
+        found |= chunks | strided("dk", dk) | strided("dv", dv)
+        found |= {"q": _descriptor(site.q, tile.inner), "dout": _descriptor(grad, tile.inner)}
+        found |= {name: _descriptor(found[name], ROWS) for name in "kv"}
+        found["dq"] = _descriptor(total, *dq_part(layout))
+        text, names = backward_source(site.spec, layout), backward_parameters(site.spec, layout)
+        programs = tiles * batch * heads
+        return Prepared("kp_attention_hopper_backward", text, names, programs, tile.warps)
+
+    _launch(("backward", adds, apart), site, lists, tensors, prepared)
 
 
 def _longest_first(visits: Tensor, heads: int, chunk: int) -> Tensor:
