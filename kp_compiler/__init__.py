@@ -19,6 +19,7 @@ from kp_compiler.errors import KPConfigError, KPError, KPExchangeError, KPRequir
 from kp_compiler.lowering.fp8.state import load_state_dict, state_dict
 from kp_compiler.report import Rejection, Report, SiteRecord
 from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels, unshard_sequence
+from kp_compiler.shared_inference import SharedInference, shared_inference
 from kp_compiler.train_selectors import train_selectors
 from kp_compiler.validate_context import ContextCheck, Memory, estimate_memory, validate_context_parallel
 
@@ -33,6 +34,7 @@ __all__ = [
     "Memory",
     "Rejection",
     "Report",
+    "SharedInference",
     "SiteRecord",
     "attention_efficiency",
     "calibrate",
@@ -46,6 +48,7 @@ __all__ = [
     "plan",
     "sequence_mean",
     "shard_sequence",
+    "shared_inference",
     "shifted_labels",
     "state_dict",
     "train_selectors",

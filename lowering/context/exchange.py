@@ -1,7 +1,8 @@
 """What ranks send each other. `torch.distributed` is the transport; nothing here knows what tensors mean.
 
 An exchange that fails, since a rank is gone or does not answer within the process group's timeout, is an
-error that names the site, this rank and what it waited for.
+error that names the site, this rank and what it waited for; one of GPUs, that nobody waits for, is told by
+`watch`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kp_compiler.errors import KPExchangeError
+from kp_compiler.lowering.context.watch import WATCH
 
 
 def group_named(name: str) -> dist.ProcessGroup:
@@ -42,7 +44,7 @@ class Pending(Generic[Received]):
     def wait(self) -> Received:
         with self.peers.waiting(self.what):
             for work in self.works:
-                work.wait()
+                self.peers.wait(work)
         return self.received
 
 
@@ -61,17 +63,28 @@ class Peers:
     def size(self) -> int:
         return dist.get_world_size(self.group)
 
+    def wait(self, work: dist.Work) -> None:
+        """On CPUs for as long as the group's timeout is now: gloo takes the one that it was made with."""
+        if "gloo" in str(dist.get_backend(self.group)):
+            work.wait(self.group._get_backend(torch.device("cpu")).options._timeout)
+        else:
+            work.wait()
+
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Raises KPExchangeError for what the transport raises."""
         try:
             yield
         except RuntimeError as error:
-            where = self.site or "a shared sequence"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise KPExchangeError(
-                f"{where}: rank {self.rank} of {self.size} waited for {what}, which failed: {reason}"
-            ) from error
+            raise KPExchangeError(f"{self._waits(what)}, which failed: {reason}") from error
+
+    def _waits(self, what: str) -> str:
+        return f"{self.site or 'a shared sequence'}: rank {self.rank} of {self.size} waited for {what}"
+
+    def _watched(self, what: str, works: Sequence[dist.Work], received: Tensor) -> None:
+        if received.is_cuda:
+            WATCH.add(self._waits(what), works, self.group)
 
     def shift(self, sent: list[Tensor], what: str, by: int = 1) -> Pending[list[Tensor]]:
         """Contiguous tensors `by` ranks on, as many of the same sizes from as far back."""
@@ -104,6 +117,7 @@ class Peers:
         with self.waiting(what):
             for all_of_them, x in zip(found, sent, strict=True):
                 works.append(_all_gather(all_of_them, x, group=self.group, async_op=True))
+        self._watched(what, works, found[0])
         return Pending(self, what, works, [list(x.chunk(self.size)) for x in found], sent)
 
     def reduce(self, sent: list[list[list[Tensor]]], what: str) -> Pending[list[Tensor]]:
@@ -117,6 +131,7 @@ class Peers:
                 works.append(_reduce_scatter(total, given, group=self.group, async_op=True))
             found.append(total)
             kept.append(given)
+        self._watched(what, works, found[0])
         return Pending(self, what, works, found, kept)
 
     def _swap(
@@ -136,6 +151,8 @@ class Peers:
                 operations.append(dist.P2POp(dist.irecv, buffer, self._global(source), self.group))
         with self.waiting(what):
             works = dist.batch_isend_irecv(operations) if operations else []
+        if works:
+            self._watched(what, works, received[0])
         return Pending(self, what, works, received, [x for _, several in sends for x in several])
 
     def _global(self, rank: int) -> int:

@@ -1,0 +1,89 @@
+"""Exchanges of GPUs that do not come to an end.
+
+NCCL's are queued on the device: nobody waits for them in Python, and where a rank is gone PyTorch's watchdog
+ends the process after the group's timeout with a message that names no site. Here every queued exchange is
+kept until it is done, and a thread logs the oldest one shortly before that happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger("kp_compiler")
+PERIOD = 1.0  # seconds from one look to the next
+MARGIN = 5.0  # seconds before the group's timeout at which it is told, a tenth of it at most
+
+
+@dataclass(frozen=True)
+class Flight:
+    """An exchange on its way, as an error says it, since when, and for how long it may take."""
+
+    told: str
+    works: Sequence[dist.Work]
+    start: float
+    timeout: float
+
+    @property
+    def over(self) -> bool:
+        return all(work.is_completed() for work in self.works)
+
+
+class Watch:
+    """See the module docstring."""
+
+    def __init__(self) -> None:
+        self.flights: deque[Flight] = deque()
+        self.thread: threading.Thread | None = None
+
+    def add(self, told: str, works: Sequence[dist.Work], group: dist.ProcessGroup) -> None:
+        """In a graph that is being captured nothing may be asked: what it holds is not watched."""
+        if torch.cuda.is_current_stream_capturing():
+            return
+        self.oldest()
+        self.flights.append(Flight(told, works, time.monotonic(), _timeout(group)))
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, name="kp exchanges", daemon=True)
+            self.thread.start()
+
+    def oldest(self) -> Flight | None:
+        """The first that is not over; those before it are forgotten."""
+        while self.flights:
+            first = self.flights[0]
+            if not first.over:
+                return first
+            self.flights.popleft()
+        return None
+
+    def late(self) -> Flight | None:
+        """The oldest, if PyTorch is about to end the process for it. Younger ones are not asked about."""
+        flights = list(self.flights)[:1]
+        for first in flights:
+            if time.monotonic() - first.start >= first.timeout - min(MARGIN, first.timeout / 10):
+                return first if not first.over else None
+        return None
+
+    def _run(self) -> None:
+        told = None
+        while True:
+            time.sleep(PERIOD)
+            late = self.late()
+            if late is not None and late is not told:
+                told = late
+                log.error("kp: %s for %.0f s", late.told, time.monotonic() - late.start)
+
+
+def _timeout(group: dist.ProcessGroup) -> float:
+    """Seconds."""
+    options = group._get_backend(torch.device("cuda")).options
+    return float(options._timeout.total_seconds())
+
+
+WATCH = Watch()

@@ -1,0 +1,84 @@
+"""What each process runs of tests in which one is lost. Importable by name, so that processes can be
+spawned."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import kp_compiler
+from kp_compiler.errors import KPExchangeError
+from kp_compiler.lowering.context.exchange import Peers
+from tests.distributed.workers import attention_net
+
+PATIENCE = 6.0  # seconds
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layers = nn.Embedding(32, 48), attention_net(2)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.embedding(input_ids))
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(0, 32, (2, 26), generator=torch.Generator().manual_seed(3))
+
+
+def dies(left: int, how: str) -> None:
+    """This process, before one of its exchanges."""
+    waiting = Peers.waiting
+
+    def faulty(self: Peers, what: str) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        return waiting(self, what)
+
+    Peers.waiting = faulty  # type: ignore[method-assign]
+
+
+def inference(
+    rank: int, size: int, file: str, device: str, on_fault: str, how: str, seed: int, out: str
+) -> None:
+    """Calls of a shared model, in one of which a rank is lost. Saves what the others get and how long it
+    took."""
+    os.environ["KP_PASSES"] = ""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{file}", rank=rank, world_size=size,
+        timeout=datetime.timedelta(minutes=10),
+    )  # fmt: skip
+    options: dict[str, Any] = {"lowering": "aot_eager", "context_parallel": {"schedule": "ring"}}
+    run = kp_compiler.shared_inference(
+        Net().to(device), dist.group.WORLD, on_fault=on_fault, patience=PATIENCE, options=options
+    )  # type: ignore[arg-type]
+    ids = batch().to(device)
+    found: dict[str, Any] = {"before": run(input_ids=ids).cpu()}
+    if rank == seed % size:
+        dies(random.Random(seed).randrange(6), how)
+    start = time.monotonic()
+    try:
+        while len(run.members) == size and time.monotonic() - start < 60:
+            found["result"] = run(input_ids=ids).cpu()
+        found["after"] = run(input_ids=ids).cpu()
+        found["members"] = run.members
+    except KPExchangeError as error:
+        found["told"] = str(error)
+    found["seconds"] = time.monotonic() - start
+    torch.save(found, f"{out}.{rank}")
+    os._exit(0)  # gloo's threads would wait for the others

@@ -1,0 +1,83 @@
+"""Calls that ranks make together, in which one is lost."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import kp_compiler as kp
+from tests.distributed import lost
+from tests.helpers import relative_error
+
+
+def calls(tmp_path: Path, size: int, device: str, on_fault: str, how: str) -> tuple[int, list[Any]]:
+    """The rank that is lost, and what each of the others saved."""
+    seed = random.randrange(1000)
+    given = (size, str(tmp_path / "store"), device, on_fault, how, seed, str(tmp_path / "found"))
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=lost.inference, args=(rank, *given)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    others = [process for rank, process in enumerate(processes) if rank != seed % size]
+    for process in others:
+        process.join(timeout=180)
+    hung = [process.is_alive() for process in others]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not any(hung), seed
+    ranks = [rank for rank in range(size) if rank != seed % size]
+    return seed, [torch.load(tmp_path / f"found.{rank}") for rank in ranks]
+
+
+@pytest.mark.parametrize(("size", "how"), [(4, "killed"), (3, "stopped"), (2, "killed")])
+def test_the_others_finish_the_call(size: int, how: str, tmp_path: Path) -> None:
+    """On fewer ranks, and make the next one."""
+    seed, found = calls(tmp_path, size, "cpu", "shrink", how)
+    with torch.no_grad():
+        want = lost.Net()(lost.batch())
+    for each in found:
+        assert each["members"] == [rank for rank in range(size) if rank != seed % size], seed
+        assert each["seconds"] < lost.PATIENCE + 60, seed
+        for result in ("before", "result", "after"):
+            assert relative_error(each[result], want) < 1e-5, (seed, result)
+        assert torch.equal(each["result"], found[0]["result"])
+
+
+def test_the_others_are_told(tmp_path: Path) -> None:
+    seed, found = calls(tmp_path, 3, "cpu", "raise", "killed")
+    for each in found:
+        assert "members" not in each and re.search(r"rank \d.* waited for ", each["told"]), (seed, each)
+        assert each["seconds"] < lost.PATIENCE + 60, seed
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        world: Any = dist.group.WORLD
+        with pytest.raises(kp.KPConfigError, match="on_fault: got 'stop', expected one of 'raise', 'shrink'"):
+            kp.shared_inference(lost.Net(), world, on_fault="stop")  # type: ignore[arg-type]
+        with pytest.raises(kp.KPConfigError, match="patience: got 0, expected seconds"):
+            kp.shared_inference(lost.Net(), world, patience=0)
+        with pytest.raises(kp.KPConfigError, match=r"options\.context_parallel: got .*, expected some of"):
+            kp.shared_inference(lost.Net(), world, options={"context_parallel": {"mesh": world}})
+        alone = kp.shared_inference(lost.Net(), world, options={"lowering": "aot_eager"})
+        with torch.no_grad():
+            assert torch.equal(alone(input_ids=lost.batch()), lost.Net()(lost.batch()))
+        wrapped = nn.Sequential(lost.Net())
+        wrapped.forward = lambda input_ids: {"last": wrapped[0](input_ids)}  # type: ignore[method-assign]
+        given: dict[str, Any] = {"options": {"lowering": "eager"}}
+        with pytest.raises(kp.KPError, match="result: dict has no logits"):
+            kp.shared_inference(wrapped, world, **given)(input_ids=lost.batch())
+        run = kp.shared_inference(wrapped, world, result=lambda out: out["last"], **given)
+        assert run(input_ids=lost.batch()).shape == (2, 26, 48)
+    finally:
+        dist.destroy_process_group()
