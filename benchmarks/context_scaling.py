@@ -92,7 +92,10 @@ def scaled(length: int, size: int, between: float) -> list[dict[str, Any]]:
 
 def bars_of(choice: dict[str, Any]) -> list[dict[str, Any]]:
     share = choice["good_choices"] / choice["cells"] if choice["cells"] else None
-    return [bar("schedules predicted to be fastest that are, or within 3 % of it: share", share, 0.9)]
+    return [
+        bar("schedules predicted to be fastest that are, or within 3 % of it: share", share, 0.9),
+        bar("settings and modes of several schedules", choice["cells"], 20),
+    ]
 
 
 def main() -> None:

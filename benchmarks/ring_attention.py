@@ -4,7 +4,8 @@
         [--long 1048576:32:8] [--providers …] [--out DIR]
 
 bfloat16, D128, causal, one sequence of LENGTH:HEADS:KV_HEADS. `one GPU` is the fastest of cuDNN's and kp's
-kernels on the first GPU, while the others wait. kp's schedules run as their operator, on tensors that are
+kernels on the first GPU, while the others wait; `kp on each GPU` is the slowest of all GPUs that do the same at
+once, which is slower where one of them is. kp's schedules run as their operator, on tensors that are
 divided already; `torch` is torch.distributed.tensor.experimental.context_parallel over cuDNN's kernels, by
 both of its rotations, which divides tensors itself, before it is timed; `by hand` exchanges heads with
 all-to-all and calls cuDNN. A time is the slowest rank's, a median over rounds in which each step comes once,
@@ -42,9 +43,13 @@ from kp_compiler.target import detect
 
 WIDTH, ROWS = 128, 512
 SPEC = AttentionSpec(WIDTH**-0.5, CAUSAL)
-SETTINGS = ("32768:32:8", "65536:32:8", "262144:32:8", "32768:16:16", "65536:16:16")
+SETTINGS = (
+    "32768:32:8", "65536:32:8", "262144:32:8", "32768:16:16", "65536:16:16", "16384:32:8", "131072:32:8",
+    "16384:16:16", "131072:16:16", "32768:32:1", "131072:32:1",
+)  # fmt: skip
 SCHEDULES = ("ring", "allgather", "ulysses")
 PROVIDERS = (*SCHEDULES, "torch allgather", "torch alltoall", "by hand")
+EACH = "kp on each GPU"
 SPAN = 0.2  # seconds of calls that are timed as one
 # efficiency at least: forward, forward and backward, by heads and length
 BARS = {
@@ -180,11 +185,15 @@ def peak(step: Step) -> float:
 
 
 def alone(tensors: list[Tensor], repeats: int) -> dict[tuple[str, str], float]:
-    """cuDNN's and kp's kernels on the first GPU, seconds by name and mode. The others make the same calls on
-    tensors of a few tokens."""
-    q, k, v, grad = tensors if dist.get_rank() == 0 else [x[:, :, :256] for x in tensors]
+    """cuDNN's and kp's kernels on the first GPU, seconds by name and mode, while the others make the same
+    calls on tensors of a few tokens; and kp's on every GPU at once, of the slowest."""
+    mine = tensors if dist.get_rank() == 0 else [x[:, :, :256] for x in tensors]
     steps: dict[str, Step] = {}
-    for name, call in (("cudnn", cudnn), ("kp", kp_alone)):
+    for name, call, (q, k, v, grad) in (
+        ("cudnn", cudnn, mine),
+        ("kp", kp_alone, mine),
+        (EACH, kp_alone, tensors),
+    ):
         steps |= {f"{name}/forward": forward(call, [q, k, v]), f"{name}/both": both(call, [q, k, v], grad)}
     return {tuple(name.split("/")): s for name, s in timed(steps, repeats).items()}  # type: ignore[misc]
 
@@ -243,7 +252,7 @@ def rows_of(
     predicted = context_cost.predict(SPEC, shape, "zigzag", size, detect("cuda"))
     rows = []
     for (name, mode), seconds in found.items():
-        ranks = 1 if name in ("cudnn", "kp") else size
+        ranks = 1 if name in ("cudnn", "kp", EACH) else size
         first = min(found[one, mode] for one in ("cudnn", "kp"))
         work = 4.0 * WIDTH * heads * length * (length + 1) / 2 * (1.0 if mode == "forward" else 3.5)
         row = {

@@ -1,7 +1,9 @@
-"""A sequence that two GPUs share, over NCCL: errors against float64, beside those of one kernel."""
+"""A sequence that two GPUs share, over NCCL: errors against float64, beside those of one kernel; one of them
+is lost."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.sharding import ranks_of
 from kp_compiler.specs import AttentionSpec
+from tests.distributed import lost
+from tests.distributed.test_shared_inference import calls
 from tests.gpu.test_context_gpu import PER_RANK, alone_on
 from tests.helpers import relative_error
 from tests.test_context import MASKS
@@ -58,7 +62,7 @@ def _on_rank(rank: int, file: str, out: str) -> None:
         got = ring.context_attention()(*mine, [documents], scalars, plan)[0]
         got = [got.detach(), *torch.autograd.grad(got, mine, grad.index_select(2, places))]
         found[f"{schedule} {name}"] = [
-            (relative_error(a, c.index_select(2, places)), relative_error(b, c))
+            tuple(relative_error(x, c.index_select(2, places)) for x in (a, b.index_select(2, places)))
             for a, b, c in zip(got, alone, wanted, strict=True)
         ]
     torch.save(found, f"{out}.{rank}")
@@ -82,3 +86,20 @@ def test_errors(tmp_path: Path) -> None:
         for case, pairs in torch.load(tmp_path / f"found.{rank}").items():
             for what, (mine, one) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
                 assert mine <= PER_RANK * one, (rank, case, what, mine, one)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_the_other_finishes_the_call(how: str, tmp_path: Path) -> None:
+    """By itself: what waits on the device for the one that is gone ends."""
+    seed, (found,) = calls(tmp_path, SIZE, "cuda", "shrink", how)
+    with torch.no_grad():
+        want = lost.Net()(lost.batch())
+    assert found["members"] == [1 - seed % SIZE]
+    assert found["seconds"] < lost.PATIENCE + 60
+    for result in ("before", "result", "after"):
+        assert relative_error(found[result], want) < 1e-4, (seed, result)
+
+
+def test_the_other_is_told(tmp_path: Path) -> None:
+    seed, (found,) = calls(tmp_path, SIZE, "cuda", "raise", "killed")
+    assert "members" not in found and re.search(r"rank \d of 2 waited for ", found["told"]), (seed, found)
