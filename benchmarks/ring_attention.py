@@ -4,7 +4,7 @@
         [--long 1048576:32:8] [--providers …] [--out DIR]
 
 bfloat16, D128, causal, one sequence of LENGTH:HEADS:KV_HEADS. `one GPU` is the fastest of cuDNN's and kp's
-kernels on the first GPU, while the others wait; `kp on each GPU` is the slowest of all GPUs that do the same at
+kernels on the first GPU, while the others wait; `kp on each GPU` is the slowest of all that do the same at
 once, which is slower where one of them is. kp's schedules run as their operator, on tensors that are
 divided already; `torch` is torch.distributed.tensor.experimental.context_parallel over cuDNN's kernels, by
 both of its rotations, which divides tensors itself, before it is timed; `by hand` exchanges heads with
