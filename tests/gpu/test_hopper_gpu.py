@@ -200,3 +200,32 @@ def test_going_on_from_other_keys() -> None:
         want = interpreted.exact(one, *weights)
     assert relative_error(out, want[0]) < 1e-2
     assert relative_error(lse, want[1]) < 1e-4
+
+
+def test_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triton's looking at arguments that are alike, with the tensors of now."""
+    from kp_compiler.lowering.triton import attention, hopper, launches
+
+    monkeypatch.setattr(hopper, "_launches", launches.Launches())
+    compiled = attention.compiled
+    looked: list[str] = []
+
+    def counted(name: str, text: str) -> Any:
+        looked.append(name)
+        return compiled(name, text)
+
+    monkeypatch.setattr(attention, "compiled", counted)
+    for heads, rows in ((4, 300), (4, 300), (2, 300), (4, 300), (4, 301)):
+        with torch.device("cuda"):
+            one = interpreted.case("causal", "none", (heads, 2), (rows, rows), (128, 128), torch.bfloat16)
+            site, _, _ = site_of(one)
+            grad = torch.randn_like(site.q)
+            want = interpreted.exact(one, grad, torch.zeros(grad.shape[:3]))
+            out, *mine = (torch.full_like(x, float("nan")) for x in (site.q, site.q, site.k, site.v))
+            lse = hopper.forward(site, None, out)
+            total = torch.empty_like(site.q, dtype=torch.float32)
+            delta = attention.delta_of(grad, out, None, total)
+            hopper.gradients(site, None, grad, lse, delta, total, *mine)
+            for got, exact in zip((out, *mine), (want[0], *want[2:5]), strict=True):
+                assert relative_error(got, exact) < 2e-2
+    assert looked == ["kp_attention_hopper", "kp_attention_hopper_backward"] * 3
