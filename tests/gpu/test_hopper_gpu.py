@@ -217,7 +217,7 @@ def test_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "compiled", counted)
     for heads, rows in ((4, 300), (4, 300), (2, 300), (4, 300), (4, 301)):
         with torch.device("cuda"):
-            one = interpreted.case("causal", "none", (heads, 2), (rows, rows), (128, 128), torch.bfloat16)
+            one = interpreted.case("causal", "plain", (heads, 2), (rows, rows), (128, 128), torch.bfloat16)
             site, _, _ = site_of(one)
             grad = torch.randn_like(site.q)
             want = interpreted.exact(one, grad, torch.zeros(grad.shape[:3]))
