@@ -7,6 +7,9 @@ Needs no GPU. Rows with `measured_ms` are those of kp's schedules in ring_attent
 attention, 32 heads for 8 of keys, D128: eight GPUs a node, which exchange at `context_cost.LINK`; with more
 than one node every exchange is taken to be as slow as those between nodes (`--between`, GB/s a GPU).
 
+Rows with `lengths` count pairs of a query and an earlier key of its document, of the rank with the most in
+parts of the mean, by layout: 128k tokens, lengths drawn DRAWS times from each distribution.
+
 efficiency: t₁ / (P · t_P), both predicted.   memory: of a rank's exchanges, beside its own tensors.
 """
 
@@ -14,6 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +29,8 @@ from harness import RESULTS, bar, write
 
 from kp_compiler import context_cost
 from kp_compiler import target as targets
+from kp_compiler.documents import balanced_layout
+from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
 
@@ -90,11 +99,52 @@ def scaled(length: int, size: int, between: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def bars_of(choice: dict[str, Any]) -> list[dict[str, Any]]:
+LENGTHS_OF_DOCUMENTS: dict[str, Callable[[random.Random], float]] = {
+    "log-normal, median 1.3k": lambda r: r.lognormvariate(7.2, 1.0),
+    "log-normal, median 4.9k": lambda r: r.lognormvariate(8.5, 1.3),
+    "uniform to 32k": lambda r: r.uniform(1, 32768),
+    "Pareto": lambda r: 500 * r.paretovariate(1.0),
+}
+DRAWS = 20
+
+
+def imbalances(size: int) -> list[dict[str, Any]]:
+    """Of packed documents on `size` ranks: the mean over draws, by layout."""
+    draw, tokens, rows = random.Random(0), LENGTHS[0], []
+    for name, length in LENGTHS_OF_DOCUMENTS.items():
+        found: dict[str, list[float]] = {"contiguous": [], "zigzag": [], "documents": []}
+        for _ in range(DRAWS):
+            positions = packed(tokens, partial(length, draw))
+            found["documents"].append(balanced_layout(positions, size)[1])
+            for kind in ("contiguous", "zigzag"):
+                layout = Layout(kind, size, tokens)  # type: ignore[arg-type]
+                shares = [float((positions[layout.positions(rank)] + 1).sum()) for rank in range(size)]
+                found[kind].append(max(shares) * size / sum(shares))
+        means = {kind: round(statistics.mean(values), 3) for kind, values in found.items()}
+        rows.append({"lengths": name, "ranks": size, **{f"{kind}_layout": x for kind, x in means.items()}})
+    return rows
+
+
+def packed(tokens: int, length: Callable[[], float]) -> torch.Tensor:
+    """position_ids of documents one after the other."""
+    parts, left = [], tokens
+    while left:
+        parts.append(torch.arange(min(left, max(1, int(length())))))
+        left -= len(parts[-1])
+    return torch.cat(parts)
+
+
+def bars_of(choice: dict[str, Any], packed_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     share = choice["good_choices"] / choice["cells"] if choice["cells"] else None
     return [
         bar("schedules predicted to be fastest that are, or within 3 % of it: share", share, 0.9),
         bar("settings and modes of several schedules", choice["cells"], 20),
+        bar(
+            "packed documents: work of the busiest of 2 to 64 ranks over the mean",
+            max(row["documents_layout"] for row in packed_rows),
+            1.05,
+            at_least=False,
+        ),
     ]
 
 
@@ -113,9 +163,11 @@ def main() -> None:
     for length in LENGTHS:
         for size in SIZES:
             rows += scaled(length, size, options.between * 1e9)
+    of_documents = [row for size in (2, 8, 64) for row in imbalances(size)]
+    rows += of_documents
     for row in rows:
         print(row)
-    write("context_scaling", rows, bars_of(choice), {}, options.out)
+    write("context_scaling", rows, bars_of(choice, of_documents), {}, options.out)
 
 
 if __name__ == "__main__":

@@ -27,21 +27,27 @@ def document_order(
     the same batch. Raises KPError for other shapes.
     """
     ranks = ranks_of(mesh)
+    layout, imbalance = balanced_layout(position_ids, ranks.size, window, chunks)
+    return SequenceOrder(layout, ranks.group, chunks, imbalance)
+
+
+def balanced_layout(
+    position_ids: Tensor, size: int, window: int | None = None, chunks: int = CHUNKS
+) -> tuple[Ordered, float]:
+    """Of `size` ranks, and pairs of tokens of the one with the most, in parts of the mean."""
     if position_ids.dim() not in (1, 2) or position_ids.is_floating_point() or not position_ids.numel():
         kind = f"{position_ids.dtype} {list(position_ids.shape)}"
         raise KPError(f"position_ids: got {kind}, expected integers [B,N] or [N]")
     if chunks < 1:
         raise KPError(f"chunks: got {chunks}, expected at least one")
-    count = chunks * ranks.size
+    count = chunks * size
     given = position_ids.detach().cpu().reshape(-1, position_ids.shape[-1])
     tokens = -(-given.shape[1] // count) * count
     pairs = lengthened_positions(given, 1, tokens).long() + 1
     pairs = pairs if window is None else pairs.clamp(max=window)
     work = pairs.view(len(given), count, -1).sum((0, 2)).tolist()
-    found = balanced(work, ranks.size)
-    size = tokens // count
-    starts = torch.tensor(found).view(-1, 1) * size
-    places = (starts + torch.arange(size)).flatten()
+    found = balanced(work, size)
+    starts = torch.tensor(found).view(-1, 1) * (tokens // count)
+    places = (starts + torch.arange(tokens // count)).flatten()
     most = max(sum(work[chunk] for chunk in mine) for mine in found)
-    layout = Ordered("documents", ranks.size, tokens, places)
-    return SequenceOrder(layout, ranks.group, chunks, most * ranks.size / sum(work))
+    return Ordered("documents", size, tokens, places), most * size / sum(work)
