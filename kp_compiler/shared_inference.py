@@ -48,6 +48,7 @@ class SharedInference:
         self.store = store.clone()  # one that no rendezvous blocks
         self.name = f"kp/shared_inference/{group.group_name}"
         self.calls = 0
+        self.warm = False  # a call of this group has been made
         self.told: str | None = None  # what was waited for on a device when a rank was lost
         self._join(dist.get_process_group_ranks(group))
 

@@ -192,9 +192,9 @@ def _schedule(
     if asked != "auto":
         sharing = how.ranks.sharing(asked, how.layout)
         if not sharing:
-            needed = "a layout that is not 'documents', and " if how.layout == "documents" else ""
-            needed += "a mesh of two dimensions, of which rows share heads."
-            raise _error(Rejection("mesh", f"hybrid needs {needed}"))
+            other = "a layout that is not 'documents', and " if how.layout == "documents" else ""
+            text = f"hybrid needs {other}a mesh of two dimensions, of which rows share heads."
+            raise _error(Rejection("mesh", text))
         if asked not in costs:
             heads = tensor_of(site.args[0]).shape[1]  # type: ignore[union-attr]
             raise _error(Rejection("heads", f"{heads} heads can't be divided among {sharing} ranks."))

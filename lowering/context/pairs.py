@@ -23,6 +23,7 @@ from kp_compiler.specs import MaskSpec
 
 Relation = Literal["none", "some", "all"]
 Along = Literal["q", "k"]
+_BOTH: tuple[Along, ...] = ("q", "k")
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,18 @@ def local(mask: MaskSpec) -> Local | None:
     if slices is None or mask.expr == _WHOLE:
         return None if slices is None else Local(mask, ())
     begin = (sympy.Symbol(f"n{mask.scalars + i}", integer=True) for i in range(2))
-    moved = {name: mask_render.symbol(name) + n for name, n in zip("qk", begin, strict=True)}
+    moved = {name: mask_render.symbol(name) + n for name, n in zip(_BOTH, begin, strict=True)}
     return _moved(mask, slices, moved, scalars=mask.scalars + 2)
 
 
 @lru_cache(maxsize=1024)
-def placed(mask: MaskSpec, along: tuple[Along, ...] = ("q", "k")) -> Local:
+def placed(mask: MaskSpec, along: tuple[Along, ...] = _BOTH) -> Local:
     """Queries, or queries and keys, as they lie somewhere; what is not `along` lies in the order of the
     sequence. Their places are a slice of one more tensor, 0, 1, … of the sequence. `mask` is one that `local`
     can do."""
     slices, free = dict(_slices(mask) or {}), mask_render.parse(mask.expr)
     free = free.xreplace({call: sympy.Dummy() for call in slices}).free_symbols
-    moved = {}
+    moved: dict[Along, Any] = {}
     for name in along:
         if mask_render.symbol(name) in free:
             moved[name] = sympy.Function("place", integer=True)(mask_render.symbol(name))
@@ -84,7 +85,7 @@ def _slices(mask: MaskSpec) -> _Slices | None:
     return found
 
 
-def _moved(mask: MaskSpec, slices: _Slices, moved: dict[str, Any], scalars: int) -> Local:
+def _moved(mask: MaskSpec, slices: _Slices, moved: dict[Along, Any], scalars: int) -> Local:
     """With its tensors numbered as `slices`, and other indices where they are read by themselves."""
     calls = {call: sympy.Dummy(integer=True) for call in slices}
     back = {calls[call]: sympy.Function(f"t{i}", integer=True)(*call.args) for i, call in enumerate(slices)}
