@@ -8,7 +8,7 @@ the (possibly symbolic) sizes, and the numbers of one site.
     hybrid       the same among the ranks of a row, with a ring among rows for the arithmetic
 
 A pass is as slow as its slowest rank: under a causal mask the one with the most pairs. Gradients of keys and
-values travel in float32. C is the number of chunks (`ring.chunk_count`).
+values travel in float32. SC and SG count chunks of heads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from kp_compiler.target import Target
 
 SP, SR, SL, SW = sympy.symbols("P rate link width", positive=True)  # ranks, FLOP/s, bytes/s, bytes an element
 SU = sympy.Symbol("U", positive=True)  # ranks of a row
-SC = sympy.Max(1, sympy.Min(CHUNKS, SK, sympy.floor(SB * SH * SQ / ROWS)))
+# As `ring.count_of`, forward and backward, and as many as a ring has then
+SC, SG = (sympy.Max(1, sympy.Min(CHUNKS, SK, sympy.floor(SB * SH * SQ / (ROWS * times)))) for times in (1, 2))
+_RING = tuple(sympy.Piecewise((count, count > 2), (1, True)) for count in (SC, SG))
 COPIED = 2.4e12  # bytes/s that a GPU reads and writes, together
 # Bytes/s from one rank to another, both ways at once: two H100 over NVLink, 2026-11-22
 LINK = 229e9
@@ -88,27 +90,29 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
     wide = in_float32[2] / SL  # gradients on the way
     one = SW * keys / SL + LATENCY
     if schedule == "ring":
+        count, fewer = _RING
+        last = wide + LATENCY
         step, back = even / SP, BACKWARD * even / SP
         # what comes, what goes on, and a chunk's own as it goes
-        moved = SW * keys * (2 + sympy.Min(1, SC - 1))
+        moved, again = (SW * keys * (2 + sympy.Min(1, each - 1)) for each in _RING)
         return Formula(
-            step + (SP - 1) * sympy.Max(step, one) + 2 * SP * SC * KERNEL,
-            back + (SP - 1) * sympy.Max(back, one + wide) + (wide + LATENCY) / SC + 2 * SP * SC * KERNEL,
-            (moved + in_float32[0]) / SC,
-            (moved + in_float32[1] + 5 * in_float32[2]) / SC,  # of this chunk, and of the one before
+            step + (SP - 1) * sympy.Max(step, one) + 2 * SP * count * KERNEL,
+            back + (SP - 1) * sympy.Max(back, one + wide) + last / fewer + 2 * SP * fewer * KERNEL,
+            (moved + in_float32[0]) / count,
+            (again + in_float32[1] + 5 * in_float32[2]) / fewer,  # of this chunk, and of the one before
         )
     if schedule == "allgather":
         gathered, joined = (SP - 1) * one, 2 * SW * SP * keys / COPIED
-        rest = gathered * (1 - 1 / SC)  # beside arithmetic
+        rest, again = (gathered * (1 - 1 / count) for count in (SC, SG))  # beside arithmetic
         returned = (SP - 1) * wide + 2 * SP * in_float32[2] / COPIED
         return Formula(
             gathered / SC + sympy.Max(even, rest) + joined + 2 * SC * KERNEL,
-            (gathered + returned) / SC
-            + sympy.Max(BACKWARD * even, rest + returned)
+            (gathered + returned) / SG
+            + sympy.Max(BACKWARD * even, again + returned * (1 - 1 / SG))
             + joined
-            + 2 * SC * KERNEL,
+            + 2 * SG * KERNEL,
             3 * SW * SP * keys / SC,  # as they came, in order, and the next
-            (3 * SW * SP * keys + in_float32[1] + 3 * SP * in_float32[2]) / SC,
+            (3 * SW * SP * keys + in_float32[1] + 3 * SP * in_float32[2]) / SG,
         )
     if schedule == "ulysses":
         return formula("hybrid", spec, layout).at({SU: SP})

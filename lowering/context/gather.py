@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.exchange import Peers, Pending
-from kp_compiler.lowering.context.ring import GRADIENTS, KEYS, Sums, by_head, by_token, chunks, zeros
+from kp_compiler.lowering.context.ring import (
+    GRADIENTS,
+    KEYS,
+    Sums,
+    by_head,
+    by_token,
+    chunks,
+    count_of,
+    zeros,
+)
 from kp_compiler.lowering.context.shard import Shard
 
 
@@ -24,10 +33,10 @@ def forward(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tupl
 
 
 def _gathered(
-    shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor
+    shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """The sequence's keys and values, some heads at a time; the next ones come while these are used."""
-    every = chunks(q, k)
+    every = chunks(q, k, count_of(q, k, backward=backward))
 
     def gather(heads: slice) -> Pending[list[list[Tensor]]]:
         return peers.gather(by_token(k[:, heads], v[:, heads]), KEYS)
@@ -44,7 +53,7 @@ def backward(
     shard: Shard, peers: Peers, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = Sums(shard, q, k, v)
-    for mine, theirs, keys, values in _gathered(shard, peers, q, k, v):
+    for mine, theirs, keys, values in _gathered(shard, peers, q, k, v, backward=True):
         dq, dk, dv = zeros(q[:, mine]), zeros(keys), zeros(values)
         shard.add_gradients(
             grad[:, mine], q[:, mine], keys, values, shard.pieces_of_all, lse[:, mine], delta[:, mine],
