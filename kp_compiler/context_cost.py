@@ -1,5 +1,5 @@
-"""What attention over a shared sequence costs by each schedule: seconds and bytes of memory, as formulas of
-the (possibly symbolic) sizes, and the numbers of one site.
+"""What attention over a shared sequence costs by each schedule: seconds and bytes of memory, of sizes that
+are numbers, or symbols where formulas are asked for.
 
     ring         P times a rank's queries with one rank's keys, beside the exchange of the next keys
     allgather    all keys of a chunk of heads are there before its first product, beside that of another one
@@ -8,20 +8,20 @@ the (possibly symbolic) sizes, and the numbers of one site.
     hybrid       the same among the ranks of a row, with a ring among rows for the arithmetic
 
 A pass is as slow as its slowest rank: under a causal mask the one with the most pairs. Gradients of keys and
-values travel in float32. SC and SG count chunks of heads.
+values travel in float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 
 from kp_compiler import cost
 from kp_compiler.config import sharing
-from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ
+from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
 from kp_compiler.lowering.context.layout import Kind
 from kp_compiler.lowering.context.ring import CHUNKS, ROWS
 from kp_compiler.lowering.context.schedules import SCHEDULES
@@ -29,11 +29,6 @@ from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
-SP, SR, SL, SW = sympy.symbols("P rate link width", positive=True)  # ranks, FLOP/s, bytes/s, bytes an element
-SU = sympy.Symbol("U", positive=True)  # ranks of a row
-# As `ring.count_of`, forward and backward, and as many as a ring has then
-SC, SG = (sympy.Max(1, sympy.Min(CHUNKS, SK, sympy.floor(SB * SH * SQ / (ROWS * times)))) for times in (1, 2))
-_RING = tuple(sympy.Piecewise((count, count > 2), (1, True)) for count in (SC, SG))
 COPIED = 2.4e12  # bytes/s that a GPU reads and writes, together
 # Bytes/s from one rank to another, both ways at once: two H100 over NVLink, 2026-11-22
 LINK = 229e9
@@ -42,22 +37,57 @@ CPU_RATE, CPU_LINK = 0.2e12, 2e9
 LATENCY = 20e-6  # seconds of one exchange
 # Times the forward pass. There are 2.5 times the products, at a lower rate: 2.98 to 3.07 times as long on one
 # H200 (benchmarks/ring_attention.py, 2026-11-27), 3.3 on an H100 at 32k (benchmarks/attention_kernels.py)
-BACKWARD = sympy.Integer(3)
+BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what one rank has of a site, and of the ranks."""
+
+    batch: Any
+    heads: Any
+    kv_heads: Any
+    queries: Any
+    head_dim: Any
+    value_dim: Any
+    ranks: Any
+    row: Any  # ranks of a row, where they are a grid
+    width: Any  # bytes of an element
+    rate: Any  # FLOP/s of a kernel
+    link: Any  # bytes/s from a rank to another one
+
+    @property
+    def keys(self) -> Any:
+        """Elements of k and v."""
+        return self.batch * self.kv_heads * self.queries * (self.head_dim + self.value_dim)
+
+    @property
+    def matrices(self) -> Any:
+        """Elements of q and out."""
+        return self.batch * self.heads * self.queries * (self.head_dim + self.value_dim)
+
+    def float32(self, dim: Any) -> Any:
+        """Bytes of one number in float32 for each of `dim` of every query of every head."""
+        return 4 * self.batch * self.heads * self.queries * dim
+
+    def chunks(self, times: int) -> Any:
+        """As `ring.count_of`: forward, once the rows, backward twice."""
+        rows = sympy.floor(self.batch * self.heads * self.queries / (ROWS * times))
+        return sympy.Max(1, sympy.Min(CHUNKS, self.kv_heads, rows))
+
+
+SYMBOLS = Sizes(SB, SH, SK, SQ, SD, SE, *sympy.symbols("P U width rate link", positive=True))
 
 
 @dataclass(frozen=True)
 class Formula:
     """Seconds of a forward and of a backward pass, and the bytes that each takes on a rank beside its own
-    tensors, over B, H, K, S (a rank's tokens), D, E, P, rate, link and width."""
+    tensors."""
 
-    forward: sympy.Expr
-    backward: sympy.Expr
-    memory: sympy.Expr
-    backward_memory: sympy.Expr
-
-    def at(self, values: dict[Any, Any]) -> Formula:
-        every = (self.forward, self.backward, self.memory, self.backward_memory)
-        return Formula(*(x.subs(values, simultaneous=True) for x in every))
+    forward: Any
+    backward: Any
+    memory: Any
+    backward_memory: Any
 
 
 @dataclass(frozen=True)
@@ -80,63 +110,78 @@ class Predicted:
         }
 
 
-@cache
-def formula(schedule: str, spec: AttentionSpec, layout: Kind) -> Formula:
+def formula(schedule: str, spec: AttentionSpec, layout: Kind, of: Sizes = SYMBOLS) -> Formula:
     """Of one site. Steps of a ring in which a rank has nothing to do are counted as those that have."""
-    work = cost.area(spec).subs({SQ: SQ * SP, cost.ST: SQ * SP}) * 2 * SB * SH * (SD + SE) / SP / SR
-    even = work * _slowest(spec, layout)
-    keys, queries = SB * SK * SQ * (SD + SE), SB * SH * SQ * (SD + SE)  # elements of a rank's: k, v; q, out
-    in_float32 = 4 * SB * SH * SQ * SE, 4 * SB * SH * SQ * SD, 4 * keys  # out, dq, and dk with dv
-    wide = in_float32[2] / SL  # gradients on the way
-    one = SW * keys / SL + LATENCY
-    if schedule == "ring":
-        count, fewer = _RING
-        last = wide + LATENCY
-        step, back = even / SP, BACKWARD * even / SP
-        # what comes, what goes on, and a chunk's own as it goes
-        moved, again = (SW * keys * (2 + sympy.Min(1, each - 1)) for each in _RING)
-        return Formula(
-            step + (SP - 1) * sympy.Max(step, one) + 2 * SP * count * KERNEL,
-            back + (SP - 1) * sympy.Max(back, one + wide) + last / fewer + 2 * SP * fewer * KERNEL,
-            (moved + in_float32[0]) / count,
-            (again + in_float32[1] + 5 * in_float32[2]) / fewer,  # of this chunk, and of the one before
-        )
-    if schedule == "allgather":
-        gathered, joined = (SP - 1) * one, 2 * SW * SP * keys / COPIED
-        rest, again = (gathered * (1 - 1 / count) for count in (SC, SG))  # beside arithmetic
-        returned = (SP - 1) * wide + 2 * SP * in_float32[2] / COPIED
-        return Formula(
-            gathered / SC + sympy.Max(even, rest) + joined + 2 * SC * KERNEL,
-            (gathered + returned) / SG
-            + sympy.Max(BACKWARD * even, again + returned * (1 - 1 / SG))
-            + joined
-            + 2 * SG * KERNEL,
-            3 * SW * SP * keys / SC,  # as they came, in order, and the next
-            (3 * SW * SP * keys + in_float32[1] + 3 * SP * in_float32[2]) / SG,
-        )
-    if schedule == "ulysses":
-        return formula("hybrid", spec, layout).at({SU: SP})
-    assert schedule == "hybrid"
-    shared = sympy.Max(1, SU / SK)  # copies of a key head, where there are fewer than ranks
-    row = {SH: SH / SU, SK: shared * SK / SU, SQ: SQ * SU, SP: SP / SU}
-    beside = formula("ring", spec, layout).at(row)
-    count = SC.subs(row, simultaneous=True)
-    given = SW * (queries + shared * keys)  # q, k, v and out
-    moved = (SU - 1) / SU * given / SL + 2 * LATENCY
-    returned = moved + (SU - 1) / SU * (SW * SB * SH * SQ * SD + 4 * shared * keys) / SL
+    return _FORMULAS[schedule](spec, layout, of)
+
+
+def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
+    step = _arithmetic(spec, layout, of) / of.ranks
+    back, steps = BACKWARD * step, of.ranks - 1
+    one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
+    count, fewer = (sympy.Piecewise((c, c > 2), (1, True)) for c in (of.chunks(1), of.chunks(2)))
+    # what comes, what goes on, and a chunk's own as it goes
+    moved, again = (of.width * of.keys * (2 + sympy.Min(1, c - 1)) for c in (count, fewer))
+    last = gradients + LATENCY
+    return Formula(
+        step + steps * sympy.Max(step, one) + 2 * of.ranks * count * KERNEL,
+        back + steps * sympy.Max(back, one + gradients) + last / fewer + 2 * of.ranks * fewer * KERNEL,
+        (moved + of.float32(of.value_dim)) / count,
+        (again + of.float32(of.head_dim) + 5 * 4 * of.keys) / fewer,  # of this chunk, and of the one before
+    )
+
+
+def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
+    even = _arithmetic(spec, layout, of)
+    others, every = of.ranks - 1, of.ranks * of.keys
+    gathered, joined = others * (of.width * of.keys / of.link + LATENCY), 2 * of.width * every / COPIED
+    returned = others * 4 * of.keys / of.link + 2 * 4 * every / COPIED
+    count, fewer = of.chunks(1), of.chunks(2)
+    beside, again = gathered * (1 - 1 / count), (gathered + returned) * (1 - 1 / fewer)
+    return Formula(
+        gathered / count + sympy.Max(even, beside) + joined + 2 * count * KERNEL,
+        (gathered + returned) / fewer + sympy.Max(BACKWARD * even, again) + joined + 2 * fewer * KERNEL,
+        3 * of.width * every / count,  # as they came, in order, and the next
+        (3 * of.width * every + of.float32(of.head_dim) + 3 * 4 * every) / fewer,
+    )
+
+
+def _ulysses(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
+    return _hybrid(spec, layout, replace(of, row=of.ranks))
+
+
+def _hybrid(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
+    shared = sympy.Max(1, of.row / of.kv_heads)  # copies of a key head, where there are fewer than ranks
+    row = replace(
+        of, heads=of.heads / of.row, kv_heads=shared * of.kv_heads / of.row, queries=of.queries * of.row,
+        ranks=of.ranks / of.row,
+    )  # fmt: skip
+    beside, count = _ring(spec, layout, row), row.chunks(1)
+    given = of.width * (of.matrices + shared * of.keys)  # q, k, v and out
+    away = (of.row - 1) / of.row / of.link  # of what there is, seconds for each byte
+    moved = away * given + 2 * LATENCY
+    returned = moved + away * (of.width * of.float32(of.head_dim) / 4 + 4 * shared * of.keys)
     rest = 1 - 1 / count
     return Formula(
         moved / count + sympy.Max(beside.forward, moved * rest),
         returned / count + sympy.Max(beside.backward, returned * rest),
         2 * given / count + beside.memory,
-        2 * (given + 2 * shared * keys) / count + beside.backward_memory,
+        2 * (given + 2 * shared * of.keys) / count + beside.backward_memory,
     )
 
 
-def _slowest(spec: AttentionSpec, layout: Kind) -> sympy.Expr:
-    """Pairs of the rank with the most, in parts of the mean."""
+_FORMULAS: dict[str, Callable[[AttentionSpec, Kind, Sizes], Formula]] = {
+    "ring": _ring, "allgather": _allgather, "ulysses": _ulysses, "hybrid": _hybrid
+}  # fmt: skip
+
+
+def _arithmetic(spec: AttentionSpec, layout: Kind, of: Sizes) -> Any:
+    """Seconds of a forward pass of the rank with the most pairs."""
+    tokens = of.queries * of.ranks
+    pairs = cost.area(spec).subs({SQ: tokens, ST: tokens}, simultaneous=True) / of.ranks
     causal = "causal" in spec.mask.parts and spec.mask.window is None
-    return 2 - 1 / SP if causal and layout == "contiguous" else sympy.Integer(1)
+    most = 2 - 1 / of.ranks if causal and layout == "contiguous" else 1
+    return 2 * of.batch * of.heads * (of.head_dim + of.value_dim) * pairs * most / of.rate
 
 
 def predict(
@@ -145,29 +190,27 @@ def predict(
 ) -> dict[str, Predicted]:  # fmt: skip
     """By schedule, for what one rank has of a site; symbolic sizes as this compilation saw them. `link`:
     bytes/s between ranks, if they were measured. `row`: ranks that share heads, where all are a grid."""
-    values = {**_values(shape, size, target, link), SU: row}
+    sizes = _sizes(shape, size, target, link, row)
     found = {}
     for schedule in SCHEDULES:
         among = sharing(schedule, size, row, layout)
-        if not among or hint(shape.heads) % among:
+        if not among or sizes.heads % among:
             continue
-        each = formula(schedule, spec, layout)
-        memory = sympy.Max(each.memory, each.backward_memory) if shape.training else each.memory
-        numbers = (float(expr.subs(values)) for expr in (each.forward, each.backward, memory))
-        found[schedule] = Predicted(*numbers)
+        each = formula(schedule, spec, layout, sizes)
+        memory = max(each.memory, each.backward_memory) if shape.training else each.memory
+        found[schedule] = Predicted(*map(float, (each.forward, each.backward, memory)))
     return found
 
 
 def alone(spec: AttentionSpec, shape: AttentionShape, size: int, target: Target) -> float:
     """Seconds of the forward pass of the whole sequence, of which `shape` is a rank's part, on one rank."""
-    work = formula("ring", spec, "zigzag").forward.subs({SP: 1, SQ: SQ * size})
-    return float(work.subs(_values(shape, 1, target, None)))
+    sizes = _sizes(shape, 1, target, None, 1)
+    return float(_ring(spec, "zigzag", replace(sizes, queries=sizes.queries * size)).forward)
 
 
-def _values(shape: AttentionShape, size: int, target: Target, link: float | None) -> dict[Any, Any]:
+def _sizes(shape: AttentionShape, ranks: int, target: Target, link: float | None, row: int) -> Sizes:
     on_gpu = target.device == "cuda"
-    values: dict[Any, Any] = {SB: shape.batch, SH: shape.heads, SK: shape.kv_heads, SQ: shape.queries}
-    values |= {SD: shape.head_dim, SE: shape.value_dim, SP: size, SW: shape.dtype.itemsize}
-    values = {symbol: hint(value) for symbol, value in values.items()}
-    rates = {SR: RATES["triton"] if on_gpu else CPU_RATE, SL: LINK if on_gpu else CPU_LINK}
-    return {**values, **rates, **({} if link is None else {SL: link})}
+    given = (shape.batch, shape.heads, shape.kv_heads, shape.queries, shape.head_dim, shape.value_dim)
+    rate = RATES["triton"] if on_gpu else CPU_RATE
+    known = LINK if on_gpu else CPU_LINK
+    return Sizes(*map(hint, given), ranks, row, shape.dtype.itemsize, rate, known if link is None else link)

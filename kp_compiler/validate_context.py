@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import sympy
@@ -18,7 +18,7 @@ from torch import Tensor
 from kp_compiler import context_cost, cost
 from kp_compiler import target as targets
 from kp_compiler.config import Ranks
-from kp_compiler.context_cost import SP, SU, SW, Predicted
+from kp_compiler.context_cost import SYMBOLS, Predicted
 from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import reference, ring
 from kp_compiler.lowering.context.exchange import Peers, group_named
@@ -32,7 +32,10 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 TOKENS = 256  # of each rank, where schedules are compared with one process
 
 _N = sympy.Symbol("N", positive=True, integer=True)
-_SYMBOLS = {"B": cost.SB, "H": cost.SH, "K": cost.SK, "N": _N, "D": cost.SD, "E": cost.SE, "P": SP, "U": SU}
+_SYMBOLS = {
+    "B": cost.SB, "H": cost.SH, "K": cost.SK, "N": _N, "D": cost.SD, "E": cost.SE, "P": SYMBOLS.ranks,
+    "U": SYMBOLS.row,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,10 @@ def estimate_memory(schedule: str = "ring", *, dtype: torch.dtype = torch.bfloat
     """
     if schedule not in SCHEDULES:
         raise KPConfigError(f"schedule: got {schedule!r}, expected one of {', '.join(map(repr, SCHEDULES))}")
-    found = context_cost.formula(schedule, AttentionSpec(1.0, CAUSAL), "zigzag")
-    mine = {cost.SQ: _N / SP, SW: dtype.itemsize}
-    tensors = cost.SB * (cost.SH * (cost.SD + cost.SE) + cost.SK * (cost.SD + cost.SE))
-    own = (SW * tensors + 4 * cost.SB * cost.SH) * cost.SQ
-    return Memory(*(x.subs(mine) for x in (own, found.memory, found.backward_memory)))
+    sizes = replace(SYMBOLS, queries=_N / SYMBOLS.ranks, width=dtype.itemsize)
+    found = context_cost.formula(schedule, AttentionSpec(1.0, CAUSAL), "zigzag", sizes)
+    own = sizes.width * (sizes.matrices + sizes.keys) + sizes.float32(1)
+    return Memory(own, found.memory, found.backward_memory)
 
 
 @dataclass(frozen=True)
