@@ -93,6 +93,7 @@ def both(*specs: str) -> dict[str, set[str]]:
 
 
 llama = build("LlamaForCausalLM", "LlamaConfig", **_DECODER)
+llama_of_one_layer = build("LlamaForCausalLM", "LlamaConfig", **_SINGLE)
 mistral = build("MistralForCausalLM", "MistralConfig", **_SINGLE, sliding_window=WINDOW)
 qwen2 = build("Qwen2ForCausalLM", "Qwen2Config", **_SINGLE)
 gemma2 = build(
