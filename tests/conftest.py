@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and NumPy: tests side by side need no more threads,
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which on few cores wait for one another
+
 import pytest
 import torch
 

@@ -40,15 +40,21 @@ class LlamaLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-@pytest.mark.inductor
-@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])  # a scale of a whole tensor, and of parts
-def test_bytes_kept_for_the_backward_pass(recipe: str) -> None:
-    """What norms and activations give is computed again where it is cast; where asked for, gate and up
-    projections are kept in FP8."""
+@pytest.fixture(scope="module")
+def layer() -> tuple[nn.Module, torch.Tensor, float]:
+    """A layer, its input, and what it keeps without FP8."""
     torch.manual_seed(0)
     model = LlamaLayer().bfloat16()
     x = torch.randn(512, K, dtype=torch.bfloat16, requires_grad=True)
-    plain = saved_bytes(model, x)
+    return model, x, saved_bytes(model, x)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])  # a scale of a whole tensor, and of parts
+def test_bytes_kept_for_the_backward_pass(recipe: str, layer: tuple[nn.Module, torch.Tensor, float]) -> None:
+    """What norms and activations give is computed again where it is cast; where asked for, gate and up
+    projections are kept in FP8."""
+    model, x, plain = layer
     kept = {save: saved_bytes(model, x, **fp8(recipe, save=save)) / plain for save in ("auto", "fp8")}
     assert kept["auto"] <= 0.71
     assert kept["fp8"] <= 0.63  # torch 2.13: 0.54, 2.11: 0.62

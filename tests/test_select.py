@@ -30,8 +30,10 @@ def sparse_spec(
     return AttentionSpec(0.25, mask, dead_rows="zero", sparse=SparseSpec(selector, density, block=32, **more))
 
 
-def inputs(length: int = 300, keys: int = 300) -> list[Tensor]:
-    return [torch.randn(2, h, n, 16) for h, n in ((4, length), (2, keys), (2, keys))]
+def inputs(length: int = 300, keys: int = 300, batch: int = 2, heads: int = 4) -> list[Tensor]:
+    return [
+        torch.randn(batch, h, n, 16) for h, n in ((heads, length), (heads // 2, keys), (heads // 2, keys))
+    ]
 
 
 def test_spec_comes_back() -> None:
@@ -117,7 +119,7 @@ def test_through_the_compiler(monkeypatch: pytest.MonkeyPatch, function: Any) ->
     with kp_compiler.capture_reports() as reports:
         compiled = torch.compile(function, backend="kp", fullgraph=True, options=options)
         for length in (170, 100):
-            leaves = [x.requires_grad_() for x in inputs(length, length)]
+            leaves = [x.requires_grad_() for x in inputs(length, length, 1, 2)]
             for x in leaves:
                 torch._dynamo.mark_dynamic(x, 2)
             wide = [x.detach().clone().requires_grad_() for x in leaves]

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from tests.distributed import workers
+from tests.distributed import processes, workers
 
 
 @pytest.mark.parametrize(("size", "compiled"), [(2, True), (4, False)])
@@ -16,7 +15,7 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
     """Outputs and gradients, through the operator and under `torch.compile`; batches, divided and put
     together."""
     out = tmp_path / "errors.pt"
-    mp.spawn(workers.context, (size, str(tmp_path / "store"), compiled, str(out)), nprocs=size, join=True)
+    processes.run(workers.context, size, str(tmp_path / "store"), compiled, str(out))
     errors = torch.load(out)
     assert errors.pop("sharding") < 1e-6
     assert errors.pop("validated") < 2e-6
@@ -27,7 +26,7 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
 def test_together(tmp_path: Path) -> None:
     """With what shares batches and weights on another dimension of the mesh, and with FP8."""
     out = tmp_path / "errors.pt"
-    mp.spawn(workers.composed, (4, str(tmp_path / "store"), str(out)), nprocs=4, join=True)
+    processes.run(workers.composed, 4, str(tmp_path / "store"), str(out))
     errors = torch.load(out)
     assert set(errors) == set(workers.COMPOSED)
     assert 1e-3 < errors.pop("fp8_linear") < 0.1
@@ -37,7 +36,7 @@ def test_together(tmp_path: Path) -> None:
 def test_models(tmp_path: Path) -> None:
     """Logits and gradients of transformers' models, whose positions and masks are made in the graph."""
     out = tmp_path / "errors.pt"
-    mp.spawn(workers.shared_model, (2, str(tmp_path / "store"), str(out)), nprocs=2, join=True)
+    processes.run(workers.shared_model, 2, str(tmp_path / "store"), str(out))
     errors = torch.load(out)
     assert len(errors) == len(workers.MODEL_CASES)
     assert max(errors.values()) < 1e-5, errors

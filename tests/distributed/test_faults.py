@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from benchmarks import context_faults
-from tests.distributed import workers
+from tests.distributed import processes, workers
 
 SIZE = 3
 
@@ -22,21 +22,21 @@ SIZE = 3
 def test_survivors_are_told(schedule: str, how: str, tmp_path: Path) -> None:
     seed = random.randrange(1000)
     out = tmp_path / "told"
-    context = mp.get_context("spawn")
-    processes = [
+    context = mp.get_context(processes.METHOD)
+    ranks = [
         context.Process(
             target=workers.fault,
             args=(rank, SIZE, str(tmp_path / "store"), schedule, how, seed, str(out)),
         )
         for rank in range(SIZE)
     ]
-    for process in processes:
+    for process in ranks:
         process.start()
-    survivors, faulty = processes[:-1], processes[-1]
+    survivors, faulty = ranks[:-1], ranks[-1]
     for process in survivors:
         process.join(timeout=120)
     hung = [process.is_alive() for process in survivors]
-    for process in processes:
+    for process in ranks:
         process.kill()
         process.join()
     assert not any(hung), seed

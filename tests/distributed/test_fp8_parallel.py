@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from kp_compiler.lowering.fp8.quantize import sqnr
-from tests.distributed import workers
+from tests.distributed import processes, workers
 
 SIZE = 2
 
@@ -18,9 +17,7 @@ SIZE = 2
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_gradients_are_those_of_one_process(wrapper: str, recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "grads.pt"
-    mp.spawn(
-        getattr(workers, wrapper), (SIZE, str(tmp_path / "store"), recipe, str(out)), nprocs=SIZE, join=True
-    )
+    processes.run(getattr(workers, wrapper), SIZE, str(tmp_path / "store"), recipe, str(out))
     got, want = torch.load(out), workers.reference(SIZE, recipe)
     assert len(got) == len(want)
     for mine, exact in zip(got, want, strict=True):
@@ -40,8 +37,7 @@ def test_training_on_two_gpus(tmp_path: Path) -> None:
 
 def check_training(device: str, folder: Path) -> None:
     out = folder / "moved.pt"
-    arguments = (SIZE, str(folder / "store"), device, str(out))
-    mp.spawn(workers.train_everything, arguments, nprocs=SIZE, join=True)
+    processes.run(workers.train_everything, SIZE, str(folder / "store"), device, str(out))
     want = workers.trained_alone(SIZE, device)
     for got in torch.load(out).values():
         assert all(sqnr(mine, exact) > 18 for mine, exact in zip(got, want, strict=True))

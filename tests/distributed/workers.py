@@ -394,10 +394,10 @@ def composed(rank: int, size: int, file: str, out: str) -> None:
         x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(1))
         want = attention_net()
         torch._dynamo.reset()
-        alone: dict[str, Any] = SPARSE if what == "sparse_attention" else {}
-        torch.compile(want, backend="kp", options={**alone, "lowering": "aot_eager"})(
-            x
-        ).square().mean().backward()
+        alone: Any = want  # itself, where attention stays exact
+        if what == "sparse_attention":
+            alone = torch.compile(want, backend="kp", options={**SPARSE, "lowering": "eager"})
+        alone(x).square().mean().backward()
         torch._dynamo.reset()
         grads = _composed(what, mesh, x)
         worst[what] = max(relative_error(a, p.grad) for a, p in zip(grads, want.parameters(), strict=True))

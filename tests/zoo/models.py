@@ -75,13 +75,15 @@ def build(
     return make
 
 
+# One layer where more would be as it; llama has two that share what masks are made of
 _DECODER = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCAB, "initializer_range": 0.2, "use_cache": False,
     "max_position_embeddings": 128, "pad_token_id": 0,
 }  # fmt: skip
+_SINGLE = {**_DECODER, "num_hidden_layers": 1}
 _ENCODER = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
     "initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 
@@ -91,8 +93,9 @@ def both(*specs: str) -> dict[str, set[str]]:
 
 
 llama = build("LlamaForCausalLM", "LlamaConfig", **_DECODER)
-mistral = build("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=WINDOW)
-qwen2 = build("Qwen2ForCausalLM", "Qwen2Config", **_DECODER)
+llama_of_one_layer = build("LlamaForCausalLM", "LlamaConfig", **_SINGLE)
+mistral = build("MistralForCausalLM", "MistralConfig", **_SINGLE, sliding_window=WINDOW)
+qwen2 = build("Qwen2ForCausalLM", "Qwen2Config", **_SINGLE)
 gemma2 = build(
     "Gemma2ForCausalLM", "Gemma2Config", **_DECODER, head_dim=16, sliding_window=WINDOW,
     query_pre_attn_scalar=16, attn_logit_softcapping=20.0,
@@ -102,13 +105,13 @@ gpt_oss = build(
     num_experts_per_tok=1,
 )  # fmt: skip
 gpt2 = build(
-    "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB,
+    "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB,
     initializer_range=0.2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False,
 )  # fmt: skip
 bert = build("BertModel", "BertConfig", pooler=False, **_ENCODER, vocab_size=VOCAB)
 vit = build("ViTModel", "ViTConfig", pooler=False, **_ENCODER, image_size=24, patch_size=8)
 bloom = build(
-    "BloomForCausalLM", "BloomConfig", hidden_size=64, n_layer=LAYERS, n_head=4, vocab_size=VOCAB,
+    "BloomForCausalLM", "BloomConfig", hidden_size=64, n_layer=1, n_head=4, vocab_size=VOCAB,
     use_cache=False, hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2,
 )  # fmt: skip
 t5 = build(
@@ -122,12 +125,12 @@ FAMILIES = [
     Family("llama", llama, tokens, LAYERS, both("causal")),
     Family("llama_left_padded", llama, left_padded, LAYERS, both("causal+padding")),
     Family("llama_packed", llama, packed, LAYERS, both("causal+document")),
-    Family("mistral", mistral, tokens, LAYERS, both(CAUSAL_WINDOW)),
-    Family("qwen2", qwen2, tokens, LAYERS, both("causal")),
-    Family("gpt2", gpt2, tokens, LAYERS, both("causal")),
-    Family("bert", bert, lambda: {"input_ids": ids()}, LAYERS, both("full")),
-    Family("bert_padded", bert, right_padded, LAYERS, both("padding")),
-    Family("vit", vit, images, LAYERS, both("full")),
+    Family("mistral", mistral, tokens, 1, both(CAUSAL_WINDOW)),
+    Family("qwen2", qwen2, tokens, 1, both("causal")),
+    Family("gpt2", gpt2, tokens, 1, both("causal")),
+    Family("bert", bert, lambda: {"input_ids": ids()}, 1, both("full")),
+    Family("bert_padded", bert, right_padded, 1, both("padding")),
+    Family("vit", vit, images, 1, both("full")),
     Family("t5", t5, encoder_and_decoder, 3 * LAYERS, both("full, 1 bias", "causal, 1 bias", "full")),
     Family(
         "gemma2", gemma2, tokens, LAYERS, both("causal, softcap 20", f"{CAUSAL_WINDOW}, softcap 20"),
@@ -137,7 +140,7 @@ FAMILIES = [
         "gpt_oss", gpt_oss, tokens, LAYERS, both("causal, sink", f"{CAUSAL_WINDOW}, sink"), ("eager",),
         ("no-qk-product",) * LAYERS, training=_RECENT,
     ),
-    Family("bloom", bloom, tokens, LAYERS, both("causal, 1 bias"), ("eager",)),
+    Family("bloom", bloom, tokens, 1, both("causal, 1 bias"), ("eager",)),
 ]  # fmt: skip
 
 
