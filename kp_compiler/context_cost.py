@@ -210,7 +210,8 @@ def alone(spec: AttentionSpec, shape: AttentionShape, size: int, target: Target)
 
 def _sizes(shape: AttentionShape, ranks: int, target: Target, link: float | None, row: int) -> Sizes:
     on_gpu = target.device == "cuda"
-    given = (shape.batch, shape.heads, shape.kv_heads, shape.queries, shape.head_dim, shape.value_dim)
-    rate = RATES["triton"] if on_gpu else CPU_RATE
-    known = LINK if on_gpu else CPU_LINK
-    return Sizes(*map(hint, given), ranks, row, shape.dtype.itemsize, rate, known if link is None else link)
+    return Sizes(
+        hint(shape.batch), hint(shape.heads), hint(shape.kv_heads), hint(shape.queries), hint(shape.head_dim),
+        hint(shape.value_dim), ranks, row, shape.dtype.itemsize, RATES["triton"] if on_gpu else CPU_RATE,
+        link or (LINK if on_gpu else CPU_LINK),
+    )  # fmt: skip
