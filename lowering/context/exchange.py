@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic, TypeVar
 
 import torch
@@ -44,7 +45,10 @@ class Pending(Generic[Received]):
     def wait(self) -> Received:
         with self.peers.waiting(self.what):
             for work in self.works:
-                self.peers.wait(work)
+                if self.sent[0].is_cuda:
+                    work.wait()
+                else:
+                    work.wait(self.peers.patience)
         return self.received
 
 
@@ -63,12 +67,11 @@ class Peers:
     def size(self) -> int:
         return dist.get_world_size(self.group)
 
-    def wait(self, work: dist.Work) -> None:
-        """On CPUs for as long as the group's timeout is now: gloo takes the one that it was made with."""
-        if "gloo" in str(dist.get_backend(self.group)):
-            work.wait(self.group._get_backend(torch.device("cpu")).options._timeout)
-        else:
-            work.wait()
+    @property
+    def patience(self) -> timedelta:
+        """The timeout that the group has now on CPUs, where gloo else takes the one that it was made with."""
+        found: timedelta = self.group._get_backend(torch.device("cpu")).options._timeout
+        return found
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
