@@ -17,8 +17,8 @@ pytest.importorskip("triton.experimental.gluon")
 from kp_compiler.lowering.triton.hopper_backward_source import of_ds
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from kp_compiler.target import Target
+from tests import attend_cases as interpreted
 from tests import gluon_emulation as emulation
-from tests import test_attend as interpreted
 from tests.covering import pairwise
 from tests.gpu import test_hopper_gpu as device
 

@@ -18,8 +18,8 @@ from kp_compiler.lowering.select import select_blocks, turn_blocks
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionShape, AttentionSpec, MaskSpec, SparseSpec
 from kp_compiler.target import Target
+from tests.attend_cases import LISTED, mask_operands
 from tests.helpers import relative_error
-from tests.test_attend import LISTED, mask_operands
 
 CAUSAL = MaskSpec("causal", "k <= q")
 

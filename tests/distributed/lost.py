@@ -82,3 +82,37 @@ def inference(
     found["seconds"] = time.monotonic() - start
     torch.save(found, f"{out}.{rank}")
     os._exit(0)  # gloo's threads would wait for the others
+
+
+FAULTS = [("ring", "killed"), ("allgather", "stopped")]
+
+
+def fault(rank: int, size: int, file: str, schedule: str, how: str, seed: int, out: str) -> None:
+    """Training until the last rank dies, or stops, before one of its exchanges, chosen at random. Every other
+    one saves what it was told and how long that took."""
+    os.environ["KP_PASSES"] = ""
+    patience = datetime.timedelta(seconds=PATIENCE)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=patience
+    )
+    options = {
+        "context_parallel": {"mesh": dist.group.WORLD, "schedule": schedule},
+        "lowering": "aot_eager",
+    }
+    net = attention_net(2)
+    compiled: Any = torch.compile(net, backend="kp", fullgraph=True, options=options)
+    x = torch.randn(1, 32, 48)
+    compiled(x).square().mean().backward()  # all are compiled
+    dist.barrier()
+    if rank == size - 1:
+        dies(random.Random(seed).randrange(6), how)
+    start_time = time.monotonic()
+    told = ""
+    try:
+        for _ in range(3):
+            compiled(x).square().mean().backward()
+    except KPExchangeError as error:
+        told = str(error)
+    with open(f"{out}.{rank}", "w") as file_:
+        file_.write(f"{time.monotonic() - start_time:.1f}\n{told}")
+    os._exit(0)  # gloo's threads would wait for the others

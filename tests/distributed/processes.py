@@ -17,3 +17,21 @@ multiprocessing.set_forkserver_preload(IMPORTS)
 def run(function: Callable[..., Any], size: int, *arguments: Any) -> None:
     """`function(rank, size, *arguments)` in each of them."""
     mp.start_processes(function, (size, *arguments), nprocs=size, start_method=METHOD)
+
+
+def outlive(which: int, function: Callable[..., Any], size: int, *arguments: Any) -> int | None:
+    """The same, of which one is lost: its exit code when the others have come to their end. None of them
+    hangs."""
+    context = mp.get_context(METHOD)
+    ranks = [context.Process(target=function, args=(rank, size, *arguments)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    others = [process for rank, process in enumerate(ranks) if rank != which]
+    for process in others:
+        process.join(timeout=180)
+    hung = [process.is_alive() for process in others]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert not any(hung), arguments
+    return ranks[which].exitcode

@@ -10,40 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from benchmarks import context_faults
-from tests.distributed import processes, workers
+from tests.distributed import lost, processes
 
 SIZE = 3
 
 
-@pytest.mark.parametrize(("schedule", "how"), workers.FAULTS)
+@pytest.mark.parametrize(("schedule", "how"), lost.FAULTS)
 def test_survivors_are_told(schedule: str, how: str, tmp_path: Path) -> None:
     seed = random.randrange(1000)
     out = tmp_path / "told"
-    context = mp.get_context(processes.METHOD)
-    ranks = [
-        context.Process(
-            target=workers.fault,
-            args=(rank, SIZE, str(tmp_path / "store"), schedule, how, seed, str(out)),
-        )
-        for rank in range(SIZE)
-    ]
-    for process in ranks:
-        process.start()
-    survivors, faulty = ranks[:-1], ranks[-1]
-    for process in survivors:
-        process.join(timeout=120)
-    hung = [process.is_alive() for process in survivors]
-    for process in ranks:
-        process.kill()
-        process.join()
-    assert not any(hung), seed
-    assert faulty.exitcode == -signal.SIGKILL, seed
+    given = (str(tmp_path / "store"), schedule, how, seed, str(out))
+    assert processes.outlive(SIZE - 1, lost.fault, SIZE, *given) == -signal.SIGKILL, seed
     for rank in range(SIZE - 1):
         seconds, told = (tmp_path / f"told.{rank}").read_text().split("\n", 1)
-        assert float(seconds) < 2 * workers.FAULT_SECONDS + 5
+        assert float(seconds) < 2 * lost.PATIENCE + 5
         assert re.match(rf"\d: rank {rank} of {SIZE} waited for .+, which failed: .+", told), (
             seed,
             told,

@@ -10,30 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import kp_compiler as kp
-from tests.distributed import lost
+from tests.distributed import lost, processes
 from tests.helpers import relative_error
 
 
 def calls(tmp_path: Path, size: int, device: str, on_fault: str, how: str) -> tuple[int, list[Any]]:
     """The rank that is lost, and what each of the others saved."""
     seed = random.randrange(1000)
-    given = (size, str(tmp_path / "store"), device, on_fault, how, seed, str(tmp_path / "found"))
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=lost.inference, args=(rank, *given)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    others = [process for rank, process in enumerate(processes) if rank != seed % size]
-    for process in others:
-        process.join(timeout=180)
-    hung = [process.is_alive() for process in others]
-    for process in processes:
-        process.kill()
-        process.join()
-    assert not any(hung), seed
+    given = (str(tmp_path / "store"), device, on_fault, how, seed, str(tmp_path / "found"))
+    processes.outlive(seed % size, lost.inference, size, *given)
     ranks = [rank for rank in range(size) if rank != seed % size]
     return seed, [torch.load(tmp_path / f"found.{rank}") for rank in ranks]
 

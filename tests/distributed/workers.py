@@ -440,12 +440,6 @@ def _composed(what: str, mesh: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad for p in net.parameters()]  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# a rank that dies, or stands still
-
-FAULTS = [("ring", "killed"), ("allgather", "stopped")]
-
-
 def attention_net(layers: int = 1) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(Attention() for _ in range(layers)))
@@ -460,55 +454,3 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (6, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
         a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + a.transpose(1, 2).flatten(2)
-
-
-def fault(rank: int, size: int, file: str, schedule: str, how: str, seed: int, out: str) -> None:
-    """Training until the last rank dies, or stops, before one of its exchanges, chosen at random. Every other
-    one saves what it was told and how long that took."""
-    import datetime
-    import random
-    import signal
-    import time
-
-    from kp_compiler.errors import KPExchangeError
-    from kp_compiler.lowering.context.exchange import Peers
-
-    os.environ["KP_PASSES"] = ""
-    patience = datetime.timedelta(seconds=FAULT_SECONDS)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=patience
-    )
-    options = {
-        "context_parallel": {"mesh": dist.group.WORLD, "schedule": schedule},
-        "lowering": "aot_eager",
-    }
-    net = attention_net(2)
-    compiled: Any = torch.compile(net, backend="kp", fullgraph=True, options=options)
-    x = torch.randn(1, 32, 48)
-    compiled(x).square().mean().backward()  # all are compiled
-    dist.barrier()
-    if rank == size - 1:
-        left = random.Random(seed).randrange(6)
-        waiting = Peers.waiting
-
-        def faulty(self: Peers, what: str) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-            return waiting(self, what)
-
-        Peers.waiting = faulty  # type: ignore[method-assign]
-    start_time = time.monotonic()
-    told = ""
-    try:
-        for _ in range(3):
-            compiled(x).square().mean().backward()
-    except KPExchangeError as error:
-        told = str(error)
-    with open(f"{out}.{rank}", "w") as file_:
-        file_.write(f"{time.monotonic() - start_time:.1f}\n{told}")
-    os._exit(0)  # gloo's threads would wait for the others
-
-
-FAULT_SECONDS = 6.0

@@ -17,7 +17,7 @@ from tests.test_flex import MASKS, SCORES
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
-from tests import test_attend as interpreted  # noqa: E402
+from tests import attend_cases as interpreted  # noqa: E402
 
 CASES = list(interpreted.covering())
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}

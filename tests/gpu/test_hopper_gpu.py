@@ -23,7 +23,7 @@ pytestmark = [
     ),
 ]
 pytest.importorskip("triton")
-from tests import test_attend as interpreted  # noqa: E402
+from tests import attend_cases as interpreted  # noqa: E402
 
 SHAPES = [(512, 512), (300, 300), (77, 1000), (1, 200), (1500, 640)]
 DIMS = [(64, 64), (128, 128), (96, 96), (256, 256), (192, 128), (40, 24), (128, 64)]
