@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -240,6 +241,7 @@ def test_products_kept_in_fp8(recipe: str) -> None:
         run = torch.compile(block, backend="kp", options=options)
         for _ in range(2):
             block.zero_grad()
+            gc.collect()  # what goes while the block runs is not what it keeps
             before = torch.cuda.memory_allocated()
             out = run(x)
             kept[save] = torch.cuda.memory_allocated() - before
