@@ -156,17 +156,19 @@ def _hybrid(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
         of, heads=of.heads / of.row, kv_heads=shared * of.kv_heads / of.row, queries=of.queries * of.row,
         ranks=of.ranks / of.row,
     )  # fmt: skip
-    beside, count = _ring(spec, layout, row), row.chunks(1)
+    count = row.chunks(1)  # of which each goes round by itself
+    one = _ring(spec, layout, replace(row, heads=row.heads / count, kv_heads=row.kv_heads / count))
+    forward, backward = count * one.forward, count * one.backward
     given = of.width * (of.matrices + shared * of.keys)  # q, k, v and out
     away = (of.row - 1) / of.row / of.link  # of what there is, seconds for each byte
     moved = away * given + 2 * LATENCY
     returned = moved + away * (of.width * of.float32(of.head_dim) / 4 + 4 * shared * of.keys)
     rest = 1 - 1 / count
     return Formula(
-        moved / count + sympy.Max(beside.forward, moved * rest),
-        returned / count + sympy.Max(beside.backward, returned * rest),
-        2 * given / count + beside.memory,
-        2 * (given + 2 * shared * of.keys) / count + beside.backward_memory,
+        moved / count + sympy.Max(forward, moved * rest),
+        returned / count + sympy.Max(backward, returned * rest),
+        2 * given / count + one.memory,
+        2 * (given + 2 * shared * of.keys) / count + one.backward_memory,
     )
 
 

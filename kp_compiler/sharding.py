@@ -93,6 +93,8 @@ def unshard_sequence(
 def _layout(layout: Fixed | SequenceOrder, ranks: Ranks, length: int, multiple: int) -> Layout:
     """Of a sequence of this length, lengthened to what the layout needs."""
     if isinstance(layout, SequenceOrder):
+        if multiple != 1:
+            raise KPError(f"multiple: got {multiple}, but a document_order has its length already")
         tokens = layout.layout.tokens
         if layout.group != ranks.group or not 0 <= tokens - length < layout.layout.size * layout.chunks:
             raise KPError(f"layout: the order of {tokens} tokens is not one of {length} on this mesh")

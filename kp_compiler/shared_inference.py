@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from itertools import count
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from kp_compiler.errors import KPConfigError, KPError, KPExchangeError
 from kp_compiler.lowering.context.exchange import group_named
-from kp_compiler.lowering.context.layout import Fixed
+from kp_compiler.lowering.context.layout import Fixed, Layout
 from kp_compiler.lowering.context.watch import WATCH
 from kp_compiler.sharding import ranks_of, shard_sequence, unshard_sequence
 from kp_compiler.survivors import Attempt
@@ -34,23 +35,24 @@ class SharedInference:
 
     def __init__(
         self, model: torch.nn.Module, mesh: Any, on_fault: OnFault, patience: float, compiling: float,
-        options: Mapping[str, Any], result: Callable[[Any], Tensor],
+        options: Mapping[str, Any], result: Callable[[Any], Tensor], causal: bool,
     ) -> None:  # fmt: skip
-        self.model, self.on_fault = model, on_fault
+        self.model, self.on_fault, self.causal = model, on_fault, causal
         self.patience, self.compiling = patience, max(patience, compiling)
         self.options, self.result = dict(options), result
-        sharing = dict(self.options.pop("context_parallel", {}))
-        self.layout: Fixed = sharing.setdefault("layout", "zigzag")
-        self.sharing = sharing
-        group = group_named(ranks_of(mesh).group)
-        self.rank, self.backend = dist.get_rank(), str(dist.get_backend(group))
+        self.sharing = dict(self.options.pop("context_parallel", {}))
+        self.layout: Fixed = self.sharing.setdefault("layout", "zigzag")
+        ranks = ranks_of(mesh)
+        self.rank, self.on_gpu = dist.get_rank(), ranks.device == "cuda"
         store = dist.distributed_c10d._get_default_store()
         self.store = store.clone()  # one that no rendezvous blocks
-        self.name = f"kp/shared_inference/{group.group_name}"
-        self.calls = 0
-        self.warm = False  # a call of this group has been made
+        self.name = f"kp/shared_inference/{ranks.group}/{next(_numbers.setdefault(ranks.group, count()))}"
+        self.generation = self.calls = 0
+        self.seen: set[Any] = set()  # sizes that are compiled for this group
+        self.last: Attempt | None = None
+        self.group: Any = None
         self.told: str | None = None  # what was waited for on a device when a rank was lost
-        self._join(dist.get_process_group_ranks(group))
+        self._join(dist.get_process_group_ranks(group_named(ranks.group)))
 
     @torch.no_grad()
     def __call__(self, **batch: Any) -> Tensor:
@@ -58,19 +60,27 @@ class SharedInference:
 
         Every rank has the result, or every one that is left raises KPExchangeError: at once where a rank is
         gone and its absence is seen, within `patience` where one stands still. With on_fault="shrink" the
-        ones that are left compute the call again, and the later ones, by themselves."""
+        ones that are left compute the call again, and the later ones, by themselves; where all of them are
+        there after all, once."""
+        again = False
         while len(self.members) > 1:
-            self.calls += 1
             try:
                 return self._together(batch)
             except _Lost as lost:
+                all_there = lost.survivors == self.members
+                if all_there and again:
+                    raise KPExchangeError(f"{lost}; all ranks are there, and it failed twice") from lost
+                again = all_there
                 self._leave()
                 self._join(lost.survivors)
         return self.result(self.compiled(**batch))
 
     def _together(self, batch: dict[str, Any]) -> Tensor:
-        key = f"{self.name}/{self.calls}"
-        patience = self.patience if self.warm else self.compiling
+        self.calls += 1
+        sizes = tuple((name, x.shape, x.dtype) for name, x in batch.items() if isinstance(x, Tensor))
+        patience = self.patience if sizes in self.seen else self.compiling
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), self.group)
+        key = f"{self.name}/{self.generation}/{self.calls}"
         with Attempt(self.store, key, self.rank, self.members, patience, self._abort) as attempt:
             try:
                 found = self._shared(batch)
@@ -78,18 +88,32 @@ class SharedInference:
             except RuntimeError as error:
                 if not isinstance(error, KPExchangeError) and not attempt.failed.is_set():
                     raise
-                attempt.fail()
+                told = self.told or str(error)
+                survivors = self._failed(attempt, told)
                 if self.on_fault == "raise":
-                    raise KPExchangeError(self.told or str(error)) from error
-                raise _Lost(attempt.survivors()) from error
-        if not self.warm:
-            self.warm = True
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.patience), self.group)
+                    raise KPExchangeError(told) from error
+                raise _Lost(told, survivors) from error
+        self.seen.add(sizes)
+        if self.last is not None and self.rank == self.members[0]:
+            self.last.forget()  # all have gone on from it
+        self.last = attempt
         return found
+
+    def _failed(self, attempt: Attempt, told: str) -> list[int]:
+        """Tell the others; who is left, where that is asked for."""
+        try:
+            attempt.fail()
+            return attempt.survivors() if self.on_fault == "shrink" else []
+        except KPExchangeError:
+            raise
+        except RuntimeError as error:
+            raise KPExchangeError(f"{told}; and the store that ranks met at is gone: {error}") from error
 
     def _shared(self, batch: dict[str, Any]) -> Tensor:
         lengths = [x.shape[1] for x in batch.values() if isinstance(x, Tensor) and x.dim() > 1]
-        mine = shard_sequence(batch, self.group, layout=self.layout)
+        if not lengths:
+            raise KPError("shared_inference: no tensor of the batch is [B,N,…]")
+        mine = shard_sequence(self._masked(batch, lengths[0]), self.group, layout=self.layout)
         if "position_ids" not in batch and not _takes(self.model, "position_ids"):
             del mine["position_ids"]
         part = self.result(self.compiled(**mine))
@@ -98,16 +122,44 @@ class SharedInference:
             torch.cuda.synchronize(found.device)
         return found
 
+    def _masked(self, batch: dict[str, Any], length: int) -> dict[str, Any]:
+        """With a mask of what a sequence is lengthened by, where a query could see it. Raises KPError where
+        the model takes none."""
+        parts = Layout(self.layout, len(self.members), 0).parts
+        if self.causal or "attention_mask" in batch or length % parts == 0:
+            return batch
+        if not _takes(self.model, "attention_mask"):
+            raise KPError(
+                f"shared_inference: {length} tokens are not {parts} equal parts, and what is added would be "
+                "seen: give a multiple, or say causal=True where no query sees a later token"
+            )
+        first = next(x for x in batch.values() if isinstance(x, Tensor) and x.dim() > 1)
+        mask = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
+        return {**batch, "attention_mask": mask}
+
     def _join(self, members: list[int]) -> None:
         """Share with these."""
-        self.members, self.warm, options = members, False, self.options
-        self.group: Any = None
+        self.members, self.generation, self.calls = members, self.generation + 1, 0
+        self.seen, self.last = set(), None
+        options, self.group = self.options, None
         if len(members) > 1:
-            self.group = dist.new_group(
-                members, timedelta(seconds=self.compiling), self.backend, use_local_synchronization=True
-            )
+            self.group = self._new_group()
             options = {**options, "context_parallel": {**self.sharing, "mesh": self.group}}
-        self.compiled = torch.compile(self.model, backend="kp", options=options)
+        # without fullgraph, a model that is compiled too often runs as it is, and attention sees a part
+        self.compiled = torch.compile(self.model, backend="kp", fullgraph=len(members) > 1, options=options)
+
+    def _new_group(self) -> Any:
+        """Of the members alone, under a name that they agree on: `new_group` numbers groups by what each rank
+        has made, and gives a group that is made again the name, and the addresses, of the one before."""
+        c10d = dist.distributed_c10d
+        members = self.members
+        group, _ = c10d._new_process_group_helper(
+            len(members), members.index(self.rank), members, dist.Backend("nccl" if self.on_gpu else "gloo"),
+            c10d._get_default_store(), f"{self.name}/{self.generation}",
+            timeout=timedelta(seconds=self.compiling),
+        )  # fmt: skip
+        c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(members)}
+        return group
 
     def _leave(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -116,15 +168,18 @@ class SharedInference:
 
     def _abort(self) -> None:
         """What waits on a device for a rank that is gone ends, with numbers that mean nothing."""
-        if self.backend == "nccl":
+        if self.on_gpu:
             late = WATCH.oldest()
             self.told = None if late is None else late.told
             self.group.abort()
 
 
+_numbers: dict[str, Iterator[int]] = {}  # of what was made of a group, in the same order on every rank
+
+
 class _Lost(Exception):
-    def __init__(self, survivors: list[int]) -> None:
-        super().__init__(survivors)
+    def __init__(self, told: str, survivors: list[int]) -> None:
+        super().__init__(told)
         self.survivors = survivors
 
 
@@ -149,14 +204,16 @@ def shared_inference(
     compiling: float = 600.0,
     options: Mapping[str, Any] | None = None,
     result: Callable[[Any], Tensor] = _logits,
+    causal: bool = False,
 ) -> SharedInference:
     """Calls of a model with whole batches, whose sequences the ranks of `mesh` share.
 
     `mesh`: a DeviceMesh of one dimension or a process group; every one of its ranks calls this, and the
     function that it returns, in the same order with the same batches. `on_fault`: what happens when a rank is
     lost, "raise" or "shrink" to those that are left. `patience`: seconds that a call may take, `compiling`:
-    that the first one of a group may. `options`: kp's; of "context_parallel" everything but the mesh.
-    `result`: the tensor [B,n,…] that is wanted of the model's output, `logits` if nothing is said. Raises
+    that the first one of its sizes may. `options`: kp's; of "context_parallel" everything but the mesh.
+    `result`: the tensor [B,n,…] that is wanted of the model's output, `logits` if nothing is said. `causal`:
+    no query sees a later token, so that what lengthens a sequence needs no mask; else one is added. Raises
     KPConfigError for anything else.
 
     Processes have to outlive each other: torchrun ends all of them when one is gone. The store that they met
@@ -169,9 +226,13 @@ def shared_inference(
             raise KPConfigError(f"{name}: got {seconds}, expected seconds")
     if getattr(mesh, "ndim", 1) != 1:
         raise KPConfigError("mesh: a grid of ranks can't shrink; expected one dimension: mesh['cp'], say")
+    if dist.is_initialized() and dist.distributed_c10d._get_default_group().bound_device_id is not None:
+        raise KPConfigError(
+            "init_process_group(device_id=…) lets no group be made of fewer ranks: leave it out"
+        )
     given = dict(options or {})
     sharing = given.get("context_parallel", {})
     if not isinstance(sharing, Mapping) or "mesh" in sharing or sharing.get("layout") == "documents":
         known = "schedule, layout ('zigzag', 'contiguous') and memory"
         raise KPConfigError(f"options.context_parallel: got {sharing!r}, expected some of {known}")
-    return SharedInference(model, mesh, on_fault, patience, compiling, given, result)
+    return SharedInference(model, mesh, on_fault, patience, compiling, given, result, causal)

@@ -5,12 +5,15 @@
         attempt.commit()        returns on every member, or raises on every one that is left
     attempt.survivors()         after a failure: the same list on each of them
 
-A rank says that it is there from a thread of its own, which also ends what its other threads wait for. Where
-one rank has failed, or takes longer than `patience`, all members are told through the store.
+An attempt has one outcome, "done" or "failed", which the store keeps: whoever is first says which. All have
+finished, or one of them could not, or took longer than `patience`. A rank says that it is there from a thread
+of its own, which also ends what its other threads wait for. One that leaves with an error of its own, another
+than KPExchangeError, is not there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -23,7 +26,7 @@ from kp_compiler.errors import KPExchangeError
 
 POLL = 0.1  # seconds between looks at the store
 ANSWER = 3.0  # seconds in which a rank that is there says so
-DONE = 0.001  # seconds between looks whether the others have finished
+FIRST, LONGEST = 0.001, 0.02  # seconds between looks whether the others have finished
 
 
 class Attempt:
@@ -43,22 +46,33 @@ class Attempt:
         self.thread.start()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
         self.over.set()
         self.thread.join()
+        if kind is not None and not self.failed.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._settle("failed")
 
     def fail(self) -> None:
         """Tell everyone, and wait until this rank has said that it is there."""
-        self.store.set(f"{self.key}/failed", "")
-        self.failed.wait()
+        self._settle("failed")
+        self.failed.wait(ANSWER)
 
     def commit(self) -> None:
         """Wait for the others. Raises KPExchangeError where one of them has failed."""
-        self.store.add(f"{self.key}/done", 1)
-        while self.store.add(f"{self.key}/done", 0) < len(self.members):
-            if self.failed.is_set():
-                raise KPExchangeError(f"rank {self.rank} waited for others to finish, of which one failed")
-            time.sleep(DONE)
+        if self.store.add(f"{self.key}/done", 1) == len(self.members):
+            self._settle("done")
+        pause = FIRST
+        while (outcome := self._outcome()) is None:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST)
+        if outcome == "failed":
+            raise KPExchangeError(f"rank {self.rank} waited for the others to finish, of which one failed")
+
+    def forget(self) -> None:
+        """Its keys, once a later attempt of the same members is done."""
+        for name in ("done", "outcome"):
+            self.store.delete_key(f"{self.key}/{name}")
 
     def survivors(self) -> list[int]:
         """Members that are there, when all of them have come here. Raises KPExchangeError on one that was too
@@ -82,14 +96,32 @@ class Attempt:
             time.sleep(POLL)
         return survivors
 
+    def _settle(self, outcome: str) -> str:
+        """The outcome, which is this one if there was none."""
+        return _text(self.store.compare_set(f"{self.key}/outcome", "", outcome))
+
+    def _outcome(self) -> str | None:
+        key = f"{self.key}/outcome"
+        return _text(self.store.get(key)) if self.store.check([key]) else None
+
     def _watch(self) -> None:
-        failed = [f"{self.key}/failed"]
-        while not self.over.wait(POLL):
-            if not self.store.check(failed):
-                if time.monotonic() < self.deadline:
-                    continue
-                self.store.set(failed[0], "")
-            self.store.set(f"{self.key}/there/{self.rank}", "")
-            self.failed.set()
-            self.abort()
-            return
+        try:
+            while not self.over.wait(POLL):
+                outcome = self._outcome()
+                if outcome is None and time.monotonic() >= self.deadline:
+                    outcome = self._settle("failed")
+                if outcome == "failed":
+                    self.store.set(f"{self.key}/there/{self.rank}", "")
+                    break
+                if outcome == "done":
+                    return
+            else:
+                return
+        except RuntimeError:  # the store is gone, which the main thread will be told, too
+            pass
+        self.failed.set()
+        self.abort()
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

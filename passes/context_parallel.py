@@ -24,7 +24,7 @@ from kp_compiler.errors import KPError
 from kp_compiler.lowering import ops, ring
 from kp_compiler.lowering.context import pairs
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.metadata import bodies, tensor_of
+from kp_compiler.metadata import bodies, tensor_of, value_of
 from kp_compiler.normalize import canonical
 from kp_compiler.passes import sequence
 from kp_compiler.passes.attention import shape_of
@@ -33,6 +33,7 @@ from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
 
+_PLACED = "kp_placed"  # of places in the sequence: the local indices that they were made of
 CHOOSING = "ulysses"  # whose ranks see all keys of their heads, as those who choose blocks have to
 
 
@@ -145,7 +146,12 @@ class _Program:
         """In the graph itself, of the layout "documents", where everyone's tokens lie."""
         if self.how.layout != "documents" or self.places is not None:
             return self.places
+        site = next(site for body, _ in bodies(self.gm) for site in ops.attentions(body.graph))
+        device = value_of(site.args[0]).device
         inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        inputs.sort(
+            key=lambda node: getattr(value_of(node), "device", None) != device
+        )  # those that are there first
         first = next(node for node in self.gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
         for node in inputs:
             along = sequence.given(node, self.found.tokens)
@@ -229,7 +235,9 @@ def _place(node: Node, how: Sharing, places: Node | None) -> None:
     tokens = emit.size(node, 0)
     if how.layout == "documents":
         mine = emit.call(torch.narrow, places, 0, emit.product([tokens, how.ranks.rank]), tokens)
-        placed = emit.call(torch.Tensor.to, mine, tensor_of(node).dtype)  # type: ignore[union-attr]
+        value = tensor_of(node)
+        assert value is not None
+        placed = emit.call(torch.Tensor.to, mine, value.device, value.dtype)
     elif how.layout == "contiguous":
         placed = emit.call(torch.add, node, emit.product([tokens, how.ranks.rank]))
     else:  # the first half is the rank's part from the front, the second the one from the back
@@ -237,6 +245,7 @@ def _place(node: Node, how: Sharing, places: Node | None) -> None:
         front = emit.call(torch.add, node, emit.product([half, how.ranks.rank]))
         back = emit.call(torch.add, node, emit.product([half, 2 * how.ranks.size - 2 - how.ranks.rank]))
         placed = emit.call(torch.where, emit.call(torch.lt, node, half), front, back)
+    placed.meta[_PLACED] = node
     for user in users:
         user.replace_input_with(node, placed)
 
@@ -267,6 +276,7 @@ class _Whole:
     def _made(self, node: Any, emit: Emitter) -> Any:
         if not isinstance(node, Node) or node.op == "get_attr":
             return node
+        node = node.meta.get(_PLACED, node)
         if node not in self.made:
             self.made[node] = self._make(node, emit)
         return self.made[node]

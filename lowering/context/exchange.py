@@ -47,6 +47,7 @@ class Pending(Generic[Received]):
             for work in self.works:
                 if self.sent[0].is_cuda:
                     work.wait()
+                    WATCH.add(self.peers.waits(self.what), self.peers.group)
                 else:
                     work.wait(self.peers.patience)
         return self.received
@@ -80,14 +81,10 @@ class Peers:
             yield
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise KPExchangeError(f"{self._waits(what)}, which failed: {reason}") from error
+            raise KPExchangeError(f"{self.waits(what)}, which failed: {reason}") from error
 
-    def _waits(self, what: str) -> str:
+    def waits(self, what: str) -> str:
         return f"{self.site or 'a shared sequence'}: rank {self.rank} of {self.size} waited for {what}"
-
-    def _watched(self, what: str, works: Sequence[dist.Work], received: Tensor) -> None:
-        if received.is_cuda:
-            WATCH.add(self._waits(what), works, self.group)
 
     def shift(self, sent: list[Tensor], what: str, by: int = 1) -> Pending[list[Tensor]]:
         """Contiguous tensors `by` ranks on, as many of the same sizes from as far back."""
@@ -120,7 +117,6 @@ class Peers:
         with self.waiting(what):
             for all_of_them, x in zip(found, sent, strict=True):
                 works.append(_all_gather(all_of_them, x, group=self.group, async_op=True))
-        self._watched(what, works, found[0])
         return Pending(self, what, works, [list(x.chunk(self.size)) for x in found], sent)
 
     def reduce(self, sent: list[list[list[Tensor]]], what: str) -> Pending[list[Tensor]]:
@@ -134,7 +130,6 @@ class Peers:
                 works.append(_reduce_scatter(total, given, group=self.group, async_op=True))
             found.append(total)
             kept.append(given)
-        self._watched(what, works, found[0])
         return Pending(self, what, works, found, kept)
 
     def _swap(
@@ -154,8 +149,6 @@ class Peers:
                 operations.append(dist.P2POp(dist.irecv, buffer, self._global(source), self.group))
         with self.waiting(what):
             works = dist.batch_isend_irecv(operations) if operations else []
-        if works:
-            self._watched(what, works, received[0])
         return Pending(self, what, works, received, [x for _, several in sends for x in several])
 
     def _global(self, rank: int) -> int:

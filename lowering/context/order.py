@@ -52,7 +52,13 @@ _active: dict[str, list[SequenceOrder]] = {}  # by group, the last one is the on
 
 
 def active(group: str, tokens: int) -> SequenceOrder:
-    """The order that a graph runs under. Raises KPError where there is none, or one of other tokens."""
+    """The order that a graph runs under. Raises KPError where there is none, or one of other tokens, and
+    while gradients are computed, when another one may be there."""
+    if torch._C._current_graph_task_id() != -1:
+        raise KPError(
+            "a graph of the layout 'documents' is run again for its gradients: checkpoint layers inside of "
+            "what is compiled"
+        )
     orders = _active.get(group)
     if not orders:
         raise KPError(

@@ -219,6 +219,8 @@ class Shard:
 
     def _placed(self, source: int | None = None) -> Task:
         """Of this rank's queries and the keys of another one, or of all in the order of the sequence."""
+        if self.spec.mask.kind == "full":
+            return Task(self.spec)
         mask = pairs.placed(self.spec.mask, ("q",) if source is None else ("q", "k"))
         assert isinstance(self.layout, Ordered)
         order = torch.arange(self.layout.tokens, dtype=torch.int32, device=self.layout.places.device)

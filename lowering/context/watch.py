@@ -1,8 +1,8 @@
 """Exchanges of GPUs that do not come to an end.
 
 NCCL's are queued on the device: nobody waits for them in Python, and where a rank is gone PyTorch's watchdog
-ends the process after the group's timeout with a message that names no site. Here every queued exchange is
-kept until it is done, and a thread logs the oldest one shortly before that happens.
+ends the process after the group's timeout with a message that names no site. Here an event behind every
+queued wait is kept until it is over, and a thread logs the oldest one shortly before that happens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +23,16 @@ MARGIN = 5.0  # seconds before the group's timeout at which it is told, a tenth 
 
 @dataclass(frozen=True)
 class Flight:
-    """An exchange on its way, as an error says it, since when, and for how long it may take."""
+    """An exchange that a stream waits for, as an error says it, since when, and for how long it may take."""
 
     told: str
-    works: Sequence[dist.Work]
+    event: torch.cuda.Event
     start: float
     timeout: float
 
     @property
     def over(self) -> bool:
-        return all(work.is_completed() for work in self.works)
+        return self.event.query()
 
 
 class Watch:
@@ -41,34 +40,40 @@ class Watch:
 
     def __init__(self) -> None:
         self.flights: deque[Flight] = deque()
+        self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
 
-    def add(self, told: str, works: Sequence[dist.Work], group: dist.ProcessGroup) -> None:
-        """In a graph that is being captured nothing may be asked: what it holds is not watched."""
+    def add(self, told: str, group: dist.ProcessGroup) -> None:
+        """An exchange that the current stream waits for from now on. In a graph that is being captured
+        nothing may be asked: what it holds is not watched."""
         if torch.cuda.is_current_stream_capturing():
             return
+        event = torch.cuda.Event()
+        event.record()
         self.oldest()
-        self.flights.append(Flight(told, works, time.monotonic(), _timeout(group)))
+        self.flights.append(Flight(told, event, time.monotonic(), _timeout(group)))
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, name="kp exchanges", daemon=True)
             self.thread.start()
 
     def oldest(self) -> Flight | None:
         """The first that is not over; those before it are forgotten."""
-        while self.flights:
-            first = self.flights[0]
-            if not first.over:
-                return first
-            self.flights.popleft()
+        with self.lock:
+            while self.flights:
+                first = self.flights[0]
+                if not first.over:
+                    return first
+                self.flights.popleft()
         return None
 
     def late(self) -> Flight | None:
         """The oldest, if PyTorch is about to end the process for it. Younger ones are not asked about."""
-        flights = list(self.flights)[:1]
-        for first in flights:
-            if time.monotonic() - first.start >= first.timeout - min(MARGIN, first.timeout / 10):
-                return first if not first.over else None
-        return None
+        with self.lock:
+            first = self.flights[0] if self.flights else None
+        if first is None:
+            return None
+        left = first.start + first.timeout - time.monotonic()
+        return first if left <= min(MARGIN, first.timeout / 10) and not first.over else None
 
     def _run(self) -> None:
         told = None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import kp_compiler
-from kp_compiler.errors import KPExchangeError
+from kp_compiler.errors import KPError, KPExchangeError
 from kp_compiler.lowering.context.exchange import Peers
 from tests.distributed.workers import attention_net
 
@@ -44,7 +44,11 @@ def dies(left: int, how: str) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            Peers.waiting = waiting  # type: ignore[method-assign]
+            if how == "slow":
+                time.sleep(PATIENCE + 4)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         return waiting(self, what)
 
     Peers.waiting = faulty  # type: ignore[method-assign]
@@ -64,16 +68,22 @@ def inference(
         timeout=datetime.timedelta(minutes=10),
     )  # fmt: skip
     options: dict[str, Any] = {"lowering": "aot_eager", "context_parallel": {"schedule": "ring"}}
-    run = kp_compiler.shared_inference(
-        Net().to(device), dist.group.WORLD, on_fault=on_fault, patience=PATIENCE, options=options
-    )  # type: ignore[arg-type]
+    given: Any = {"on_fault": on_fault, "patience": PATIENCE, "options": options}
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)  # ranks may have made other groups
+    other = kp_compiler.shared_inference(Net().to(device), dist.group.WORLD, **given)
+    run = kp_compiler.shared_inference(Net().to(device), dist.group.WORLD, causal=True, **given)
     ids = batch().to(device)
     found: dict[str, Any] = {"before": run(input_ids=ids).cpu()}
+    try:
+        other(input_ids=ids)  # of which none may see what is added
+    except KPError as error:
+        found["refused"] = str(error)
     if rank == seed % size:
         dies(random.Random(seed).randrange(6), how)
     start = time.monotonic()
     try:
-        while len(run.members) == size and time.monotonic() - start < 60:
+        while run.generation == 1 and time.monotonic() - start < 60:
             found["result"] = run(input_ids=ids).cpu()
         found["after"] = run(input_ids=ids).cpu()
         found["members"] = run.members

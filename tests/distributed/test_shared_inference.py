@@ -34,10 +34,24 @@ def test_the_others_finish_the_call(size: int, how: str, tmp_path: Path) -> None
         want = lost.Net()(lost.batch())
     for each in found:
         assert each["members"] == [rank for rank in range(size) if rank != seed % size], seed
+        assert "26 tokens are not" in each["refused"]
         assert each["seconds"] < lost.PATIENCE + 60, seed
         for result in ("before", "result", "after"):
             assert relative_error(each[result], want) < 1e-5, (seed, result)
         assert torch.equal(each["result"], found[0]["result"])
+
+
+def test_a_slow_one_is_waited_for(tmp_path: Path) -> None:
+    """All make the call again, in a group that is made anew."""
+    seed = random.randrange(1000)
+    given = (str(tmp_path / "store"), "cpu", "shrink", "slow", seed, str(tmp_path / "found"))
+    processes.outlive(2, lost.inference, 2, *given)  # which none is
+    with torch.no_grad():
+        want = lost.Net()(lost.batch())
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found.{rank}")
+        assert found["members"] == [0, 1] and found["seconds"] < lost.PATIENCE + 60, seed
+        assert all(relative_error(found[name], want) < 1e-5 for name in ("result", "after")), seed
 
 
 def test_the_others_are_told(tmp_path: Path) -> None:

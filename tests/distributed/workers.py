@@ -324,11 +324,50 @@ def shared_model(rank: int, size: int, file: str, out: str) -> None:
     """Whole models on parts of a sequence: logits and gradients of weights, against one process."""
     start(rank, size, file)
     worst = {"-".join(case): _shared_model(rank, size, *case) for case in MODEL_CASES}
+    worst |= {f"one index-{layout}": _one_index(rank, size, layout) for layout in INDEX_LAYOUTS}
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, worst)
     if rank == 0:
         torch.save({name: max(each[name] for each in everyone) for name in worst}, out)
     finish()
+
+
+INDEX_LAYOUTS = ("contiguous", "zigzag", "documents")
+
+
+class OneIndex(nn.Module):
+    """The same indices are positions and make a vector of the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.places, self.qkv = nn.Embedding(48, 48), nn.Linear(48, 144)
+
+    def forward(self, x: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(x.shape[1], device=x.device)
+        x, s = x + self.places(i), segments + i // 7
+        q, k, v = (y.unflatten(-1, (6, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        keep = (s[:, None, :, None] == s[:, None, None, :]) & (i[None, :] <= i[:, None])
+        return nn.functional.scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).flatten(2)
+
+
+def _one_index(rank: int, size: int, layout: Any) -> float:
+    from kp_compiler.lowering.context.layout import Layout
+    from tests.helpers import relative_error
+
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 48, 48, generator=generator)
+    segments = torch.randint(0, 2, (2, 48), generator=generator).cumsum(-1) // 9
+    net = OneIndex()
+    order = kp_compiler.document_order(torch.arange(48) % 20, dist.group.WORLD, chunks=3)
+    divided = order.layout if layout == "documents" else Layout(layout, size, 48)
+    options = {"context_parallel": {"mesh": dist.group.WORLD, "layout": layout}, "lowering": "aot_eager"}
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(net, backend="kp", fullgraph=True, options=options)
+    place = divided.positions(rank)
+    with order, torch.no_grad():
+        got, want = compiled(x[:, place], segments[:, place]), net(x, segments)
+    return relative_error(got, want[:, place])
 
 
 def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, kind: str) -> float:
