@@ -70,12 +70,33 @@ def test_order_of_documents(group: Any) -> None:
     assert document_order(positions, group, window=1).imbalance == 1
 
 
+class Again(torch.autograd.Function):
+    """Asks for the order while gradients are computed, as a graph does that is checkpointed from outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group = group
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        active(ctx.group, 64)
+
+
+def test_an_order_of_another_call_is_not_taken(group: Any) -> None:
+    x = torch.ones(1, requires_grad=True)
+    with document_order(packed(64), group), pytest.raises(KPError, match="is run again for its gradients"):
+        Again.apply(x, group.group_name).backward()
+
+
 def test_orders_that_are_refused(group: Any) -> None:
     order = document_order(packed(4096), group)
     with pytest.raises(KPError, match="layout: the order of 4096 tokens is not one of 4000 on this mesh"):
         shard_sequence({"input_ids": torch.ones(1, 4000)}, group, layout=order)
     with pytest.raises(KPError, match=r"position_ids: got torch.float32 \[8\], expected integers"):
         document_order(torch.ones(8), group)
+    with pytest.raises(KPError, match="multiple: got 2, but a document_order has its length"):
+        shard_sequence({"input_ids": torch.ones(1, 4096)}, group, layout=order, multiple=2)
     with pytest.raises(KPError, match="chunks: got 0"):
         document_order(packed(8), group, chunks=0)
     with pytest.raises(KPError, match=r"needs an order: with kp\.document_order"):
