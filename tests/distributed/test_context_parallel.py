@@ -10,7 +10,7 @@ import torch
 from tests.distributed import processes, workers
 
 
-@pytest.mark.parametrize(("size", "compiled"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("size", "compiled"), [(2, True), (3, False), (4, False), (8, False)])
 def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
     """Outputs and gradients, through the operator and under `torch.compile`; batches, divided and put
     together."""
@@ -19,7 +19,7 @@ def test_schedules(size: int, compiled: bool, tmp_path: Path) -> None:
     errors = torch.load(out)
     assert errors.pop("sharding") < 1e-6
     assert errors.pop("validated") < 2e-6
-    assert len(errors) == len(workers.CONTEXT_CASES)
+    assert len(errors) == len(workers.context_cases(size))
     assert max(errors.values()) < 2e-6, errors
 
 
