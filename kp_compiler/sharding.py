@@ -43,10 +43,10 @@ def shard_sequence(
     `mesh`: a DeviceMesh of one dimension or two, or a process group. `layout`: the compiled graph's; for
     "documents" the batch's `document_order`. Tensors [B,N,…] become [B,n,…] with n = N / P, after they were
     lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times `multiple`) by `padding`
-    (by name; known for `input_ids`, `labels` and `attention_mask`). `labels`
-    [B,N] become the labels of the next tokens and come as `labels` and as `shift_labels`, which losses of
-    transformers take as they are. `position_ids` are added where there are none. Raises KPError where lengths
-    differ, and where a sequence has to be lengthened by what is not known.
+    (by name; known for `input_ids`, `labels` and `attention_mask`). `labels` [B,N] become the labels of the
+    next tokens and come as `labels` and as `shift_labels`, which losses of transformers take as they are.
+    `position_ids` are added where there are none. Raises KPError where lengths differ, and where a sequence
+    has to be lengthened by what is not known.
     """
     ranks = ranks_of(mesh)
     given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > dim}

@@ -149,9 +149,7 @@ class _Program:
         site = next(site for body, _ in bodies(self.gm) for site in ops.attentions(body.graph))
         device = value_of(site.args[0]).device
         inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
-        inputs.sort(
-            key=lambda node: getattr(value_of(node), "device", None) != device
-        )  # those that are there first
+        inputs.sort(key=lambda node: getattr(value_of(node), "device", None) != device)  # its own first
         first = next(node for node in self.gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
         for node in inputs:
             along = sequence.given(node, self.found.tokens)

@@ -45,6 +45,7 @@ class Layout:
 
     def starts(self, rank: int) -> tuple[Any, ...]:
         """Where the parts of a rank begin in the sequence, in the order that the rank has them."""
+        assert self.kind != "documents", "a rank's tokens are no parts of the sequence"
         places = (rank,) if self.kind == "contiguous" else (rank, self.parts - 1 - rank)
         return tuple(place * self.part for place in places)
 
@@ -76,9 +77,6 @@ class Ordered(Layout):
     """As `places` [tokens] say: rank after rank, where in the sequence its tokens lie."""
 
     places: Tensor = field(compare=False)
-
-    def starts(self, rank: int) -> tuple[Any, ...]:
-        raise NotImplementedError("a rank's tokens are no parts of the sequence")
 
     def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         return self.places.narrow(0, rank * self.part, self.part).to(device)

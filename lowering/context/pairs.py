@@ -45,8 +45,10 @@ class Local:
 def local(mask: MaskSpec) -> Local | None:
     """None where the mask reads a tensor at anything but a pair's own query or key."""
     slices = _slices(mask)
-    if slices is None or mask.expr == _WHOLE:
-        return None if slices is None else Local(mask, ())
+    if slices is None:
+        return None
+    if mask.expr == _WHOLE:
+        return Local(mask, ())
     begin = (sympy.Symbol(f"n{mask.scalars + i}", integer=True) for i in range(2))
     moved = {name: mask_render.symbol(name) + n for name, n in zip(_BOTH, begin, strict=True)}
     return _moved(mask, slices, moved, scalars=mask.scalars + 2)

@@ -222,15 +222,24 @@ class Shard:
         if self.spec.mask.kind == "full":
             return Task(self.spec)
         mask = pairs.placed(self.spec.mask, ("q",) if source is None else ("q", "k"))
-        assert isinstance(self.layout, Ordered)
-        order = torch.arange(self.layout.tokens, dtype=torch.int32, device=self.layout.places.device)
-        whole = [*(self.operands[index] for index in self.spec.mask.tensors), order]
 
         def of(index: int, along: pairs.Along) -> Tensor:
             rank = self.rank if along == "q" else source
-            return whole[index] if rank is None else self.layout.taken(rank, whole[index])
+            if index == len(self.spec.mask.tensors):
+                assert rank is not None  # else keys are in order
+                return self._places[rank]
+            if rank == self.rank:
+                return self._own[index]
+            whole = self.operands[self.spec.mask.tensors[index]]
+            return whole if rank is None else self.layout.taken(rank, whole)
 
         return Task(self.spec, mask.mask, [of(*each) for each in mask.slices], self.scalars)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, ...]:
+        """Of every rank, where its tokens lie."""
+        assert isinstance(self.layout, Ordered)
+        return self.layout.places.int().split(self.layout.part)
 
     def _task(self, q_start: int, k_start: int, keys: int, given: list[Tensor]) -> Task:
         mask = pairs.local(self.spec.mask)

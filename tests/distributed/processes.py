@@ -1,12 +1,15 @@
-"""Processes of a test, forked from a server that has imported what all of them need."""
+"""Processes of a test, forked from a server that has imported what all of them need: how they are begun, and
+how each of them begins and ends."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 METHOD = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA does not live on in a fork
@@ -35,3 +38,16 @@ def outlive(which: int, function: Callable[..., Any], size: int, *arguments: Any
         process.join()
     assert not any(hung), arguments
     return ranks[which].exitcode if which < size else None
+
+
+def start(rank: int, size: int, file: str, backend: str = "gloo") -> None:
+    os.environ["KP_PASSES"] = ""
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
+
+
+def finish() -> None:
+    """Together: gloo's threads abort a process whose peer leaves while it still listens. And at once: one of
+    them may want the lock of the interpreter that waits for it, when a DDP module is freed (torch 2.13)."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
