@@ -23,7 +23,7 @@ from kp_compiler import cost
 from kp_compiler.config import sharing
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.lowering.context.ring import CHUNKS, ROWS
+from kp_compiler.lowering.context.ring import CHUNKS, ROWS, keys_are_most
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -72,8 +72,17 @@ class Sizes:
 
     def chunks(self, times: int) -> Any:
         """As `ring.count_of`: forward, once the rows, backward twice."""
+        return self._chunks(self.kv_heads, times)
+
+    def _chunks(self, of_heads: Any, times: int) -> Any:
         rows = sympy.floor(self.batch * self.heads * self.queries / (ROWS * times))
-        return sympy.Max(1, sympy.Min(CHUNKS, self.kv_heads, rows))
+        return sympy.Max(1, sympy.Min(CHUNKS, of_heads, rows))
+
+    def ring_chunks(self, *, backward: bool) -> Any:
+        """As `ring.ring_count`, where readers of a key head can be divided evenly."""
+        count = self.chunks(2) if backward else self._chunks(self.heads, 1)
+        one = not backward and keys_are_most(self.heads, self.kv_heads)
+        return sympy.Piecewise((1, one), (count, count > 2), (1, True))
 
 
 SYMBOLS = Sizes(SB, SH, SK, SQ, SD, SE, *sympy.symbols("P U width rate link", positive=True))
@@ -119,7 +128,7 @@ def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     step = _arithmetic(spec, layout, of) / of.ranks
     back, steps = BACKWARD * step, of.ranks - 1
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
-    count, fewer = (sympy.Piecewise((c, c > 2), (1, True)) for c in (of.chunks(1), of.chunks(2)))
+    count, fewer = (of.ring_chunks(backward=backward) for backward in (False, True))
     # what comes, what goes on, and a chunk's own as it goes
     moved, again = (of.width * of.keys * (2 + sympy.Min(1, c - 1)) for c in (count, fewer))
     last = gradients + LATENCY
