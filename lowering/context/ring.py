@@ -49,11 +49,11 @@ def chunks(q: Tensor, k: Tensor, count: int) -> list[tuple[slice, slice]]:
 
 
 def ring_count(shard: Shard, q: Tensor, k: Tensor, *, backward: bool) -> int:
-    """How many chunks go round. One is fastest: 32k tokens of 16 heads take 3.9 ms, in two chunks 6.1, in four
-    4.3; 64k take 15.1 ms, in four chunks 15.8 (two H200, 2026-11-28). Results of all heads in float32 take
-    twice the memory of queries, which is the most there is unless keys and values take as much: else a part of
-    the heads goes after the other. Two chunks would take nearly as much memory as one. A forward pass may
-    divide the readers of a key head, unless they choose their blocks together."""
+    """How many chunks go round. One is fastest: 32k tokens of 16 heads take 3.9 ms, in two chunks 6.1, in
+    four 4.3; 64k take 15.1 ms, in four chunks 15.8 (two H200, 2026-11-28). Results of all heads in float32
+    take twice the memory of queries, which is the most there is unless keys and values take as much: else a
+    part of the heads goes after the other. Two chunks would take nearly as much memory as one. A forward pass
+    may divide the readers of a key head, unless they choose their blocks together."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if backward:
         count = count_of(q, k, backward=True)
