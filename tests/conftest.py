@@ -33,6 +33,14 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def _one_gpu_of_several(request: pytest.FixtureRequest) -> None:
+    """Tests side by side share the memory of all GPUs there are."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.set_device(int(worker.removeprefix("gw")) % torch.cuda.device_count())
+
+
 @pytest.fixture
 def kp():
     return kp_compiler
