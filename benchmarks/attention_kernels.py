@@ -12,7 +12,7 @@ CUDA graphs, the backward pass as both passes less the forward. FlexAttention is
 lengths, as it compiles for ten seconds at each. `portable` is kp's forward kernel for any GPU, where `kp`
 takes the one for Hopper. A product of 8192³ is timed before and after: what the device gives that day.
 `--add` keeps the rows of another file of the same day and device: a table of all masks takes longer than a
-machine may be had for.
+machine may be had for. Rows of the result file that name a commit or a device are of that one.
 
 `--sparse`: 32 query and 8 key heads, D128, blocks of 128 x 128 drawn at random for each head under a causal
 mask, a tenth of them and all of them, against cuDNN's causal kernel and FlexAttention with the same lists.
