@@ -19,10 +19,11 @@ from kp_compiler import context_cost, cost
 from kp_compiler import target as targets
 from kp_compiler.config import Ranks
 from kp_compiler.context_cost import SYMBOLS, Predicted
+from kp_compiler.documents import CHUNKS, balanced_layout
 from kp_compiler.errors import KPConfigError
 from kp_compiler.lowering import reference, ring
 from kp_compiler.lowering.context.exchange import Peers, group_named
-from kp_compiler.lowering.context.layout import Fixed, Layout
+from kp_compiler.lowering.context.layout import Kind, Layout, Ordered
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.sharding import ranks_of
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
@@ -112,11 +113,11 @@ def validate_context_parallel(
     head_dim: int = 128,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    layout: Fixed = "zigzag",
+    layout: Kind = "zigzag",
 ) -> ContextCheck:
     """Try every schedule on a small site of these heads, measure the link, and predict what a causal site of
-    `tokens` in all would take. Every rank of `mesh` has to call it. Problems are listed, not raised; raises
-    KPConfigError for a mesh or sizes that make no sense."""
+    `tokens` in all would take; "documents" is tried in an order of one document. Every rank of `mesh` has to
+    call it. Problems are listed, not raised; raises KPConfigError for a mesh or sizes that make no sense."""
     ranks = ranks_of(mesh)
     for name, value in (("tokens", tokens), ("heads", heads), ("kv_heads", kv_heads), ("batch", batch)):
         if value < 1:
@@ -125,25 +126,24 @@ def validate_context_parallel(
         raise KPConfigError(f"heads: got {heads} for {kv_heads} of keys, expected a multiple")
     if dtype not in BOUNDS:
         raise KPConfigError(f"dtype: got {dtype}, expected one of {', '.join(map(str, BOUNDS))}")
-    if layout not in get_args(Fixed):
-        raise KPConfigError(
-            f"layout: got {layout!r}, expected one of {', '.join(map(repr, get_args(Fixed)))}"
-        )
+    if layout not in get_args(Kind):
+        raise KPConfigError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, get_args(Kind)))}")
     device = torch.device(ranks.device)
     peers = Peers(group_named(ranks.group), "validate_context_parallel")
-    parts = Layout(layout, ranks.size, 0).parts
+    small = _small(layout, ranks.size)
+    parts = CHUNKS * ranks.size if isinstance(small, Ordered) else small.parts
     problems = []
     if tokens % parts:
         problems.append(f"{tokens} tokens are not {parts} equal parts: shard_sequence will add some")
     errors = {}
     for name in SCHEDULES:
-        sharing = ranks.sharing(name)
+        sharing = ranks.sharing(name, layout)
         if not sharing:
             continue
         if heads % sharing:
             problems.append(f"{name}: {heads} heads can't be divided among {sharing} ranks")
             continue
-        off = _error(name, ranks, layout, heads, kv_heads, head_dim, dtype, device)
+        off = _error(name, ranks, small, heads, kv_heads, head_dim, dtype, device)
         errors[name] = _most(off, peers, device)
         if not errors[name] < BOUNDS[dtype]:
             problems.append(f"{name}: off by {errors[name]:.1e} from one process")
@@ -159,20 +159,27 @@ def validate_context_parallel(
     return ContextCheck(ranks.size, backend, link, errors, predicted, alone, tuple(problems))
 
 
+def _small(layout: Kind, size: int) -> Layout:
+    tokens = TOKENS * size
+    if layout == "documents":
+        return balanced_layout(torch.arange(tokens), size)[0]
+    return Layout(layout, size, tokens)
+
+
 def _error(
-    schedule: str, ranks: Ranks, layout: Fixed, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
+    schedule: str, ranks: Ranks, whole: Layout, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
     device: torch.device,
 ) -> float:  # fmt: skip
     """Of a small site's result on this rank, against float64 in this process."""
-    whole = Layout(layout, ranks.size, TOKENS * ranks.size)
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, n, whole.tokens, width) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
     spec = AttentionSpec(width**-0.5, CAUSAL)
     places = whole.positions(ranks.rank, device)
     mine = [x.index_select(2, places) for x in (q, k, v)]
-    plan = ring.Plan.of(ranks, spec, schedule, layout, "validate_context_parallel")
-    got, _ = ring.context_attention()(*mine, [], [], plan.to_json())
+    order = [whole.places.to(device)] if isinstance(whole, Ordered) else []
+    plan = ring.Plan.of(ranks, spec, schedule, whole.kind, "validate_context_parallel")
+    got, _ = ring.context_attention()(*mine, order, [], plan.to_json())
     want = reference.attention_over(q.double(), k.double(), v.double(), [], [], spec)
     want = want.index_select(2, places)
     return float((got.double() - want).norm() / want.norm())

@@ -26,12 +26,15 @@ from kp_compiler import context_cost
 from kp_compiler import target as targets
 from kp_compiler.capture import capture_reports, merged
 from kp_compiler.demos import common
+from kp_compiler.documents import document_order
 from kp_compiler.sharding import IGNORED, sequence_mean, shard_sequence, shifted_labels, unshard_sequence
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
 
 SUMMARY = "a sequence that processes share: every schedule against one process, and its predicted times"
 TOKENS, VOCABULARY, DOCUMENT = 256, 512, 100
-SCHEDULES = (("ring", "zigzag"), ("allgather", "zigzag"), ("ulysses", "contiguous"))
+SCHEDULES = (
+    ("ring", "zigzag"), ("ring", "documents"), ("allgather", "zigzag"), ("ulysses", "contiguous"),
+)  # fmt: skip
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 NAMES = ("logits", "loss", "gradients")
 
@@ -107,14 +110,15 @@ def _shared(
     if not targets.is_available():
         options["lowering"] = "aot_eager"
     whole = {**inputs, "labels": inputs["input_ids"]}
-    mine = shard_sequence(whole, mesh, layout=layout)
+    order = document_order(inputs["position_ids"], mesh) if layout == "documents" else None
+    mine = shard_sequence(whole, mesh, layout=order or layout)
     labels = mine.pop("shift_labels")
     del mine["labels"]
     twin = copy.deepcopy(model)
-    with capture_reports() as reports:
+    with capture_reports() as reports, order or contextlib.nullcontext():
         compiled = torch.compile(twin, backend="kp", fullgraph=True, options=options)
         logits, loss, *gradients = _step(compiled, mine, labels, mesh)
-    logits = unshard_sequence(logits, mesh, layout=layout, length=TOKENS)
+    logits = unshard_sequence(logits, mesh, layout=order or layout, length=TOKENS)
     for x in gradients:
         dist.all_reduce(x)
     got = ([logits], [loss], gradients)

@@ -126,6 +126,11 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
     assert set(check.predicted) == set(check.errors) and len(check.errors) == 2 + (6 % size == 0) + grid
     assert all(0 < check.efficiency(name) <= 1 for name in check.predicted)
     worst["validated"] = max(check.errors.values())
+    ordered = kp_compiler.validate_context_parallel(
+        mesh, heads=2 * size, kv_heads=size, head_dim=16, dtype=torch.float32, layout="documents"
+    )
+    assert set(ordered.errors) == {"ring", "allgather", "ulysses"} == set(ordered.predicted)
+    worst["validated, documents"] = max(ordered.errors.values())
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, worst)
     if rank == 0:
