@@ -148,7 +148,10 @@ def timed(steps: dict[str, Step], repeats: int) -> dict[str, float]:
     calls = {}
     for name, step in steps.items():
         step()
-        calls[name] = max(1, math.ceil(SPAN / _span(step, 1)))
+        once = _span(step, 1)
+        calls[name] = max(1, math.ceil(SPAN / once))
+        if dist.get_rank() == 0:
+            print(f"  {name}: once {1e3 * once:.2f} ms", flush=True)
     found: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     for _ in range(repeats):
