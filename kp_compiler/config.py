@@ -183,6 +183,12 @@ class Config:
         """Whether a graph computes something else without kp's passes."""
         return "off" != self.ring_attention.mode or "off" != self.context_parallel.mode
 
+    @property
+    def ranks(self) -> int:
+        """How many share a graph's sequence."""
+        meshes = [each.mesh for each in (self.ring_attention, self.context_parallel) if each.mode != "off"]
+        return next((mesh.size for mesh in meshes if mesh is not None), 1)
+
     def fingerprint(self) -> str:
         """Digest of every setting that can change a compiled graph."""
         data = dataclasses.asdict(self)

@@ -86,7 +86,7 @@ class SharedInference:
                 found = self._shared(batch)
                 attempt.commit()
             except RuntimeError as error:
-                if not isinstance(error, KPExchangeError) and not attempt.failed.is_set():
+                if _own(error) or (not isinstance(error, KPExchangeError) and not attempt.failed.is_set()):
                     raise
                 told = self.told or str(error)
                 survivors = self._failed(attempt, told)
@@ -128,7 +128,9 @@ class SharedInference:
         parts = Layout(self.layout, len(self.members), 0).parts
         if self.causal or "attention_mask" in batch or length % parts == 0:
             return batch
-        if not _takes(self.model, "attention_mask"):
+        positions = batch.get("position_ids")
+        packed = positions is not None and bool((positions.diff(dim=-1) != 1).any())
+        if packed or not _takes(self.model, "attention_mask"):  # models see documents where there is no mask
             raise KPError(
                 f"shared_inference: {length} tokens are not {parts} equal parts, and what is added would be "
                 "seen: give a multiple, or say causal=True where no query sees a later token"
@@ -181,6 +183,15 @@ class _Lost(Exception):
     def __init__(self, told: str, survivors: list[int]) -> None:
         super().__init__(told)
         self.survivors = survivors
+
+
+def _own(error: BaseException | None) -> bool:
+    """Whether kp refuses what this rank asks for, which has nothing to do with other ranks."""
+    while error is not None:
+        if isinstance(error, KPError):
+            return not isinstance(error, KPExchangeError)
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return False
 
 
 def _logits(output: Any) -> Tensor:

@@ -39,11 +39,17 @@ _MAX_NODES = 4000
 
 
 class MaskEvaluator:
-    """Formulas over one graph. `ranges` bounds the index symbols by sizes."""
+    """Formulas over one graph. `ranges` bounds the index symbols by sizes; those of queries and keys that
+    ranks share by `parts` where tensors of the graph are read, which have a rank's tokens, and by the whole
+    sequence's everywhere else, as places are."""
 
     def __init__(self, ctx: Context, ranges: dict[sympy.Symbol, Any]) -> None:
         self.ctx = ctx
-        self.ranges = {symbol: sympify_size(size) for symbol, size in ranges.items()}
+        self.parts = {symbol: sympify_size(size) for symbol, size in ranges.items()}
+        shared = ctx.config.ranks
+        self.ranges = {
+            symbol: size * shared if symbol in (Q, K) else size for symbol, size in self.parts.items()
+        }
         self.leaves: dict[str, Leaf] = {}
         self.budget = _MAX_NODES
 
@@ -164,11 +170,11 @@ class MaskEvaluator:
     # -------------------------------------------------------------------------------------------------------
     # bounds
 
-    def bounds(self, expr: sympy.Expr) -> tuple[Any, Any] | None:
+    def bounds(self, expr: sympy.Expr, *, of_part: bool = False) -> tuple[Any, Any] | None:
         """Smallest and largest value of an integer formula that is affine in the index symbols."""
         expr = sympy.expand(expr)
         low = high = expr
-        for symbol, size in self.ranges.items():
+        for symbol, size in (self.parts if of_part else self.ranges).items():
             if symbol not in expr.free_symbols:
                 continue
             coeff = expr.coeff(symbol, 1)

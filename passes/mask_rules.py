@@ -478,7 +478,7 @@ def _gathered(ev: MaskEvaluator, node: Node, item: Node, size: Any, index: Index
     value = sympy.expand(value)
     if _is_one(size) and value == 0:
         return value
-    found = ev.bounds(value)
+    found = ev.bounds(value, of_part=True)
     if found is None or found[0].is_nonnegative is not True:
         raise Unprovable("a mask is indexed by values that may be negative")
     if (sympify_size(size) - 1 - found[1]).is_negative:

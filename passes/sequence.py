@@ -23,6 +23,7 @@ from kp_compiler.metadata import CHECKPOINT_OPS, bodies, tensor_of, value_of
 from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
 from kp_compiler.report import Rejection
+from kp_compiler.writes import Writes, storage_of, written
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ _POINTWISE_FUNCTIONS = {
 }  # fmt: skip
 _REDUCTIONS = {"sum", "mean", "softmax", "log_softmax", "amax", "max", "min", "all", "norm", "var", "std"}
 _LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "kl_div"}
+# What sums become on their way out: sums of them, and parts of a rank's own count or of another number
+_OF_SUMS = {
+    "add", "sub", "mul", "div", "neg", "sum", "mean", "cast", "to", "type", "clone", "detach", "clamp_min",
+    "clamp", "view", "unsqueeze", "squeeze", "getitem", "stack", "cat", "where", "float",
+}  # fmt: skip
 
 
 def trace(gm: GraphModule) -> Sharing | Rejection:
@@ -86,13 +92,15 @@ def _live(graph: Graph) -> set[Node]:
     queries, keys and values: vectors of its mask are the whole sequence's, made apart."""
     roots = {node.meta["kp_root"]: node.meta["kp_out"] for node in graph.nodes if "kp_root" in node.meta}
     found: set[Node] = set()
-    queue = [graph.output_node()]
+    queue, writes = [graph.output_node()], Writes(graph).by_storage
     while queue:
         node = queue.pop()
         if node in found:
             continue
         found.add(node)
         queue += [roots.get(each, each) for each in _read(node)]
+        storage = storage_of(node)
+        queue += writes.pop(storage, []) if storage is not None else []  # which have no users
     return found
 
 
@@ -179,19 +187,26 @@ class _Tracer:
         shared = [each for each in node.all_input_nodes if each in self.found.along]
         if op is not None and op.name == "arange":
             return self._positions(node, op)
+        name = op.name if op is not None else _spelt(node)
         if any(each in self.found.sums for each in node.all_input_nodes):
             if shared:
                 raise _Mixed("it takes a sum over the tokens of one rank")
+            factors = [each for each in node.all_input_nodes if each in self.found.sums]
+            if (
+                name not in _OF_SUMS
+                or written(node)
+                or (name == "mul" and node.args[1:] and len(factors) > 1)
+            ):
+                raise _Mixed("a sum over the tokens of one rank may only be a result")
             self.found.sums.append(node)
-        if not shared:
-            return None
         if ops.is_attention(node):
             return self._site(node)
-        name = op.name if op is not None else _spelt(node)
+        if not shared:
+            return None
         if name in _POINTWISE or name in _POINTWISE_FUNCTIONS:
             return self._pointwise(node)
         if name in _LOSSES:
-            self.found.sums.append(node)
+            self._loss(node, op, name)
             return None
         rule: Callable[[Node, Op | None], Along | None] | None = getattr(self, f"_{name}", None)
         if name in _REDUCTIONS:
@@ -303,13 +318,21 @@ class _Tracer:
             dims = range(value.dim())
         dims = {d % value.dim() for d in (dims if isinstance(dims, Iterable) else (dims,))}
         if along.dim in dims:
-            if name in ("softmax", "log_softmax"):
-                raise _Mixed("it is one over the sequence")
+            if name not in ("sum", "mean"):
+                raise _Mixed("it is one over the sequence, not a sum")
             self.found.sums.append(node)
             return None
         if out.dim() == value.dim():
             return along
         return Along(along.dim - sum(d < along.dim for d in dims), along.outer)
+
+    def _loss(self, node: Node, op: Op | None, name: str) -> None:
+        given = op["input"] if op is not None else _argument(node, 0, "input")
+        along, value = self.found.along.get(given), tensor_of(given)
+        classes = name in ("cross_entropy", "nll_loss") and value is not None and min(value.dim() - 1, 1)
+        if along is None or (classes is not False and along.dim == classes):
+            raise _Mixed("it is one over the sequence, not a sum")
+        self.found.sums.append(node)
 
     # ------------------------------------------------------------------------------------------------ layouts
 
