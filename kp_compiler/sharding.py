@@ -45,8 +45,9 @@ def shard_sequence(
     lengthened to a multiple of what the layout needs (P, or 2·P for "zigzag", times `multiple`) by `padding`
     (by name; known for `input_ids`, `labels` and `attention_mask`). `labels` [B,N] become the labels of the
     next tokens and come as `labels` and as `shift_labels`, which losses of transformers take as they are.
-    `position_ids` are added where there are none. Raises KPError where lengths differ, and where a sequence
-    has to be lengthened by what is not known.
+    `position_ids`, 0 … N-1, are added where there are none. A model whose queries see later tokens needs an
+    `attention_mask` where the sequence is lengthened. Raises KPError where lengths differ, and where a
+    sequence has to be lengthened by what is not known.
     """
     ranks = ranks_of(mesh)
     given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > dim}
