@@ -17,6 +17,7 @@ from torch import nn
 import kp_compiler
 from kp_compiler.errors import KPError, KPExchangeError
 from kp_compiler.lowering.context.exchange import Peers
+from tests.distributed.processes import finish, start
 from tests.distributed.workers import attention_net
 
 PATIENCE = 6.0  # seconds
@@ -92,6 +93,35 @@ def inference(
     found["seconds"] = time.monotonic() - start
     torch.save(found, f"{out}.{rank}")
     os._exit(0)  # gloo's threads would wait for the others
+
+
+class Shifting(nn.Module):
+    """Which looks at the token before, and takes everything."""
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)
+        return y[:, 0] + nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+def refused(rank: int, size: int, file: str, out: str) -> None:
+    """Calls that kp refuses, which one rank comes to later than the other. Saves what each is told."""
+    start(rank, size, file)
+    run = kp_compiler.shared_inference(
+        Shifting(), dist.group.WORLD, on_fault="shrink", patience=PATIENCE, options={"lowering": "aot_eager"}
+    )
+    told = []
+    for length, packed in ((24, False), (23, True)):
+        time.sleep(0.5 * rank)
+        positions = torch.arange(length)[None] % (10 if packed else length)
+        try:
+            run(x=torch.randn(1, length, 8), position_ids=positions)
+            told.append("")
+        except RuntimeError as error:
+            told.append(str(error))
+    torch.save((told, run.members), f"{out}.{rank}")
+    finish()
 
 
 FAULTS = [("ring", "killed"), ("allgather", "stopped")]

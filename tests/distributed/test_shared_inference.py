@@ -54,6 +54,16 @@ def test_a_slow_one_is_waited_for(tmp_path: Path) -> None:
         assert all(relative_error(found[name], want) < 1e-5 for name in ("result", "after")), seed
 
 
+def test_what_is_refused_is_nobodys_loss(tmp_path: Path) -> None:
+    """All ranks are told the same, and are still there."""
+    processes.run(lost.refused, 2, str(tmp_path / "store"), str(tmp_path / "found"))
+    for rank in range(2):
+        (mixes, packed), members = torch.load(tmp_path / f"found.{rank}")
+        assert "the sequence can't be shared" in mixes and "KPExchangeError" not in mixes, mixes
+        assert "23 tokens are not" in packed, packed
+        assert members == [0, 1]
+
+
 def test_the_others_are_told(tmp_path: Path) -> None:
     seed, found = calls(tmp_path, 3, "cpu", "raise", "killed")
     for each in found:
