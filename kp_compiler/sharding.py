@@ -66,7 +66,7 @@ def shard_sequence(
         )
     if "position_ids" not in given:
         first = next(iter(given.values()))
-        found["position_ids"] = places.to(first.device).expand(first.shape[0], -1).contiguous()
+        found["position_ids"] = places.to(first.device).expand(*first.shape[:dim], -1).contiguous()
     return found
 
 
@@ -80,14 +80,16 @@ def unshard_sequence(
     x: Tensor, mesh: Any, *, layout: Fixed | SequenceOrder = "zigzag", dim: int = 1, length: int | None = None
 ) -> Tensor:
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
-    `length` tokens, if given."""
+    `length` tokens, if given. Raises KPError for parts that `shard_sequence` does not make."""
     ranks = ranks_of(mesh)
+    whole = layout.layout if isinstance(layout, SequenceOrder) else of_local(layout, ranks.size, x.shape[dim])
+    if whole.parts * whole.part != ranks.size * x.shape[dim]:
+        raise KPError(
+            f"unshard_sequence: {x.shape[dim]} tokens of a rank are no part of the layout {layout!r}"
+        )
     peers = Peers(group_named(ranks.group), "unshard_sequence")
     (parts,) = peers.gather([x.detach().contiguous()], "parts").wait()
-    if isinstance(layout, SequenceOrder):
-        found = layout.layout.joined(parts, dim)
-    else:
-        found = of_local(layout, ranks.size, x.shape[dim]).joined(parts, dim)
+    found = whole.joined(parts, dim)
     return found if length is None else found.narrow(dim, 0, length)
 
 

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kp_compiler import document_order
 from kp_compiler.errors import KPError, KPExchangeError
 from kp_compiler.lowering.context.order import active
-from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels
+from kp_compiler.sharding import sequence_mean, shard_sequence, shifted_labels, unshard_sequence
 
 
 @pytest.fixture
@@ -42,6 +42,12 @@ def test_contiguous_and_lengthened(group: Any) -> None:
     assert found["input_ids"].tolist() == [[4, 5, 6, 7]]
     last = shard_sequence(batch, group, layout="contiguous", multiple=3)
     assert last["input_ids"].shape == (1, 6)
+    by_token = shard_sequence({"input_ids": batch["input_ids"].T}, group, layout="contiguous", dim=0)
+    assert by_token["input_ids"].shape == (4, 1) and by_token["position_ids"].tolist() == [4, 5, 6, 7]
+    with pytest.raises(
+        KPError, match="unshard_sequence: 5 tokens of a rank are no part of the layout 'zigzag'"
+    ):
+        unshard_sequence(torch.ones(1, 5), group)
     whole = torch.arange(14)[None]
     assert shifted_labels(whole).tolist() == [[*range(1, 14), -100]]
 
