@@ -128,12 +128,12 @@ def _spelt(node: Node) -> str:
 
 
 def given(node: Node, tokens: Any) -> Along | None:
-    """Of an input that is no weight: [B,tokens,…] or [tokens]."""
+    """Of an input that is no weight: [B,tokens,…], [tokens], or [B,H,tokens,D] as attention takes it."""
     value = tensor_of(node)
     if value is None or isinstance(value, torch.nn.Parameter) or "_buffers_" in node.name:
         return None
-    dim = 1 if value.dim() > 1 else 0
-    return Along(dim) if value.dim() and same(value.shape[dim], tokens) else None
+    places = {0: (), 1: (0,), 4: (1, 2)}.get(value.dim(), (1,))
+    return next((Along(dim) for dim in places if same(value.shape[dim], tokens)), None)
 
 
 class _Tracer:
