@@ -188,15 +188,11 @@ class _Tracer:
         if op is not None and op.name == "arange":
             return self._positions(node, op)
         name = op.name if op is not None else _spelt(node)
-        if any(each in self.found.sums for each in node.all_input_nodes):
+        sums = [each for each in node.all_input_nodes if each in self.found.sums]
+        if sums:
             if shared:
                 raise _Mixed("it takes a sum over the tokens of one rank")
-            factors = [each for each in node.all_input_nodes if each in self.found.sums]
-            if (
-                name not in _OF_SUMS
-                or written(node)
-                or (name == "mul" and node.args[1:] and len(factors) > 1)
-            ):
+            if name not in _OF_SUMS or written(node) or (name == "mul" and len(sums) > 1):
                 raise _Mixed("a sum over the tokens of one rank may only be a result")
             self.found.sums.append(node)
         if ops.is_attention(node):
@@ -329,8 +325,9 @@ class _Tracer:
     def _loss(self, node: Node, op: Op | None, name: str) -> None:
         given = op["input"] if op is not None else _argument(node, 0, "input")
         along, value = self.found.along.get(given), tensor_of(given)
-        classes = name in ("cross_entropy", "nll_loss") and value is not None and min(value.dim() - 1, 1)
-        if along is None or (classes is not False and along.dim == classes):
+        if along is None or value is None:
+            raise _Mixed("what it scores does not have the sequence")
+        if name in ("cross_entropy", "nll_loss") and along.dim == min(value.dim() - 1, 1):  # of its classes
             raise _Mixed("it is one over the sequence, not a sum")
         self.found.sums.append(node)
 
