@@ -229,7 +229,7 @@ def measure(length: int, heads: int, kv_heads: int, options: Any) -> list[dict[s
                 memory[f"{name}/{mode}"] = peak(step)
     found |= {tuple(key.split("/")): s for key, s in timed(steps, options.repeats).items()}  # type: ignore[misc]
     errors = {"kp": error(kp_alone(*tensors[:3]), tensors, torch.arange(length, device="cuda"))}
-    for name in set(options.providers) & set(SCHEDULES):
+    for name in (name for name in options.providers if name in SCHEDULES):  # in the same order on all ranks
         errors[name] = error(steps[f"{name}/forward"](), tensors, layouts["zigzag"])
     steps.clear()
     for name in options.providers:
