@@ -222,6 +222,8 @@ def measure(length: int, heads: int, kv_heads: int, options: Any) -> list[dict[s
     memory: dict[str, float] = {}
     steps: dict[str, Step] = {}
     for name in options.providers:
+        if name == "by hand" and kv_heads % size:
+            continue  # heads that ranks can't have a part each of
         if not name.startswith("torch"):
             for mode, step in steps_of(name, tensors, layouts).items():
                 steps[f"{name}/{mode}"] = step
