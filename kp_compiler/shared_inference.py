@@ -28,6 +28,7 @@ from kp_compiler.sharding import ranks_of, shard_sequence, unshard_sequence
 from kp_compiler.survivors import Attempt
 
 OnFault = Literal["raise", "shrink"]
+WATCHDOG = 60.0  # seconds after a call's patience at which NCCL's own watchdog may end the process
 
 
 class SharedInference:
@@ -79,7 +80,7 @@ class SharedInference:
         self.calls += 1
         sizes = tuple((name, x.shape, x.dtype) for name, x in batch.items() if isinstance(x, Tensor))
         patience = self.patience if sizes in self.seen else self.compiling
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), self.group)
+        dist.distributed_c10d._set_pg_timeout(self._timeout(patience), self.group)
         key = f"{self.name}/{self.generation}/{self.calls}"
         with Attempt(self.store, key, self.rank, self.members, patience, self._abort) as attempt:
             try:
@@ -158,10 +159,15 @@ class SharedInference:
         group, _ = c10d._new_process_group_helper(
             len(members), members.index(self.rank), members, dist.Backend("nccl" if self.on_gpu else "gloo"),
             c10d._get_default_store(), f"{self.name}/{self.generation}",
-            timeout=timedelta(seconds=self.compiling),
+            timeout=self._timeout(self.compiling),
         )  # fmt: skip
         c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(members)}
         return group
+
+    def _timeout(self, patience: float) -> timedelta:
+        """Of exchanges in a call that may take `patience`. gloo's raise after it; NCCL's end the process,
+        which is not what is wanted: an `Attempt` ends the call before."""
+        return timedelta(seconds=patience + WATCHDOG if self.on_gpu else patience)
 
     def _leave(self) -> None:
         with contextlib.suppress(RuntimeError):
