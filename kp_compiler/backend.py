@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -45,7 +46,9 @@ def kp(
     active = where.device == "cuda" or where.reference or config.shares_sequences()
     active = active and not config.disabled
     if active:
-        report = run(Run(gm, config, where, keep_graphs=capture.is_open() or config.report_dir is not None))
+        keep = capture.is_open() or config.report_dir is not None
+        with _unseen():
+            report = run(Run(gm, config, where, keep_graphs=keep))
     else:
         if not config.disabled:
             check_left_alone(gm, config, CPU)
@@ -53,6 +56,18 @@ def kp(
     report.graphs.append(_graph_record(gm, config, where, active, 1e3 * (time.perf_counter() - start)))
     _publish(report, config)
     return _lower(gm, example_inputs, config, where, guarded=active)
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """What passes run on fakes and examples saves tensors, which is nothing to the hooks of a call that
+    compiles: a checkpoint around it counts what is saved, and would find less when it computes again."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def _target(gm: GraphModule, config: Config) -> Target:

@@ -62,6 +62,17 @@ def test_checkpoint_body_is_rewritten() -> None:
     ]
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_checkpoint_around_a_call_that_compiles(verify: bool) -> None:
+    """It counts the tensors that its body saves, and finds as many when it computes again."""
+    leaves, mask = [x.requires_grad_() for x in qkv()], causal(S)
+    want = torch.autograd.grad(by_hand(*leaves, mask).square().sum(), leaves)
+    compiled = torch.compile(by_hand, backend="kp", options={**REFERENCE, "verify": verify})
+    out = checkpoint(compiled, *leaves, mask, use_reentrant=False)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("inputs", [zoo.tokens, zoo.packed], ids=["causal", "packed"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
