@@ -38,5 +38,5 @@ def test_models(tmp_path: Path) -> None:
     out = tmp_path / "errors.pt"
     processes.run(workers.shared_model, 2, str(tmp_path / "store"), str(out))
     errors = torch.load(out)
-    assert len(errors) == len(workers.MODEL_CASES) + len(workers.INDEX_LAYOUTS)
+    assert len(errors) == len(workers.MODEL_CASES) + len(workers.INDEX_LAYOUTS) + 1
     assert max(errors.values()) < 1e-5, errors

@@ -141,7 +141,8 @@ def context(rank: int, size: int, file: str, compiled: bool, out: str) -> None:
 MODEL_CASES = [
     ("mistral", "ring", "contiguous", ""), ("llama", "ulysses", "contiguous", "padded"),
     ("gpt2", "ring", "zigzag", ""), ("llama", "auto", "zigzag", "packed, recomputed"),
-    ("llama", "ring", "documents", "packed, recomputed"), ("llama", "ulysses", "documents", "packed"),
+    ("mixtral", "ring", "zigzag", ""), ("llama", "ring", "documents", "packed, recomputed"),
+    ("llama", "ulysses", "documents", "packed"),
 ]  # fmt: skip
 
 
@@ -150,6 +151,7 @@ def shared_model(rank: int, size: int, file: str, out: str) -> None:
     start(rank, size, file)
     worst = {"-".join(case): _shared_model(rank, size, *case) for case in MODEL_CASES}
     worst |= {f"one index-{layout}": _one_index(rank, size, layout) for layout in INDEX_LAYOUTS}
+    worst["layers"] = _layers(size)
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, worst)
     if rank == 0:
@@ -195,6 +197,31 @@ def _one_index(rank: int, size: int, layout: Any) -> float:
     return relative_error(got, want[:, place])
 
 
+def _layers(size: int) -> float:
+    """Of gradients, where FSDP2 shards layers, and each of them is compiled."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from tests.helpers import relative_error
+    from tests.zoo import models
+
+    mesh = init_device_mesh("cpu", (size,))
+    one, other = (models.llama("sdpa") for _ in range(2))
+    tokens = torch.randint(0, models.VOCAB, (1, 48), generator=torch.Generator().manual_seed(2))
+    one(input_ids=tokens).logits.square().mean().backward()
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    mine = kp_compiler.shard_sequence(batch, mesh)
+    options = {"context_parallel": {"mesh": mesh}, "lowering": "aot_eager"}
+    torch._dynamo.reset()
+    for layer in other.model.layers:
+        layer.compile(backend="kp", fullgraph=True, options=options)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(other, mesh=mesh)
+    other(**mine).logits.square().mean().backward()  # FSDP2 gives the mean of all ranks' gradients
+    got = [p.grad.full_tensor() for p in other.parameters()]
+    return max(relative_error(a, b.grad) for a, b in zip(got, one.parameters(), strict=True))
+
+
 def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, kind: str) -> float:
     from kp_compiler.lowering.context.layout import Layout
     from tests.helpers import relative_error
@@ -210,8 +237,7 @@ def _shared_model(rank: int, size: int, name: str, schedule: str, layout: Any, k
     weights = torch.randn(2, count, vocabulary)
     if kind == "padded":  # what stands at padding means nothing
         weights = weights * inputs["attention_mask"].unsqueeze(-1)
-    family = next(each for each in models.FAMILIES if each.name == name)
-    one, other = (family.make("sdpa") for _ in range(2))
+    one, other = (getattr(models, name)("sdpa") for _ in range(2))
     if "recomputed" in kind:
         other.gradient_checkpointing_enable({"use_reentrant": False})
         other.train()

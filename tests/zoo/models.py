@@ -104,6 +104,18 @@ gpt_oss = build(
     "GptOssForCausalLM", "GptOssConfig", **_DECODER, head_dim=16, sliding_window=WINDOW, num_local_experts=2,
     num_experts_per_tok=1,
 )  # fmt: skip
+mixtral = build("MixtralForCausalLM", "MixtralConfig", **_SINGLE, num_local_experts=4, num_experts_per_tok=2)
+deepseek = build(
+    "DeepseekV3ForCausalLM", "DeepseekV3Config", **{**_DECODER, "num_key_value_heads": 4}, q_lora_rank=16,
+    kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4, n_group=2,
+    topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
+)  # fmt: skip
+cohere = build("CohereForCausalLM", "CohereConfig", **_SINGLE)
+llama4 = build(
+    "Llama4ForCausalLM", "Llama4TextConfig", **_DECODER, head_dim=16, attention_chunk_size=16,
+    num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, interleave_moe_layer_step=1,
+    layer_types=["chunked_attention", "full_attention"],
+)  # fmt: skip
 gpt2 = build(
     "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB,
     initializer_range=0.2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False,
