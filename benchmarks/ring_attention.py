@@ -296,7 +296,9 @@ def long_forward(length: int, heads: int, kv_heads: int) -> dict[str, Any]:
 def bars_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by = {(r["heads"], r["length"], r["provider"], r["mode"]): r for r in rows}
     bars = []
-    for (heads, length), targets in BARS.items():
+    points = dict.fromkeys([*BARS, *(key[:2] for key in by)])
+    for heads, length in points:
+        targets = BARS.get((heads, length), (None, None))
         for mode, target in zip(("forward", "both"), targets, strict=True):
             mine = [r for s in SCHEDULES if (r := by.get((heads, length, s, mode)))]
             if not mine:
