@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from kp_compiler.passes import sequence
 from kp_compiler.passes.attention import shape_of
 from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, settle, source_of
 from kp_compiler.passes.base import Kind as SiteKind
+from kp_compiler.passes.raise_attention import RaiseAttention
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
 
@@ -63,7 +64,7 @@ class ContextParallel:
         program: _Program = ctx.program[_Program]
         if program.how.ranks.size == 1:
             return Rejection("one-rank", f"{self.name}.mesh has one rank, which has the whole sequence.")
-        program.check()
+        program.check(ctx)
         return None
 
     def sites(self, graph: Graph) -> Iterator[Node]:
@@ -106,12 +107,25 @@ class _Program:
         self.placed = False
         self.places: Node | None = None
 
-    def check(self) -> None:
+    def check(self, ctx: Context) -> None:
         """Raises KPError where the graph's results would not be those of the whole sequence."""
         if self.found is None:
             self.found = sequence.trace(self.gm)
         if isinstance(self.found, Rejection):
-            raise _error(self.found)
+            why = self.found
+            if why.code == "no-site" and (seen := self._not_recognised(ctx)):
+                why = replace(why, text=f"{why.text} Not recognised: {'; '.join(seen)}")
+            raise _error(why)
+
+    def _not_recognised(self, ctx: Context) -> list[str]:
+        """What may be attention, and why it is no site."""
+        finder, found = RaiseAttention(), dict[str, None]()
+        for unit, calls in bodies(self.gm):
+            each = Context(unit, ctx.config, ctx.target, calls)
+            for site in finder.sites(unit.graph):
+                if isinstance(refused := finder.inspect(site, each), Rejection):
+                    found[f"{module_of(site) or source_of(site)}: {refused}"] = None
+        return list(found)
 
     def place_positions(self) -> None:
         if not self.placed:

@@ -58,6 +58,11 @@ def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
 
 
+def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
 def qkv(heads: int = 4) -> list[Tensor]:
     return [torch.randn(2, heads, TOKENS, 8) for _ in range(3)]
 
@@ -80,6 +85,7 @@ def test_sites_and_positions(layout: Any) -> None:
         (biased, qkv(), "mixes-tokens|bias"), (masked, qkv(), "mask-unproved"), (dropped, qkv(), "dropout"),
         (Block("shift"), [torch.randn(2, TOKENS, DIM)], "mixes-tokens"),
         (torch.sin, [torch.randn(3)], "no-site"),
+        (renormalised, qkv(), "attention site.*Not recognised: .*normalised again"),
     ],
 )  # fmt: skip
 def test_what_is_an_error(function: Any, arguments: list[Tensor], code: str) -> None:
