@@ -38,6 +38,10 @@ LATENCY = 20e-6  # seconds of one exchange
 # Times the forward pass. There are 2.5 times the products, at a lower rate: 2.98 to 3.07 times as long on one
 # H200 (benchmarks/ring_attention.py, 2026-11-27), 3.3 on an H100 at 32k (benchmarks/attention_kernels.py)
 BACKWARD = 3
+# Keys of a program of the backward pass, which goes through all queries that read them, and programs that an
+# H100 runs at a time. One key head, 32k tokens on two: a ring's have 64 parts of keys, and take twice as long
+# as arithmetic (two H200, 2026-11-28)
+TILE, PROGRAMS = 128, 132
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Sizes:
     width: Any  # bytes of an element
     rate: Any  # FLOP/s of a kernel
     link: Any  # bytes/s from a rank to another one
+    programs: Any  # that run at a time
 
     @property
     def keys(self) -> Any:
@@ -85,7 +90,7 @@ class Sizes:
         return sympy.Piecewise((1, one), (count, count > 2), (1, True))
 
 
-SYMBOLS = Sizes(SB, SH, SK, SQ, SD, SE, *sympy.symbols("P U width rate link", positive=True))
+SYMBOLS = Sizes(SB, SH, SK, SQ, SD, SE, *sympy.symbols("P U width rate link programs", positive=True))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind, of: Sizes = SYMBOL
 
 def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     step = _arithmetic(spec, layout, of) / of.ranks
-    back, steps = BACKWARD * step, of.ranks - 1
+    parts = sympy.Piecewise((1, sympy.Eq(of.ranks, 1)), (2, True)) if layout == "zigzag" else 1
+    back, steps = BACKWARD * step / _busy(of, of.queries / parts), of.ranks - 1
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
     count, fewer = (of.ring_chunks(backward=backward) for backward in (False, True))
     # what comes, what goes on, and a chunk's own as it goes
@@ -140,8 +146,17 @@ def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     )
 
 
+def _busy(of: Sizes, keys: Any) -> Any:
+    """The part of a GPU that has something to do in a backward pass over so many keys at a time, as long as
+    that is one round of programs or two."""
+    rounds = of.batch * of.kv_heads * keys / TILE / of.programs
+    return sympy.Piecewise((rounds / sympy.ceiling(rounds), rounds < 2), (1, True))
+
+
 def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     even = _arithmetic(spec, layout, of)
+    seen = sympy.Rational(1, 2) + 1 / (4 * of.ranks) if "causal" in spec.mask.parts else 1
+    back = BACKWARD * even / _busy(of, seen * of.ranks * of.queries)
     others, every = of.ranks - 1, of.ranks * of.keys
     gathered, joined = others * (of.width * of.keys / of.link + LATENCY), 2 * of.width * every / COPIED
     returned = others * 4 * of.keys / of.link + 2 * 4 * every / COPIED
@@ -149,7 +164,7 @@ def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     beside, again = gathered * (1 - 1 / count), (gathered + returned) * (1 - 1 / fewer)
     return Formula(
         gathered / count + sympy.Max(even, beside) + joined + 2 * count * KERNEL,
-        (gathered + returned) / fewer + sympy.Max(BACKWARD * even, again) + joined + 2 * fewer * KERNEL,
+        (gathered + returned) / fewer + sympy.Max(back, again) + joined + 2 * fewer * KERNEL,
         3 * of.width * every / count,  # as they came, in order, and the next
         (3 * of.width * every + of.float32(of.head_dim) + 3 * 4 * every) / fewer,
     )
@@ -224,5 +239,5 @@ def _sizes(shape: AttentionShape, ranks: int, target: Target, link: float | None
     return Sizes(
         hint(shape.batch), hint(shape.heads), hint(shape.kv_heads), hint(shape.queries), hint(shape.head_dim),
         hint(shape.value_dim), ranks, row, shape.dtype.itemsize, RATES["triton"] if on_gpu else CPU_RATE,
-        link or (LINK if on_gpu else CPU_LINK),
+        link or (LINK if on_gpu else CPU_LINK), PROGRAMS if on_gpu else 1,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from kp_compiler.metadata import tensor_of, value_of
@@ -184,14 +185,14 @@ class Rules:
         return Along(result.index(letter), *how)
 
     def _outer(self, node: Node, op: Op) -> Along:
-        first = op["input"] in self.found.along
-        return replace(self._one(node, op["input" if first else "other"]), dim=0 if first else 1)
+        rows = op["input"] in self.found.along
+        return replace(self._one(node, op["input" if rows else "other"]), dim=0 if rows else 1)
 
     def _embedding(self, node: Node, op: Op) -> Along:
         return self._one(node, op["input"])
 
     def _layer_norm(self, node: Node, op: Op | None) -> Along:
-        given = node.args[0]
+        given = first(node)
         along, value = self._one(node, given), tensor_of(given)
         assert value is not None
         sizes = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
@@ -205,13 +206,13 @@ class Rules:
         classes = argument(node, 1, "num_classes", -1)
         if not isinstance(classes, int) or classes < 0:
             raise Mixed("how many classes there are depends on a rank's tokens")
-        return self._one(node, node.args[0])
+        return self._one(node, first(node))
 
     # -------------------------------------------------------------------------------- along another dimension
 
     def reduced(self, node: Node, op: Op | None, name: str) -> Along | None:
         """Over some dimensions, or along one; sums over tokens are over those of one rank."""
-        given = op["input"] if op is not None else node.args[0]
+        given = op["input"] if op is not None else first(node)
         along, value = self._one(node, given), tensor_of(given)
         if value is None:
             raise Mixed("it takes more than one tensor")
@@ -234,7 +235,7 @@ class Rules:
 
     def _elsewhere(self, node: Node, place: int, default: int | None = None) -> Along:
         """What it does along another dimension than the sequence's, which it keeps."""
-        along, value = self._one(node, node.args[0]), tensor_of(node.args[0])
+        along, value = self._one(node, first(node)), tensor_of(first(node))
         dim = argument(node, place, "dim", default)
         if value is None or not isinstance(dim, int) or dim % value.dim() == along.dim:
             raise Mixed("it takes some tokens of the sequence, or several together")
@@ -255,13 +256,13 @@ class Rules:
         return self._elsewhere(node, 1, -1)
 
     def _unbind(self, node: Node, op: Op | None) -> Along:
-        along, value = self._elsewhere(node, 1, 0), tensor_of(node.args[0])
+        along, value = self._elsewhere(node, 1, 0), tensor_of(first(node))
         assert value is not None
         dim = argument(node, 1, "dim", 0) % value.dim()
         return replace(along, dim=along.dim - (dim < along.dim))
 
     def _pad(self, node: Node, op: Op | None) -> Along:
-        along, value = self._one(node, node.args[0]), tensor_of(node.args[0])
+        along, value = self._one(node, first(node)), tensor_of(first(node))
         assert value is not None
         added = argument(node, 1, "pad", ())
         place = 2 * (value.dim() - 1 - along.dim)  # pairs, from the last dimension on
@@ -271,7 +272,7 @@ class Rules:
 
     def _gather(self, node: Node, op: Op | None) -> Along:
         """Of what all ranks have, by a number for each token; or of each token's own."""
-        given, index = node.args[0], argument(node, 2, "index")
+        given, index = first(node), argument(node, 2, "index")
         dim = argument(node, 1, "dim")
         own, along, value = self.found.along.get(given), self.found.along.get(index), tensor_of(given)  # type: ignore[arg-type]
         assert value is not None
@@ -283,7 +284,9 @@ class Rules:
 
     def _scatter(self, node: Node, op: Op | None) -> Along:
         """Into each token's own."""
-        base, dim, index, source = (argument(node, i, n) for i, n in enumerate(("", "dim", "index", "src")))
+        base, dim, index, source = (
+            argument(node, i, n) for i, n in enumerate(("input", "dim", "index", "src"))
+        )
         along, value = self.found.along.get(base), tensor_of(base)
         if along is None or value is None or dim % value.dim() == along.dim:
             raise Mixed("it writes to tokens by their numbers")
@@ -324,7 +327,7 @@ class Rules:
 
     def _expanded_as(self, node: Node, op: Op) -> Along:
         """What is not shared, to the sizes of something that is: the same for every token."""
-        like, out = self._one(node, node.args[1]), tensor_of(node)
+        like, out = self._one(node, argument(node, 1, "other")), tensor_of(node)
         assert out is not None
         self._fits(op["input"], like.dim - out.dim())
         return like
@@ -360,17 +363,17 @@ class Rules:
         return along
 
     def _stack(self, node: Node, op: Op | None) -> Along:
-        found = {self.found.along.get(each) for each in node.args[0]}  # type: ignore[union-attr, arg-type, misc]
+        found = {self.found.along.get(each) for each in argument(node, 0, "tensors")}
         along, out = next(iter(found)), tensor_of(node)
         if len(found) != 1 or along is None or out is None:
             raise Mixed("it puts tokens beside others")
         return replace(along, dim=along.dim + (argument(node, 1, "dim", 0) % out.dim() <= along.dim))
 
     def _view_as_real(self, node: Node, op: Op | None) -> Along:
-        return self._one(node, node.args[0])
+        return self._one(node, first(node))
 
     def _view_as_complex(self, node: Node, op: Op | None) -> Along:
-        along, value = self._one(node, node.args[0]), tensor_of(node.args[0])
+        along, value = self._one(node, first(node)), tensor_of(first(node))
         if value is None or along.dim == value.dim() - 1:
             raise Mixed("it puts tokens beside others")
         return along
@@ -386,10 +389,12 @@ class Rules:
 
     def _looked_up(self, node: Node, index: Any) -> Along:
         """Rows of what all ranks have, by a number for each token."""
-        first = index[0] if isinstance(index, tuple) else index
+        by = index[0] if isinstance(index, tuple) else index
+        if not isinstance(by, Node) or is_mask(by):
+            raise Mixed("its index is not understood")
         if isinstance(index, tuple) and any(each not in (slice(None), Ellipsis) for each in index[1:]):
             raise Mixed("its index is not understood")
-        return self._one(node, first)
+        return self._one(node, by)
 
     def _index_select(self, node: Node, op: Op | None) -> Along:
         given, dim, index = (argument(node, i, name) for i, name in enumerate(("input", "dim", "index")))
@@ -426,10 +431,23 @@ class Rules:
     def _setitem(self, node: Node, op: Op | None) -> None:
         base, index, source = node.args
         assert isinstance(base, Node)
-        self._write([(base, index)], source)
+        if isinstance(index, Node) and is_mask(index):
+            return self._masked(base, index, source)
+        if any(each in self.found.along for each in nodes_of(index)):
+            raise Mixed("it writes to tokens by their numbers")
+        return self._write([(base, index)], source)
+
+    def _masked(self, base: Node, mask: Node, source: Any) -> None:
+        """One number wherever a mask of the tokens is true."""
+        value, chosen = tensor_of(base), tensor_of(mask)
+        along = self.found.along.get(base)
+        same_place = along is not None and self.found.along.get(mask) == along
+        if isinstance(source, Node) or value is None or chosen is None or not same_place:
+            raise Mixed("it is indexed by a tensor")
+        self._write([(base, slice(None))], source)
 
     def _copy(self, node: Node, op: Op | None) -> Along:
-        base, source = node.args[0], argument(node, 1, "src")
+        base, source = first(node), argument(node, 1, "src")
         assert isinstance(base, Node)
         self._write([(base, Ellipsis)], source)
         return self.found.along[base]
@@ -502,7 +520,7 @@ def indexed(along: Along, rank: int, index: Any) -> tuple[Along, int]:
                 raise Mixed("it takes some tokens of the sequence")
             found = dim
         elif isinstance(each, Node) and tensor_of(each) is not None:
-            if len(advanced) > 1:
+            if len(advanced) > 1 or is_mask(each):
                 raise Mixed("it is indexed by a tensor")
             dim += tensor_of(each).dim()  # type: ignore[union-attr]
         dim += isinstance(each, slice)
@@ -510,6 +528,15 @@ def indexed(along: Along, rank: int, index: Any) -> tuple[Along, int]:
     if found is None:
         raise Mixed("its index is not understood")
     return replace(along, dim=found), dim
+
+
+def is_mask(node: Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.dtype in (torch.bool, torch.uint8)
+
+
+def nodes_of(index: Any) -> list[Node]:
+    return [each for each in (index if isinstance(index, tuple) else (index,)) if isinstance(each, Node)]
 
 
 def product(sizes: Iterable[Any]) -> Any:
@@ -533,6 +560,10 @@ def name_of(node: Node) -> str:
         return op.name
     name: str = getattr(node.target, "__name__", str(node.target))
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def first(node: Node) -> Any:
+    return argument(node, 0, "input")
 
 
 def argument(node: Node, place: int, name: str, default: Any = None) -> Any:

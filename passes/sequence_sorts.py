@@ -22,7 +22,7 @@ from torch.fx import Node
 from kp_compiler.metadata import tensor_of
 from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
-from kp_compiler.passes.sequence_rules import Along, Mixed, Rules, argument, divided, name_of
+from kp_compiler.passes.sequence_rules import Along, Mixed, Rules, argument, divided, first, name_of
 from kp_compiler.writes import storage_of
 
 GROUPED = {
@@ -55,7 +55,7 @@ class Sorts(Rules):
     # ------------------------------------------------------------------------------------------------- sorts
 
     def _sort(self, node: Node, op: Op | None) -> Along:
-        given = node.args[0]
+        given = first(node)
         assert isinstance(given, Node)
         if given in self.numbers:
             return self._turned(node, given)
@@ -104,7 +104,7 @@ class Sorts(Rules):
         return rule(node)
 
     def _rows_same(self, node: Node) -> Along:
-        given = node.args[0]
+        given = first(node)
         self.numbers[node] = self.numbers[given]  # type: ignore[index]
         return self.found.along[given]  # type: ignore[index]
 
@@ -138,7 +138,7 @@ class Sorts(Rules):
     def _rows_index_select(self, node: Node) -> Along:
         if argument(node, 1, "dim") != 0:
             raise Mixed("its index is not understood")
-        return self._permuted(node.args[0], argument(node, 2, "index"))
+        return self._permuted(first(node), argument(node, 2, "index"))
 
     def _permuted(self, given: Any, index: Any) -> Along:
         """Rows that are taken by their numbers."""
@@ -194,6 +194,8 @@ class Sorts(Rules):
         """0, 1, … of as many rows as an index has."""
         if not isinstance(source, Node) or name_of(source) != "arange":
             return False
+        if source in self.found.positions:  # which are those of the whole sequence
+            return False
         op, value, rows = canonical(source), tensor_of(source), tensor_of(index)
         assert op is not None and value is not None and rows is not None
         given = [each for each in op["range"] if each is not None]
@@ -210,7 +212,7 @@ class Sorts(Rules):
 
     def _histc(self, node: Node, op: Op | None) -> None:
         """Of ids 0, 1, …, one bin each: a sum over a rank's tokens, too."""
-        given = node.args[0]
+        given = first(node)
         assert isinstance(given, Node)
         bins, low, high = (
             argument(node, i, name, default)
@@ -231,13 +233,13 @@ class Sorts(Rules):
 
     def grouped(self, node: Node) -> Along:
         """Each row by the weights of its expert."""
-        rows, weight = node.args[0], argument(node, 1, "mat_b")
+        rows, weight = first(node), argument(node, 1, "mat_b")
         ends = argument(node, 2, "offs")
         along, ids = self.found.along.get(rows), self.counts.get(ends)  # type: ignore[arg-type]
         others = {each for each in node.all_input_nodes if each in self.found.along} - {rows}
         if others or along is None or along.dim != 0 or tensor_of(weight) is None or rows in self.numbers:
             raise Mixed("something else than its first argument has the sequence")
-        if ids is None or along.order is None or self._ids(along.order.args[0]) is not ids:
+        if ids is None or along.order is None or self._ids(first(along.order)) is not ids:
             raise Mixed("its rows are not sorted by what its groups are counts of")
         return along
 
@@ -247,8 +249,8 @@ class Sorts(Rules):
             if storage_of(node) in self.writes:
                 raise Mixed("it counts what is written to")
             if node.target is operator.getitem and node.args[0] in self.sorted:
-                node = node.args[0].args[0]
-            elif name_of(node) in _CASTS and isinstance(node.args[0], Node):
-                node = node.args[0]
+                node = first(node.args[0])
+            elif name_of(node) in _CASTS and isinstance(first(node), Node):
+                node = first(node)
             else:
                 return node  # type: ignore[no-any-return]

@@ -146,6 +146,7 @@ TOKENWISE: dict[str, Function] = {
     "gate": lambda x: F.glu(torch.cat([x, x.narrow(-1, 0, DIM)], -1), -1),
     "repeated": lambda x: x.repeat(1, 1, 2)[..., :DIM] + x[..., torch.arange(DIM).flip(0)],
     "beside": lambda x: torch.stack([x, TABLE[0].expand_as(x)]).sum(0),
+    "masked": lambda x: written_by(x, x > 0),
     "running": lambda x: x.cumsum(-1),
 }
 MIXED: dict[str, tuple[Function, str]] = {
@@ -161,6 +162,9 @@ MIXED: dict[str, tuple[Function, str]] = {
     "numbers": (lambda x: x + ids_of(x).reshape(-1).argsort()[: x.shape[1], None], "by their numbers"),
     "order": (lambda x: x.sort(1)[0], "another order"),
     "sorted rows": (lambda x: sorted_by_first(x).view_as(x), "not a dimension"),
+    "rows that are places": (lambda x: rows_and_places(x), "by their numbers"),
+    "some batches by numbers": (lambda x: written_by(x, ids_of(x)[0, :, 0] % 2), "by their numbers"),
+    "some tokens by a mask": (lambda x: written_by(x, torch.rand(2, TOKENS) < 0.5), "by a tensor"),
     "counts": (lambda x: x * counts(ids_of(x)).sum(), "a sum over the tokens of one rank"),
     "ones that are written to": (lambda x: x * zeroed(torch.ones(x.shape[:2]))[..., None], "a value for"),
     "shifted into a new one": (lambda x: shifted(x, x.new_empty(x.shape)), "some tokens"),
@@ -184,8 +188,22 @@ def counts(ids: Tensor) -> Tensor:
     return torch.histc(ids.reshape(-1).float(), EXPERTS, 0, EXPERTS - 1)
 
 
+def written_by(x: Tensor, index: Tensor) -> Tensor:
+    x = x.clone()
+    x[index] = 0.0
+    return x
+
+
 def sorted_by_first(x: Tensor) -> Tensor:
     return x.flatten(0, 1)[ids_of(x)[..., 0].reshape(-1).argsort()]
+
+
+def rows_and_places(x: Tensor) -> Tensor:
+    """The same numbers are rows of one batch and positions."""
+    order, i = x[0, :, 0].argsort(), torch.arange(x.shape[1])
+    back = torch.empty_like(order)
+    back[order] = i
+    return x[0][order][back] + i[:, None] + 0 * x
 
 
 def zeroed(x: Tensor) -> Tensor:
