@@ -17,7 +17,7 @@ from kp_compiler.passes.base import same
 from kp_compiler.writes import storage_of, written
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Along:
     """Tokens lie along `dim`, whose size is `outer` · tokens · `inner`: batches merged with them stand
     outside, several rows of one token inside. `order`: the sort by whose result such rows lie, if they do not
@@ -27,6 +27,15 @@ class Along:
     outer: Any = 1
     inner: Any = 1
     order: Node | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """For every input that the graph is compiled for."""
+        if not isinstance(other, Along) or (self.dim, self.order) != (other.dim, other.order):
+            return False
+        return same(self.outer, other.outer) and same(self.inner, other.inner)
+
+    def __hash__(self) -> int:
+        return hash((self.dim, self.order))
 
 
 @dataclass
@@ -91,15 +100,14 @@ class Rules:
         out = tensor_of(node)
         if out is None:
             raise Mixed("what it makes is no tensor")
-        found: dict[tuple[str, ...], Along] = {}
+        found = set()
         for each in node.all_input_nodes:
             value, along = tensor_of(each), self.found.along.get(each)
             if value is not None and along is not None:
-                moved = replace(along, dim=out.dim() - value.dim() + along.dim)
-                found[tuple(map(str, (moved.dim, moved.outer, moved.inner, moved.order)))] = moved
+                found.add(replace(along, dim=out.dim() - value.dim() + along.dim))
         if len(found) != 1:
             raise Mixed("the sequence lies along different dimensions of what it takes")
-        (along,) = found.values()
+        (along,) = found
         for each in node.all_input_nodes:
             if each not in self.found.along:
                 self._fits(each, along.dim - out.dim())
@@ -168,13 +176,13 @@ class Rules:
         if not arrow or "." in inputs or len(terms) != len(operands):
             raise Mixed("its equation is not understood")
         letters = {
-            (term[along.dim], along.outer, along.inner, along.order)
+            (term[along.dim], replace(along, dim=0))
             for term, each in zip(terms, operands, strict=True)
             if (along := self.found.along.get(each)) is not None
         }
         if len(letters) != 1:
             raise Mixed("the sequence lies along different dimensions of what it takes")
-        ((letter, *how),) = letters
+        ((letter, along),) = letters
         for term, each in zip(terms, operands, strict=True):
             if each not in self.found.along and letter in term:
                 self._fits(each, term.index(letter) - len(term))
@@ -182,7 +190,7 @@ class Rules:
                 raise Mixed("its equation is not understood")
         if letter not in result:
             raise Mixed("it sums over the sequence")
-        return Along(result.index(letter), *how)
+        return replace(along, dim=result.index(letter))
 
     def _outer(self, node: Node, op: Op) -> Along:
         rows = op["input"] in self.found.along
