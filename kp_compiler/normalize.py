@@ -346,6 +346,9 @@ def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
     if name == "t":
         return Op("transpose", {"input": args["input"], "dim0": 0, "dim1": 1})
     if name == "getattr":
+        value = value_of(args["input"])
+        if args["name"] == "T" and isinstance(value, torch.Tensor) and value.dim() != 2:
+            return Op("permute", {"input": args["input"], "dims": tuple(reversed(range(value.dim())))})
         if args["name"] in ("T", "mT"):
             return Op("transpose", {"input": args["input"], "dim0": -2, "dim1": -1})
         return Op("getattr", args)

@@ -31,6 +31,7 @@ from kp_compiler.passes.attention import shape_of
 from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, settle, source_of
 from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.passes.raise_attention import RaiseAttention
+from kp_compiler.passes.sequence_rules import counts_from_zero
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
 
@@ -298,6 +299,10 @@ class _Whole:
             return self._gathered(node, emit) if self.around is None else self._handed(node, emit)
         op, value = canonical(node), tensor_of(node)
         if op is not None and op.name == "arange" and value is not None and same(value.shape[0], self.tokens):
+            if not counts_from_zero(node):
+                raise _error(
+                    Rejection("mask", f"{node.name} counts tokens, and not from zero in steps of one.")
+                )
             count = emit.product([emit.size(node, 0), self.how.ranks.size])
             return emit.call(torch.arange, count, dtype=value.dtype, device=value.device)
         function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,16 +26,34 @@ from kp_compiler.passes.sequence_rules import (
     LOSSES,
     POINTWISE,
     REDUCTIONS,
+    SIZES,
     Along,
     Mixed,
     Sharing,
     argument,
+    counts_from_zero,
+    first,
     name_of,
 )
 from kp_compiler.passes.sequence_sorts import GROUPED, Sorts
 from kp_compiler.report import Rejection
 from kp_compiler.writes import Writes, storage_of, written
 
+LAYOUTS = {
+    "transpose", "permute", "view", "squeeze", "unsqueeze", "expand", "repeat", "repeat_interleave",
+    "flatten", "unflatten",
+}  # fmt: skip
+CANONICAL = {
+    "linear",
+    "matmul",
+    "bmm",
+    "addmm",
+    "einsum",
+    "outer",
+    "embedding",
+    "cat",
+    "getitem",
+}  # rules of these
 # What sums become on their way out: sums of them, and parts of a rank's own count or of another number
 _OF_SUMS = {
     "add", "sub", "mul", "div", "neg", "sum", "mean", "cast", "to", "type", "clone", "detach", "clamp_min",
@@ -65,7 +84,10 @@ def _live(graph: Graph) -> set[Node]:
     queries, keys and values: vectors of its mask are the whole sequence's, made apart."""
     roots = {node.meta["kp_root"]: node.meta["kp_out"] for node in graph.nodes if "kp_root" in node.meta}
     found: set[Node] = set()
-    queue, writes = [graph.output_node()], Writes(graph).by_storage
+    all_writes = Writes(graph)
+    writes, queue = all_writes.by_storage, [graph.output_node()]
+    for written_to, writers in writes.items():
+        queue += writers if written_to in all_writes.external else []  # which callers read
     while queue:
         node = queue.pop()
         if node in found:
@@ -118,7 +140,18 @@ class _Tracer(Sorts):
             if node in live:
                 self.at = node
                 self._take(node, self._along(node))
+                self._look_at_writes(node)
                 self.visited.add(node)
+
+    def _look_at_writes(self, node: Node) -> None:
+        """What tokens, or sums over them, are written into has to have the sequence, too."""
+        targets = written(node) if str(node.target) not in CHECKPOINT_OPS else []
+        if not targets or not any(
+            each in self.found.along or each in self.found.sums for each in node.all_input_nodes
+        ):
+            return
+        if node.kwargs.get("out") is not None or not self.found.along.keys() >= set(targets):
+            raise Mixed("it writes tokens into what is not shared among ranks")
 
     def _take(self, node: Node, along: Along | None) -> None:
         if along is not None:
@@ -136,6 +169,8 @@ class _Tracer(Sorts):
             ):
                 raise Mixed("the body of a checkpoint is called with a sequence and with something else")
             self._take(inner, along)
+            if outer in self.uniform:
+                self.uniform.add(inner)
         self.visit_all(body)
         self.at, self.results[node] = node, body.output_node().args[0]
 
@@ -163,8 +198,8 @@ class _Tracer(Sorts):
             return half
         op, name = canonical(node), name_of(node)
         if op is not None and name == "arange":
-            return self._positions(node, op)
-        if name in ("size", "dim", "getattr") and tensor_of(node) is None:
+            return self._positions(node)
+        if name in SIZES and tensor_of(node) is None:
             return None
         if any(each in self.numbers for each in node.all_input_nodes):
             return self.numbered(node, name)
@@ -175,6 +210,10 @@ class _Tracer(Sorts):
         if not any(each in self.found.along for each in node.all_input_nodes):
             if self.is_uniform(node, op):
                 self.uniform.add(node)
+            elif name in REDUCTIONS | {"matmul", "bmm", "einsum"} and any(
+                self.is_long(each) for each in node.all_input_nodes
+            ):
+                raise Mixed("it adds up as many as a rank has tokens")
             return None
         if name in POINTWISE:
             return self.pointwise(node)
@@ -186,8 +225,10 @@ class _Tracer(Sorts):
         if name in GROUPED:
             return self.grouped(node)
         rule: Callable[[Node, Op | None], Along | None] | None = getattr(self, f"_{name}", None)
-        if rule is None:
+        if rule is None or (name in LAYOUTS and written(node)):
             raise Mixed("it is not known to treat tokens one by one")
+        if op is None and name in (*LAYOUTS, *CANONICAL):
+            raise Mixed("its arguments are not understood")
         return rule(node, op)
 
     def _summed(self, node: Node, op: Op | None, name: str) -> bool:
@@ -196,15 +237,33 @@ class _Tracer(Sorts):
         sums = [each for each in node.all_input_nodes if each in self.found.sums]
         if not sums:
             return False
-        counts = [each for each in sums if each in self.counts]
-        if len(counts) == len(sums) == 1 and self.counted(node, op, name, counts):
+        if len(sums) == 1 and self.counted(node, op, name, sums[0]):
             return True
         if any(each in self.found.along for each in node.all_input_nodes):
             raise Mixed("it takes a sum over the tokens of one rank")
-        if name not in _OF_SUMS or written(node) or (name == "mul" and len(sums) > 1):
+        if name not in _OF_SUMS or written(node) or not self._is_linear(node, op, name):
             raise Mixed("a sum over the tokens of one rank may only be a result")
         self.found.sums.append(node)
         return True
+
+    def _is_linear(self, node: Node, op: Op | None, name: str) -> bool:
+        """Whether sums over all tokens come of what a node makes of each rank's: no products of sums, nothing
+        added to them, and what is clamped, as counts are, only divides."""
+        sums = self.found.sums
+        read: list[Node] = []
+        torch.fx.map_arg((node.args, node.kwargs), read.append)
+        times = sum(each in sums for each in read)
+        if name in ("mul", "pow"):
+            return times == 1
+        if name == "div":
+            return first(node) in sums
+        if name in ("add", "sub"):
+            others = [x for x in (first(node), argument(node, 1, "other")) if x not in sums]
+            return all(isinstance(x, int | float) and x == 0 for x in others)
+        if name in ("clamp", "clamp_min"):
+            return all(name_of(user) == "div" and argument(user, 1, "other") is node for user in node.users)
+        value = tensor_of(node)
+        return value is None or value.dtype is not torch.bool
 
     def _is_sorted(self, node: Node) -> bool:
         along = self.found.along.get(node)
@@ -212,15 +271,14 @@ class _Tracer(Sorts):
 
     # --------------------------------------------------------------------------------------------- beginnings
 
-    def _positions(self, node: Node, op: Op) -> Along | None:
+    def _positions(self, node: Node) -> Along | None:
         value = tensor_of(node)
         assert value is not None
         if not same(value.shape[0], self.tokens):
             return None
-        given = [each for each in op["range"] if each is not None]
         if self.only_numbers_rows(node):
             return None
-        if len(given) == 1 or (len(given) == 2 and given[0] == 0):
+        if counts_from_zero(node):
             self.found.positions.append(node)
             return Along(0)
         raise Mixed("it counts tokens, and not from zero in steps of one")
@@ -236,6 +294,30 @@ class _Tracer(Sorts):
         along, value = self.found.along.get(given), tensor_of(given)
         if along is None or value is None:
             raise Mixed("what it scores does not have the sequence")
-        if name in ("cross_entropy", "nll_loss") and along.dim == min(value.dim() - 1, 1):  # of its classes
-            raise Mixed("it is one over the sequence, not a sum")
+        target = argument(node, 1, "target")
+        if name in ("cross_entropy", "nll_loss"):
+            self._scored(along, value, target)
+        else:
+            scored = tensor_of(target)
+            assert scored is not None
+            theirs = self.found.along.get(target)
+            if theirs is None:
+                self._fits(target, along.dim - value.dim())
+            elif replace(theirs, dim=theirs.dim - scored.dim()) != replace(
+                along, dim=along.dim - value.dim()
+            ):
+                raise Mixed("what it compares lies along different dimensions")
+        if any(each in self.found.along for each in set(node.all_input_nodes) - {given, target}):
+            raise Mixed("it weighs tokens")
         self.found.sums.append(node)
+
+    def _scored(self, along: Along, value: torch.Tensor, target: Any) -> None:
+        """Of classes, which are the second dimension or the only one; each token has its own target."""
+        classes, theirs, scored = min(value.dim() - 1, 1), self.found.along.get(target), tensor_of(target)
+        if along.dim == classes:
+            raise Mixed("it is one over the sequence, not a sum")
+        if theirs is None or scored is None:
+            raise Mixed("its targets do not have the sequence")
+        apart = scored.dim() < value.dim() and along.dim > classes
+        if theirs != replace(along, dim=along.dim - apart):
+            raise Mixed("its targets are those of other tokens")

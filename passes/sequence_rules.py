@@ -70,6 +70,7 @@ REDUCTIONS = {
 }  # fmt: skip
 LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "kl_div"}
 _SHAPES = {"view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "flatten", "unflatten"}
+SIZES = {"size", "dim", "getattr"}  # names of what asks a tensor for numbers
 _FRESH = {"empty", "full", "full_like", "empty_like"}
 
 
@@ -95,6 +96,11 @@ class Rules:
         inputs = [each for each in node.all_input_nodes if tensor_of(each) is not None]
         known = op.name in POINTWISE or op.name in _SHAPES
         return known and op.name != "dropout" and bool(inputs) and self.uniform.issuperset(inputs)
+
+    def is_long(self, node: Node) -> bool:
+        """The same number for every token."""
+        value = tensor_of(node)
+        return node in self.uniform and value is not None and any(same(n, self.tokens) for n in value.shape)
 
     def pointwise(self, node: Node) -> Along:
         out = tensor_of(node)
@@ -134,6 +140,7 @@ class Rules:
         assert value is not None
         if along.dim == value.dim() - 1:
             raise Mixed("it sums over the sequence")
+        self._fits(op["bias"], along.dim - value.dim())
         return along
 
     def _matmul(self, node: Node, op: Op) -> Along:
@@ -142,6 +149,8 @@ class Rules:
         left, right = self.found.along.get(op["input"]), self.found.along.get(op["other"])
         first, second, out = (tensor_of(each) for each in (op["input"], op["other"], node))
         assert first is not None and second is not None and out is not None
+        if any(self.is_long(each) for each in node.all_input_nodes):
+            raise Mixed("it adds up as many as a rank has tokens")
         if left is not None and right is not None:
             moved = {replace(a, dim=a.dim - x.dim()) for a, x in ((left, first), (right, second))}
             if len(moved) != 1 or next(iter(moved)).dim >= -2:
@@ -154,6 +163,8 @@ class Rules:
             return replace(along, dim=out.dim() - 1)
         if left.dim == first.dim() - 1:
             raise Mixed("it sums over the sequence")
+        if second.dim() == 1:
+            return left
         if left.dim < first.dim() - 2:
             self._fits(op["other"], left.dim - first.dim())
         return replace(left, dim=left.dim + out.dim() - first.dim())
@@ -165,6 +176,7 @@ class Rules:
         along = self._one(node, op["mat1"])
         if along.dim == 1:
             raise Mixed("it sums over the sequence")
+        self._fits(op["input"], along.dim - 2)
         return along
 
     def _einsum(self, node: Node, op: Op) -> Along:
@@ -184,6 +196,8 @@ class Rules:
             raise Mixed("the sequence lies along different dimensions of what it takes")
         ((letter, along),) = letters
         for term, each in zip(terms, operands, strict=True):
+            if self.is_long(each):
+                raise Mixed("it adds up as many as a rank has tokens")
             if each not in self.found.along and letter in term:
                 self._fits(each, term.index(letter) - len(term))
             if term.count(letter) > 1:
@@ -226,7 +240,7 @@ class Rules:
             raise Mixed("it takes more than one tensor")
         place = 2 if name in ("norm", "vector_norm", "linalg_vector_norm") else 1  # behind the norm's order
         dims = op.get("dim") if op is not None else argument(node, place, "dim")
-        if dims is None or dims == () or isinstance(dims, bool):
+        if dims is None or isinstance(dims, bool) or (isinstance(dims, Iterable) and not [*dims]):
             dims = range(value.dim())
         dims = {d % value.dim() for d in (dims if isinstance(dims, Iterable) else (dims,))}
         if along.dim in dims:
@@ -260,6 +274,9 @@ class Rules:
     def _narrow(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 1)
 
+    def _normalize(self, node: Node, op: Op | None) -> Along:
+        return self._elsewhere(node, 2, 1)
+
     def _glu(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 1, -1)
 
@@ -288,7 +305,14 @@ class Rules:
             raise Mixed("it takes tokens by their numbers")
         return along
 
-    _take_along_dim = _gather
+    def _take_along_dim(self, node: Node, op: Op | None) -> Along:
+        given, index, dim = (argument(node, i, name) for i, name in enumerate(("input", "indices", "dim")))
+        along, value = self.found.along.get(given), tensor_of(given)
+        if along is None or value is None or self.found.along.get(index) != along:
+            raise Mixed("it takes tokens by their numbers")
+        if dim is None or dim % value.dim() == along.dim:
+            raise Mixed("it takes tokens by their numbers")
+        return along
 
     def _scatter(self, node: Node, op: Op | None) -> Along:
         """Into each token's own."""
@@ -301,8 +325,10 @@ class Rules:
         for each in (index, source):
             if isinstance(each, Node) and self.found.along.get(each, along) != along:
                 raise Mixed("the sequence lies along different dimensions of what it takes")
-            if isinstance(each, Node) and each not in self.found.along:
-                self._fits(each, along.dim - value.dim())
+            given = tensor_of(each)
+            if given is not None and each not in self.found.along:
+                if each not in self.uniform or not same(given.shape[along.dim], value.shape[along.dim]):
+                    raise Mixed("it writes to tokens by their numbers")
         return along
 
     _scatter_add = _scatter
@@ -343,7 +369,8 @@ class Rules:
     def _repeat(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
         assert value is not None
-        times = op["repeats"]
+        times = [value_of(each) for each in op["repeats"]]
+        times = [1] * (value.dim() - len(times)) + times
         dim = along.dim + len(times) - value.dim()
         if same(times[dim], 1):
             return replace(along, dim=dim)
@@ -353,6 +380,11 @@ class Rules:
 
     def _empty(self, node: Node, op: Op) -> None:
         """Like a tensor that is shared; whose its elements are is seen when they are written."""
+
+    def _full(self, node: Node, op: Op) -> None:
+        """Of the dtype and the device of a tensor that is shared."""
+        if self.is_uniform(node, op):
+            self.uniform.add(node)
 
     def _repeat_interleave(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
@@ -506,7 +538,7 @@ class Rules:
             if op is not None and op.name == "getitem":
                 if self._is_used(user):
                     return True
-            elif tensor_of(user) is not None or written(user):  # not a size
+            elif name_of(user) not in SIZES or tensor_of(user) is not None:
                 return True
         return False
 
@@ -531,6 +563,8 @@ def indexed(along: Along, rank: int, index: Any) -> tuple[Along, int]:
             if len(advanced) > 1 or is_mask(each):
                 raise Mixed("it is indexed by a tensor")
             dim += tensor_of(each).dim()  # type: ignore[union-attr]
+        elif isinstance(each, bool) or not isinstance(each, slice | int | Node):
+            raise Mixed("its index is not understood")
         dim += isinstance(each, slice)
         place += 1
     if found is None:
@@ -545,6 +579,15 @@ def is_mask(node: Node) -> bool:
 
 def nodes_of(index: Any) -> list[Node]:
     return [each for each in (index if isinstance(index, tuple) else (index,)) if isinstance(each, Node)]
+
+
+def counts_from_zero(node: Node) -> bool:
+    """Whether an arange is 0, 1, 2, …"""
+    alone = len(node.args) == 1 and "end" not in node.kwargs
+    names = ("end",) if alone else ("start", "end", "step")
+    given = dict(zip(names, node.args, strict=False))
+    given |= {name: node.kwargs[name] for name in ("start", "end", "step") if name in node.kwargs}
+    return given.get("start", 0) in (0, None) and given.get("step", 1) == 1
 
 
 def product(sizes: Iterable[Any]) -> Any:
@@ -575,6 +618,8 @@ def first(node: Node) -> Any:
 
 
 def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
-    """By position or by name: a node, if it is a tensor."""
-    given = node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-    return given if tensor_of(given) is not None else value_of(given)
+    """By position or by name: a number, where a node is one."""
+    named = node.kwargs.get("axis", default) if name == "dim" else default
+    given = node.args[place] if len(node.args) > place else node.kwargs.get(name, named)
+    value = value_of(given)
+    return value if isinstance(value, int | float | torch.SymInt | torch.SymFloat) else given

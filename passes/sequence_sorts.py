@@ -17,13 +17,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from kp_compiler.metadata import tensor_of
-from kp_compiler.normalize import Op, canonical
+from kp_compiler.normalize import Op
 from kp_compiler.passes.base import same
-from kp_compiler.passes.sequence_rules import Along, Mixed, Rules, argument, divided, first, name_of
-from kp_compiler.writes import storage_of
+from kp_compiler.passes.sequence_rules import (
+    Along,
+    Mixed,
+    Rules,
+    argument,
+    counts_from_zero,
+    divided,
+    first,
+    name_of,
+)
+from kp_compiler.writes import storage_of, written
 
 GROUPED = {
     "grouped_mm",
@@ -50,7 +60,8 @@ class Sorts(Rules):
         super().__init__(tokens)
         self.sorted: dict[Node, Along] = {}  # by sort, how its rows lay before
         self.numbers: dict[Node, Numbers] = {}
-        self.counts: dict[Node, Node] = {}  # of the rows with each id, or their ends: what the ids are
+        self.counts: dict[Node, Node] = {}  # of the rows with each id: what the ids are
+        self.ends: dict[Node, Node] = {}  # sums of such counts, up to each id
 
     # ------------------------------------------------------------------------------------------------- sorts
 
@@ -78,7 +89,8 @@ class Sorts(Rules):
     def _turned(self, node: Node, given: Node) -> Along:
         """Numbers of rows that are sorted: where each went."""
         numbers = self.numbers[given]
-        if numbers.by != 1 or numbers.back or name_of(node) != "argsort":
+        descending = argument(node, 2, "descending", False)
+        if numbers.by != 1 or numbers.back or name_of(node) != "argsort" or descending is not False:
             raise Mixed("it puts tokens in another order")
         self.numbers[node] = Numbers(numbers.order, back=True)
         return self.sorted[numbers.order]
@@ -99,22 +111,24 @@ class Sorts(Rules):
         rule: Callable[[Node], Along | None] | None = getattr(self, f"_rows_{name}", None)
         if name in _CASTS:
             rule = self._rows_same
-        if rule is None:
+        if rule is None or any(each in self.numbers for each in written(node)):
             raise Mixed("it takes the numbers of a rank's rows for something else than rows")
         return rule(node)
 
     def _rows_same(self, node: Node) -> Along:
-        given = first(node)
-        self.numbers[node] = self.numbers[given]  # type: ignore[index]
-        return self.found.along[given]  # type: ignore[index]
+        given, value = first(node), tensor_of(node)
+        if given not in self.numbers or value is None or value.dtype not in (torch.int32, torch.int64):
+            raise Mixed("it takes the numbers of a rank's rows for something else than rows")
+        self.numbers[node] = self.numbers[given]
+        return self.found.along[given]
 
     def _rows_floordiv(self, node: Node) -> Along:
-        given, by = node.args
-        numbers = self.numbers.get(given)  # type: ignore[arg-type]
+        given, by = first(node), argument(node, 1, "other")
+        numbers = self.numbers.get(given)
         if numbers is None or numbers.back or not isinstance(by, int):
             raise Mixed("it takes the numbers of a rank's rows for something else than rows")
         self.numbers[node] = replace(numbers, by=numbers.by * by)
-        return self.found.along[given]  # type: ignore[index]
+        return self.found.along[given]
 
     def _rows_div(self, node: Node) -> Along:
         if node.kwargs.get("rounding_mode") != "floor":
@@ -194,12 +208,11 @@ class Sorts(Rules):
         """0, 1, … of as many rows as an index has."""
         if not isinstance(source, Node) or name_of(source) != "arange":
             return False
-        if source in self.found.positions:  # which are those of the whole sequence
+        if source in self.found.positions or storage_of(source) in self.writes:  # other numbers, then
             return False
-        op, value, rows = canonical(source), tensor_of(source), tensor_of(index)
-        assert op is not None and value is not None and rows is not None
-        given = [each for each in op["range"] if each is not None]
-        return (len(given) == 1 or given[:-1] == [0]) and same(value.shape[0], rows.shape[0])
+        value, rows = tensor_of(source), tensor_of(index)
+        assert value is not None and rows is not None
+        return counts_from_zero(source) and same(value.shape[0], rows.shape[0])
 
     def only_numbers_rows(self, node: Node) -> bool:
         """An arange that is nothing but what numbers of rows are turned around by."""
@@ -220,22 +233,31 @@ class Sorts(Rules):
         )
         if self._one(node, given).dim != 0 or low != 0 or high != bins - 1:
             raise Mixed("it is one over the sequence, not a sum")
-        self.counts[node] = self._ids(given)
+        ids = self._ids(given)
+        if not _counts(ids):
+            raise Mixed("ids that it counts may be negative")
+        self.counts[node] = ids
         self.found.sums.append(node)
 
-    def counted(self, node: Node, op: Op | None, name: str, counts: list[Node]) -> bool:
+    def counted(self, node: Node, op: Op | None, name: str, given: Node) -> bool:
         """Whether a node that takes counts makes ends of them, or uses those."""
-        if name in _CASTS or (name == "cumsum" and op is not None and op["dim"] in (0, -1)):
-            self.counts[node] = self.counts[counts[0]]
-            self.found.sums.append(node)
-            return True
-        return name in GROUPED
+        summed = name == "cumsum" and op is not None and op["dim"] in (0, -1) and not written(node)
+        if summed and given in self.counts:
+            self.ends[node] = self.counts[given]
+        elif name in _CASTS and given in self.counts:
+            self.counts[node] = self.counts[given]
+        elif name in _CASTS and given in self.ends:
+            self.ends[node] = self.ends[given]
+        else:
+            return name in GROUPED
+        self.found.sums.append(node)
+        return True
 
     def grouped(self, node: Node) -> Along:
         """Each row by the weights of its expert."""
         rows, weight = first(node), argument(node, 1, "mat_b")
         ends = argument(node, 2, "offs")
-        along, ids = self.found.along.get(rows), self.counts.get(ends)  # type: ignore[arg-type]
+        along, ids = self.found.along.get(rows), self.ends.get(ends)
         others = {each for each in node.all_input_nodes if each in self.found.along} - {rows}
         if others or along is None or along.dim != 0 or tensor_of(weight) is None or rows in self.numbers:
             raise Mixed("something else than its first argument has the sequence")
@@ -250,7 +272,35 @@ class Sorts(Rules):
                 raise Mixed("it counts what is written to")
             if node.target is operator.getitem and node.args[0] in self.sorted:
                 node = first(node.args[0])
-            elif name_of(node) in _CASTS and isinstance(first(node), Node):
+            elif name_of(node) in _CASTS and _keeps_ids(first(node), node):
                 node = first(node)
             else:
                 return node  # type: ignore[no-any-return]
+
+
+def _keeps_ids(given: Any, node: Node) -> bool:
+    """Whether a cast is one of whole numbers to what has all of them."""
+    before, after = tensor_of(given), tensor_of(node)
+    whole = (torch.int16, torch.int32, torch.int64)
+    if before is None or after is None or before.dtype not in whole:
+        return False
+    return after.dtype in (*whole[1:], torch.float32, torch.float64)
+
+
+def _counts(node: Any) -> bool:
+    """Whether ids are 0, 1, … for what they are made of: a choice of some, however they lie."""
+    while isinstance(node, Node):
+        name, given = name_of(node), first(node)
+        if name in ("argmax", "argmin", "argsort"):
+            return True
+        if name == "getitem" and tensor_of(given) is None:
+            return name_of(given) in ("topk", "sort", "max", "min") and node.args[1] == 1
+        if name == "clamp":
+            least = argument(node, 1, "min")
+            return isinstance(least, int) and least >= 0
+        if name == "mod":
+            return isinstance(argument(node, 1, "other"), int) and argument(node, 1, "other") > 0
+        if name not in ("view", "flatten", "clone", "transpose", "permute", "getitem", "cast", "to"):
+            return False
+        node = given
+    return False

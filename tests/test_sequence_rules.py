@@ -20,6 +20,7 @@ TOKENS, DIM, EXPERTS, CHOICES = 24, 32, 4, 2
 torch.manual_seed(0)
 TABLE, ROUTER = torch.randn(EXPERTS, DIM), torch.randn(EXPERTS, DIM)
 WEIGHTS = torch.randn(EXPERTS, DIM, DIM) * 0.2
+PLACES, FIRST = torch.randn(TOKENS, DIM), torch.zeros(2, 1, 4, dtype=torch.long)
 Function = Callable[[Tensor], Tensor]  # [B,n,D] to as much
 
 
@@ -54,6 +55,7 @@ def experts(
     counted: Callable[[Tensor, Tensor], Tensor] = lambda order, ids: order,
     bins: int = EXPERTS,
     descending: bool = False,
+    sums: int = 1,
     rows: Function = lambda rows: rows,
     back: Function = lambda rows: rows,
     add: bool = False,
@@ -65,9 +67,9 @@ def experts(
     ids = ids_of(x).reshape(-1)
     order, numbers = key(ids).sort(descending=descending)
     y = flat[rows(numbers) // CHOICES]
-    ends = torch.histc(counted(order, ids).float(), bins=bins, min=0, max=bins - 1).cumsum(
-        0, dtype=torch.int32
-    )
+    ends = torch.histc(counted(order, ids).float(), bins=bins, min=0, max=bins - 1).int()
+    for _ in range(sums):
+        ends = ends.cumsum(0, dtype=torch.int32)
     y = grouped(F.silu(grouped(y, ends)) + TABLE[order], ends)
     if add:
         return torch.zeros_like(flat).index_add_(0, numbers // CHOICES, y).view_as(x)
@@ -116,10 +118,10 @@ def one_by_one(x: Tensor) -> Tensor:
     return y.view(-1, CHOICES, DIM).sum(1).view_as(x)
 
 
-def turned_by_sort(x: Tensor) -> Tensor:
+def turned_by_sort(x: Tensor, **how: bool) -> Tensor:
     numbers = ids_of(x).reshape(-1).argsort()
     y = x.flatten(0, 1).repeat_interleave(CHOICES, 0)[numbers]
-    return (y * 2)[numbers.argsort()].view(-1, CHOICES, DIM).mean(1).view_as(x)
+    return (y * 2)[numbers.argsort(**how)].view(-1, CHOICES, DIM).mean(1).view_as(x)
 
 
 TOKENWISE: dict[str, Function] = {
@@ -147,6 +149,9 @@ TOKENWISE: dict[str, Function] = {
     "repeated": lambda x: x.repeat(1, 1, 2)[..., :DIM] + x[..., torch.arange(DIM).flip(0)],
     "beside": lambda x: torch.stack([x, TABLE[0].expand_as(x)]).sum(0),
     "masked": lambda x: written_by(x, x > 0),
+    "normalised": lambda x: F.normalize(x, dim=-1) + x.new_zeros(2, 1, DIM),
+    "by a vector": lambda x: x * (x @ TABLE[0])[..., None],
+    "by a vector's parts": lambda x: x * torch.take_along_dim(x, ids_of(x), dim=-1)[..., :1],
     "running": lambda x: x.cumsum(-1),
 }
 MIXED: dict[str, tuple[Function, str]] = {
@@ -154,8 +159,8 @@ MIXED: dict[str, tuple[Function, str]] = {
     "experts by other ids": (
         lambda x: experts(x, key=lambda ids: ids % 2, counted=lambda order, ids: ids), "sorted by what",
     ),
-    "experts by other counts": (lambda x: experts(x, counted=lambda order, _: order // 2), "sorted by what"),
-    "experts of some counts": (lambda x: experts(x, counted=lambda o, _: o.clamp(max=2)), "sorted by"),
+    "experts by other counts": (lambda x: experts(x, counted=lambda order, _: order % 3), "sorted by what"),
+    "experts of some counts": (lambda x: experts(x, counted=lambda o, _: o.clamp(0, 2)), "sorted by"),
     "experts in other rows": (lambda x: experts(x, rows=lambda rows: rows + 1), "numbers of a rank's rows"),
     "experts back to other rows": (lambda x: experts(x, back=lambda rows: rows // 2), "by their numbers"),
     "experts of other tokens": (lambda x: experts(x, rows=lambda rows: rows // 2), "by their numbers"),
@@ -165,6 +170,31 @@ MIXED: dict[str, tuple[Function, str]] = {
     "rows that are places": (lambda x: rows_and_places(x), "by their numbers"),
     "some batches by numbers": (lambda x: written_by(x, ids_of(x)[0, :, 0] % 2), "by their numbers"),
     "some tokens by a mask": (lambda x: written_by(x, torch.rand(2, TOKENS) < 0.5), "by a tensor"),
+    "rows turned around in descending order": (
+        lambda x: turned_by_sort(x, descending=True), "another order",
+    ),
+    "rows that were divided in place": (
+        lambda x: experts(x, rows=lambda rows: rows.floor_divide_(2)), "numbers of a rank's rows",
+    ),
+    "counts as ends": (lambda x: experts(x, sums=0), "sorted by what"),
+    "sums of ends": (lambda x: experts(x, sums=2), "only be a result"),
+    "ids that may be negative": (lambda x: experts(x, key=lambda ids: ids - 1), "may be negative"),
+    "ids of other fractions": (lambda x: of_fractions(x), "may be negative|sorted by what"),
+    "written into a new one": (lambda x: into(x, torch.empty(2, DIM)), "not shared among ranks"),
+    "a part of what is new": (lambda x: into_a_chunk(x), "not shared among ranks"),
+    "matrix and vector": (lambda x: x * (x @ TABLE[0]).softmax(1)[..., None], "one over the sequence"),
+    "scattered to the first": (lambda x: x.clone().scatter_(2, FIRST, 0.0), "by their numbers"),
+    "added by token": (lambda x: F.linear(x[0], WEIGHTS[0], PLACES)[None] + 0 * x, "a value for each token"),
+    "added to a product": (lambda x: torch.addmm(PLACES, x[0], WEIGHTS[0])[None] + 0 * x, "a value for each"),
+    "every other place": (lambda x: x + torch.arange(0, 2 * x.shape[1], step=2)[:, None], "not from zero"),
+    "places from one": (lambda x: x + torch.arange(1, end=x.shape[1] + 1)[:, None], "not from zero"),
+    "sorted along an axis": (lambda x: x.sort(axis=1)[0], "another order"),
+    "mean over no dimension": (lambda x: x - x.mean(dim=[], keepdim=True), "a sum over the tokens"),
+    "all dimensions turned": (lambda x: (x.T.softmax(1)).T, "one over the sequence"),
+    "turned in place": (lambda x: x.clone().transpose_(1, 2).cumsum(2).mT, "not known"),
+    "tiled": (lambda x: x - x.tile(2)[..., :DIM].amax(1, keepdim=True), "one over the sequence"),
+    "batches by a list": (lambda x: x[[1, 0]].cumsum(1), "not understood"),
+    "as many as tokens": (lambda x: x / torch.ones(x.shape[:2]).sum(1)[:, None, None], "as many as a rank"),
     "counts": (lambda x: x * counts(ids_of(x)).sum(), "a sum over the tokens of one rank"),
     "ones that are written to": (lambda x: x * zeroed(torch.ones(x.shape[:2]))[..., None], "a value for"),
     "shifted into a new one": (lambda x: shifted(x, x.new_empty(x.shape)), "some tokens"),
@@ -206,6 +236,27 @@ def rows_and_places(x: Tensor) -> Tensor:
     return x[0][order][back] + i[:, None] + 0 * x
 
 
+def of_fractions(x: Tensor) -> Tensor:
+    """Whole numbers are sorted, and what they were cut off from is counted."""
+    scores = (x @ ROUTER.T).topk(CHOICES, -1).values.abs().reshape(-1)
+    order = scores.long().argsort()
+    ends = torch.histc(scores, EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
+    y = grouped(x.flatten(0, 1)[order // CHOICES], ends)
+    return y[order.argsort()].view(-1, CHOICES, DIM).sum(1).view_as(x)
+
+
+def into(x: Tensor, y: Tensor) -> Tensor:
+    torch.sum(x, 1, out=y)
+    return x - y[:, None]
+
+
+def into_a_chunk(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    a, _ = y.chunk(2, -1)
+    y.copy_(x)
+    return x + a.mean(1, keepdim=True).repeat(1, 1, 2)
+
+
 def zeroed(x: Tensor) -> Tensor:
     x[:, 0] = 0
     return x
@@ -241,6 +292,63 @@ def test_tokens_with_others(name: str) -> None:
         _, found = traced(Net(function), torch.randn(2, TOKENS, DIM))
     assert isinstance(found, Rejection) and found.code == "mixes-tokens"
     assert re.search(why, found.text), found.text
+
+
+class Remembering(nn.Module):
+    """Which writes what it sees to what outlives a call."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("last", torch.zeros(2, DIM))
+
+    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+        if self.how == "last":
+            self.last.copy_(x[:, -1])
+        elif self.how == "mean":
+            self.last.lerp_(x.mean(1), 0.1)
+        elif self.how == "cache":
+            cache[:, :3] = x[:, -3:]
+        elif self.how == "counted":
+            self.last.add_(1)
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+@pytest.mark.parametrize("how", ["last", "mean", "cache", "counted"])
+def test_what_outlives_a_call(how: str) -> None:
+    _, found = traced(Remembering(how), torch.randn(2, TOKENS, DIM), torch.zeros(2, 8, DIM))
+    assert isinstance(found, sequence.Sharing) == (how == "counted"), found
+
+
+PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "squares": (lambda x, y: F.mse_loss(x, y, reduction="sum"), True),
+    "squares of other tokens": (lambda x, y: F.l1_loss(x[0, :, None], y[0, None], reduction="sum"), False),
+    "squares of places": (lambda x, y: F.mse_loss(x[0], PLACES, reduction="sum"), False),
+    "classes": (lambda x, y: F.cross_entropy(x.flatten(0, 1), ids_of(y)[..., 0].reshape(-1)), True),
+    "classes of a batch": (lambda x, y: F.cross_entropy(x.mT, ids_of(y)[..., 0]), True),
+    "classes of others": (lambda x, y: F.cross_entropy(x.flatten(0, 1), turned_ids(y)), False),
+    "squared sum": (lambda x, y: x.mean(1) * x.mean(1), False),
+    "square of a sum": (lambda x, y: (s := x.mean(1)) * s, False),
+    "over a sum": (lambda x, y: 1 / x.sum(1), False),
+    "more than a sum": (lambda x, y: x.sum(1) + 1, False),
+    "clamped sum": (lambda x, y: x.sum(1).clamp(min=0), False),
+    "mean of some": (lambda x, y: (x * y).sum() / y.sum().clamp(min=1), True),
+}  # fmt: skip
+
+
+def turned_ids(x: Tensor) -> Tensor:
+    return ids_of(x)[..., 0].T.reshape(-1)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_sums_over_tokens(name: str) -> None:
+    function, good = PAIRS[name]
+
+    def both(x: Tensor, y: Tensor) -> Any:
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]), function(x, y)
+
+    _, found = traced(both, torch.randn(2, TOKENS, DIM), torch.randn(2, TOKENS, DIM))
+    assert isinstance(found, sequence.Sharing) == good, found
 
 
 def test_rows_that_are_given_in_order() -> None:
