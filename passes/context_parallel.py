@@ -31,7 +31,7 @@ from kp_compiler.passes.attention import shape_of
 from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, settle, source_of
 from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.passes.raise_attention import RaiseAttention
-from kp_compiler.passes.sequence_rules import counts_from_zero
+from kp_compiler.passes.sequence_state import counts_from_zero
 from kp_compiler.report import Rejection
 from kp_compiler.specs import AttentionSpec
 

@@ -22,10 +22,10 @@ from kp_compiler.lowering import ops
 from kp_compiler.metadata import CHECKPOINT_OPS, bodies, tensor_of
 from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
-from kp_compiler.passes.sequence_rules import (
-    LOSSES,
+from kp_compiler.passes.sequence_rules import LOSSES, REDUCTIONS
+from kp_compiler.passes.sequence_sorts import GROUPED, Sorts
+from kp_compiler.passes.sequence_state import (
     POINTWISE,
-    REDUCTIONS,
     SIZES,
     Along,
     Mixed,
@@ -35,7 +35,6 @@ from kp_compiler.passes.sequence_rules import (
     first,
     name_of,
 )
-from kp_compiler.passes.sequence_sorts import GROUPED, Sorts
 from kp_compiler.report import Rejection
 from kp_compiler.writes import Writes, storage_of, written
 

@@ -23,10 +23,10 @@ from torch.fx import Node
 from kp_compiler.metadata import tensor_of
 from kp_compiler.normalize import Op
 from kp_compiler.passes.base import same
-from kp_compiler.passes.sequence_rules import (
+from kp_compiler.passes.sequence_rules import Rules
+from kp_compiler.passes.sequence_state import (
     Along,
     Mixed,
-    Rules,
     argument,
     counts_from_zero,
     divided,
