@@ -38,21 +38,12 @@ from kp_compiler.passes.sequence_state import (
 from kp_compiler.report import Rejection
 from kp_compiler.writes import Writes, storage_of, written
 
+# Rules that take arguments by their canonical names; of the first, none may be in place
 LAYOUTS = {
     "transpose", "permute", "view", "squeeze", "unsqueeze", "expand", "repeat", "repeat_interleave",
     "flatten", "unflatten",
 }  # fmt: skip
-CANONICAL = {
-    "linear",
-    "matmul",
-    "bmm",
-    "addmm",
-    "einsum",
-    "outer",
-    "embedding",
-    "cat",
-    "getitem",
-}  # rules of these
+CANONICAL = {"linear", "matmul", "bmm", "addmm", "einsum", "outer", "embedding", "cat", "getitem"}
 # What sums become on their way out: sums of them, and parts of a rank's own count or of another number
 _OF_SUMS = {
     "add", "sub", "mul", "div", "neg", "sum", "mean", "cast", "to", "type", "clone", "detach", "clamp_min",
@@ -223,7 +214,7 @@ class _Tracer(Sorts):
             return self.reduced(node, op, name)
         if name in GROUPED:
             return self.grouped(node)
-        rule: Callable[[Node, Op | None], Along | None] | None = getattr(self, f"_{name}", None)
+        rule: Callable[[Node, Op | None], Along | None] | None = getattr(self, f"rule_{name}", None)
         if rule is None or (name in LAYOUTS and written(node)):
             raise Mixed("it is not known to treat tokens one by one")
         if op is None and name in (*LAYOUTS, *CANONICAL):
@@ -240,19 +231,19 @@ class _Tracer(Sorts):
             return True
         if any(each in self.found.along for each in node.all_input_nodes):
             raise Mixed("it takes a sum over the tokens of one rank")
-        if name not in _OF_SUMS or written(node) or not self._is_linear(node, op, name):
+        if name not in _OF_SUMS or written(node) or not self._is_linear(node, name):
             raise Mixed("a sum over the tokens of one rank may only be a result")
         self.found.sums.append(node)
         return True
 
-    def _is_linear(self, node: Node, op: Op | None, name: str) -> bool:
+    def _is_linear(self, node: Node, name: str) -> bool:
         """Whether sums over all tokens come of what a node makes of each rank's: no products of sums, nothing
         added to them, and what is clamped, as counts are, only divides."""
         sums = self.found.sums
         read: list[Node] = []
         torch.fx.map_arg((node.args, node.kwargs), read.append)
         times = sum(each in sums for each in read)
-        if name in ("mul", "pow"):
+        if name == "mul":
             return times == 1
         if name == "div":
             return first(node) in sums

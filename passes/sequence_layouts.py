@@ -16,23 +16,23 @@ from kp_compiler.passes.sequence_state import Along, Mixed, State, argument, div
 class Layouts(State):
     """See the module docstring."""
 
-    def _transpose(self, node: Node, op: Op) -> Along:
+    def rule_transpose(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
         assert value is not None
         a, b = (d % value.dim() for d in (op["dim0"], op["dim1"]))
         return replace(along, dim={a: b, b: a}.get(along.dim, along.dim))
 
-    def _permute(self, node: Node, op: Op) -> Along:
+    def rule_permute(self, node: Node, op: Op) -> Along:
         along, dims = self._one(node, op["input"]), op["dims"]
         dims = dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
         return replace(along, dim=[d % len(dims) for d in dims].index(along.dim))
 
-    def _unsqueeze(self, node: Node, op: Op) -> Along:
+    def rule_unsqueeze(self, node: Node, op: Op) -> Along:
         along, out = self._one(node, op["input"]), tensor_of(node)
         assert out is not None
         return replace(along, dim=along.dim + (op["dim"] % out.dim() <= along.dim))
 
-    def _expand(self, node: Node, op: Op) -> Along:
+    def rule_expand(self, node: Node, op: Op) -> Along:
         value, out = tensor_of(op["input"]), tensor_of(node)
         assert value is not None and out is not None
         if op["input"] not in self.found.along:
@@ -47,7 +47,7 @@ class Layouts(State):
         self._fits(op["input"], like.dim - out.dim())
         return like
 
-    def _repeat(self, node: Node, op: Op) -> Along:
+    def rule_repeat(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
         assert value is not None
         times = [value_of(each) for each in op["repeats"]]
@@ -59,15 +59,15 @@ class Layouts(State):
             raise Mixed("it repeats tokens")
         return replace(along, dim=dim, outer=times[dim] * along.outer)  # all of them, again and again
 
-    def _empty(self, node: Node, op: Op) -> None:
+    def rule_empty(self, node: Node, op: Op) -> None:
         """Like a tensor that is shared; whose its elements are is seen when they are written."""
 
-    def _full(self, node: Node, op: Op) -> None:
+    def rule_full(self, node: Node, op: Op) -> None:
         """Of the dtype and the device of a tensor that is shared."""
         if self.is_uniform(node, op):
             self.uniform.add(node)
 
-    def _repeat_interleave(self, node: Node, op: Op) -> Along:
+    def rule_repeat_interleave(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
         assert value is not None
         if op["dim"] is not None and op["dim"] % value.dim() != along.dim:
@@ -76,30 +76,30 @@ class Layouts(State):
             raise Mixed("it repeats tokens")
         return replace(along, inner=along.inner * op["repeats"])
 
-    def _cat(self, node: Node, op: Op) -> Along:
+    def rule_cat(self, node: Node, op: Op) -> Along:
         found = {self.found.along.get(each) for each in op["tensors"]}
         along, out = next(iter(found)), tensor_of(node)
         if len(found) != 1 or along is None or out is None or op["dim"] % out.dim() == along.dim:
             raise Mixed("it puts tokens beside others")
         return along
 
-    def _stack(self, node: Node, op: Op | None) -> Along:
+    def rule_stack(self, node: Node, op: Op | None) -> Along:
         found = {self.found.along.get(each) for each in argument(node, 0, "tensors")}
         along, out = next(iter(found)), tensor_of(node)
         if len(found) != 1 or along is None or out is None:
             raise Mixed("it puts tokens beside others")
         return replace(along, dim=along.dim + (argument(node, 1, "dim", 0) % out.dim() <= along.dim))
 
-    def _view_as_real(self, node: Node, op: Op | None) -> Along:
+    def rule_view_as_real(self, node: Node, op: Op | None) -> Along:
         return self._one(node, first(node))
 
-    def _view_as_complex(self, node: Node, op: Op | None) -> Along:
+    def rule_view_as_complex(self, node: Node, op: Op | None) -> Along:
         along, value = self._one(node, first(node)), tensor_of(first(node))
         if value is None or along.dim == value.dim() - 1:
             raise Mixed("it puts tokens beside others")
         return along
 
-    def _getitem(self, node: Node, op: Op) -> Along:
+    def rule_getitem(self, node: Node, op: Op) -> Along:
         given, index = op["input"], op["index"]
         value = tensor_of(given)
         if value is None:  # of several tensors
@@ -117,7 +117,7 @@ class Layouts(State):
             raise Mixed("its index is not understood")
         return self._one(node, by)
 
-    def _index_select(self, node: Node, op: Op | None) -> Along:
+    def rule_index_select(self, node: Node, op: Op | None) -> Along:
         given, dim, index = (argument(node, i, name) for i, name in enumerate(("input", "dim", "index")))
         value = tensor_of(given)
         assert value is not None
@@ -125,7 +125,7 @@ class Layouts(State):
             raise Mixed("it takes tokens by their numbers")
         return replace(self._one(node, index), dim=dim % value.dim())
 
-    def _view(self, node: Node, op: Op) -> Along:
+    def rule_view(self, node: Node, op: Op) -> Along:
         """A dimension of the result has the tokens if it is made of nothing else than all of them, of what
         lies outside of them, and of what lies inside."""
         given = op["input"]
@@ -145,7 +145,7 @@ class Layouts(State):
             return replace(along, dim=dim, outer=outer, inner=inner)
         raise Mixed("the sequence is not a dimension of what it makes, or one with the batch outside")
 
-    _squeeze = _flatten = _unflatten = _view
+    rule_squeeze = rule_flatten = rule_unflatten = rule_view
 
 
 def indexed(along: Along, rank: int, index: Any) -> tuple[Along, int]:

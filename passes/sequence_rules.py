@@ -1,5 +1,6 @@
-"""What an operation does to the dimension that tokens lie along: a method for each, by its canonical name or,
-where it has none, its function's. They raise `Mixed` where an operation looks at several tokens, or might.
+"""What an operation does to the dimension that tokens lie along: a method `rule_…` for each, by its canonical
+name or, where it has none, its function's. They raise `Mixed` where an operation looks at several tokens, or
+might.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Rules(Layouts, Written):
             raise Mixed("it writes tokens into what is not shared among ranks")
         return along
 
-    def _linear(self, node: Node, op: Op) -> Along:
+    def rule_linear(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
         assert value is not None
         if along.dim == value.dim() - 1:
@@ -56,7 +57,7 @@ class Rules(Layouts, Written):
         self._fits(op["bias"], along.dim - value.dim())
         return along
 
-    def _matmul(self, node: Node, op: Op) -> Along:
+    def rule_matmul(self, node: Node, op: Op) -> Along:
         """Tokens are rows of the first factor, or columns of the second, as rotary angles have them; or
         batches of both."""
         left, right = self.found.along.get(op["input"]), self.found.along.get(op["other"])
@@ -82,17 +83,17 @@ class Rules(Layouts, Written):
             self._fits(op["other"], left.dim - first.dim())
         return replace(left, dim=left.dim + out.dim() - first.dim())
 
-    def _bmm(self, node: Node, op: Op) -> Along:
-        return self._matmul(node, op)
+    def rule_bmm(self, node: Node, op: Op) -> Along:
+        return self.rule_matmul(node, op)
 
-    def _addmm(self, node: Node, op: Op) -> Along:
+    def rule_addmm(self, node: Node, op: Op) -> Along:
         along = self._one(node, op["mat1"])
         if along.dim == 1:
             raise Mixed("it sums over the sequence")
         self._fits(op["input"], along.dim - 2)
         return along
 
-    def _einsum(self, node: Node, op: Op) -> Along:
+    def rule_einsum(self, node: Node, op: Op) -> Along:
         """Tokens have a letter of their own, which stays."""
         inputs, arrow, result = str(op["equation"]).replace(" ", "").partition("->")
         given = op["operands"]
@@ -119,14 +120,14 @@ class Rules(Layouts, Written):
             raise Mixed("it sums over the sequence")
         return replace(along, dim=result.index(letter))
 
-    def _outer(self, node: Node, op: Op) -> Along:
+    def rule_outer(self, node: Node, op: Op) -> Along:
         rows = op["input"] in self.found.along
         return replace(self._one(node, op["input" if rows else "other"]), dim=0 if rows else 1)
 
-    def _embedding(self, node: Node, op: Op) -> Along:
+    def rule_embedding(self, node: Node, op: Op) -> Along:
         return self._one(node, op["input"])
 
-    def _layer_norm(self, node: Node, op: Op | None) -> Along:
+    def rule_layer_norm(self, node: Node, op: Op | None) -> Along:
         given = first(node)
         along, value = self._one(node, given), tensor_of(given)
         assert value is not None
@@ -135,9 +136,9 @@ class Rules(Layouts, Written):
             raise Mixed("it norms over the sequence")
         return along
 
-    _rms_norm = _layer_norm
+    rule_rms_norm = rule_layer_norm
 
-    def _one_hot(self, node: Node, op: Op | None) -> Along:
+    def rule_one_hot(self, node: Node, op: Op | None) -> Along:
         classes = argument(node, 1, "num_classes", -1)
         if not isinstance(classes, int) or classes < 0:
             raise Mixed("how many classes there are depends on a rank's tokens")
@@ -176,30 +177,30 @@ class Rules(Layouts, Written):
             raise Mixed("it takes some tokens of the sequence, or several together")
         return along
 
-    def _topk(self, node: Node, op: Op | None) -> Along:
+    def rule_topk(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 2, -1)
 
-    def _chunk(self, node: Node, op: Op | None) -> Along:
+    def rule_chunk(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 2, 0)
 
-    _split = _chunk
+    rule_split = rule_chunk
 
-    def _narrow(self, node: Node, op: Op | None) -> Along:
+    def rule_narrow(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 1)
 
-    def _normalize(self, node: Node, op: Op | None) -> Along:
+    def rule_normalize(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 2, 1)
 
-    def _glu(self, node: Node, op: Op | None) -> Along:
+    def rule_glu(self, node: Node, op: Op | None) -> Along:
         return self._elsewhere(node, 1, -1)
 
-    def _unbind(self, node: Node, op: Op | None) -> Along:
+    def rule_unbind(self, node: Node, op: Op | None) -> Along:
         along, value = self._elsewhere(node, 1, 0), tensor_of(first(node))
         assert value is not None
         dim = argument(node, 1, "dim", 0) % value.dim()
         return replace(along, dim=along.dim - (dim < along.dim))
 
-    def _pad(self, node: Node, op: Op | None) -> Along:
+    def rule_pad(self, node: Node, op: Op | None) -> Along:
         along, value = self._one(node, first(node)), tensor_of(first(node))
         assert value is not None
         added = argument(node, 1, "pad", ())
@@ -208,7 +209,7 @@ class Rules(Layouts, Written):
             raise Mixed("it adds tokens or takes some away")
         return along
 
-    def _gather(self, node: Node, op: Op | None) -> Along:
+    def rule_gather(self, node: Node, op: Op | None) -> Along:
         """Of what all ranks have, by a number for each token; or of each token's own."""
         given, index = first(node), argument(node, 2, "index")
         dim = argument(node, 1, "dim")
@@ -218,7 +219,7 @@ class Rules(Layouts, Written):
             raise Mixed("it takes tokens by their numbers")
         return along
 
-    def _take_along_dim(self, node: Node, op: Op | None) -> Along:
+    def rule_take_along_dim(self, node: Node, op: Op | None) -> Along:
         given, index, dim = (argument(node, i, name) for i, name in enumerate(("input", "indices", "dim")))
         along, value = self.found.along.get(given), tensor_of(given)
         if along is None or value is None or self.found.along.get(index) != along:
@@ -227,7 +228,7 @@ class Rules(Layouts, Written):
             raise Mixed("it takes tokens by their numbers")
         return along
 
-    def _scatter(self, node: Node, op: Op | None) -> Along:
+    def rule_scatter(self, node: Node, op: Op | None) -> Along:
         """Into each token's own."""
         base, dim, index, source = (
             argument(node, i, n) for i, n in enumerate(("input", "dim", "index", "src"))
@@ -244,4 +245,4 @@ class Rules(Layouts, Written):
                     raise Mixed("it writes to tokens by their numbers")
         return along
 
-    _scatter_add = _scatter
+    rule_scatter_add = rule_scatter

@@ -65,7 +65,7 @@ class Sorts(Rules):
 
     # ------------------------------------------------------------------------------------------------- sorts
 
-    def _sort(self, node: Node, op: Op | None) -> Along:
+    def rule_sort(self, node: Node, op: Op | None) -> Along:
         given = first(node)
         assert isinstance(given, Node)
         if given in self.numbers:
@@ -80,8 +80,8 @@ class Sorts(Rules):
         self.sorted[node] = along
         return replace(along, order=node)
 
-    def _argsort(self, node: Node, op: Op | None) -> Along:
-        along = self._sort(node, op)
+    def rule_argsort(self, node: Node, op: Op | None) -> Along:
+        along = self.rule_sort(node, op)
         if along.order is node:
             self.numbers[node] = Numbers(node)
         return along
@@ -142,7 +142,7 @@ class Sorts(Rules):
     _rows_full_like = _rows_empty_like
 
     def _rows_sort(self, node: Node) -> Along:
-        return self._sort(node, None)
+        return self.rule_sort(node, None)
 
     _rows_argsort = _rows_sort
 
@@ -223,7 +223,7 @@ class Sorts(Rules):
 
     # ------------------------------------------------------------------------------------------------- counts
 
-    def _histc(self, node: Node, op: Op | None) -> None:
+    def rule_histc(self, node: Node, op: Op | None) -> None:
         """Of ids 0, 1, …, one bin each: a sum over a rank's tokens, too."""
         given = first(node)
         assert isinstance(given, Node)

@@ -20,7 +20,7 @@ _FRESH = {"empty", "full", "full_like", "empty_like"}
 class Written(State):
     """See the module docstring."""
 
-    def _setitem(self, node: Node, op: Op | None) -> None:
+    def rule_setitem(self, node: Node, op: Op | None) -> None:
         base, index, source = node.args
         assert isinstance(base, Node)
         if isinstance(index, Node) and is_mask(index):
@@ -38,7 +38,7 @@ class Written(State):
             raise Mixed("it is indexed by a tensor")
         self._write([(base, slice(None))], source)
 
-    def _copy(self, node: Node, op: Op | None) -> Along:
+    def rule_copy(self, node: Node, op: Op | None) -> Along:
         base, source = first(node), argument(node, 1, "src")
         assert isinstance(base, Node)
         self._write([(base, Ellipsis)], source)

@@ -207,6 +207,7 @@ MIXED: dict[str, tuple[Function, str]] = {
     "einsum over tokens": (lambda x: x + torch.einsum("bnd->bd", x)[:, None], "sums over the sequence"),
     "matmul of tokens": (lambda x: x @ (x.mT @ x), "sums over the sequence"),
     "padded by a token": (lambda x: F.pad(x, (0, 0, 1, -1)), "adds tokens"),
+    "taken": (lambda x: torch.take(x, ids_of(x))[..., :1].expand_as(x), "not known"),
     "rolled": (lambda x: x.roll(1, 1), "not known"),
     "stacked": (lambda x: torch.stack([x, x[:, :1].expand_as(x)]).sum(0), "some tokens"),
     "unbound": (lambda x: torch.stack(x.unbind(1)[::-1], 1), "some tokens"),
