@@ -345,6 +345,11 @@ def _simplify(name: str, args: dict[str, Any], inplace: bool) -> Op | None:
         return Op("expand", {"input": args["input"], "size": None})
     if name == "t":
         return Op("transpose", {"input": args["input"], "dim0": 0, "dim1": 1})
+    if name == "arange":
+        alone = len(args["range"]) == 1 and "end" not in args
+        names = ("end",) if alone else ("start", "end", "step")
+        rest = {key: value for key, value in args.items() if key != "range"}
+        return Op(name, {"start": 0, "step": 1, **rest, **dict(zip(names, args["range"], strict=False))})
     if name == "getattr":
         value = value_of(args["input"])
         if args["name"] == "T" and isinstance(value, torch.Tensor) and value.dim() != 2:

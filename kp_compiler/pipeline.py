@@ -16,7 +16,7 @@ from kp_compiler.errors import KPError, KPRequirementError
 from kp_compiler.lowering import ops
 from kp_compiler.metadata import bodies, copied, fill_metadata, tensor_of
 from kp_compiler.passes import ALL_PASSES
-from kp_compiler.passes.base import Context, Match, Pass, left_out, module_of, revert, source_of
+from kp_compiler.passes.base import Context, Match, Pass, inspected, left_out, module_of, revert, source_of
 from kp_compiler.passes.expand_mha import expand_all
 from kp_compiler.report import PassRecord, Rejection, Report, SiteRecord
 from kp_compiler.runtime import forget
@@ -276,12 +276,9 @@ def check_left_alone(gm: GraphModule, config: Config, why: Rejection) -> None:
         if not _required(each, config):
             continue
         finder = next(other for other in ALL_PASSES if other.kind == each.kind)
-        for unit, calls in bodies(gm):
-            ctx = Context(unit, config, Target("cpu"), calls)
-            for site in finder.sites(unit.graph):
-                found = finder.inspect(site, ctx)
-                if not isinstance(found, Rejection) or _is_candidate(found):
-                    raise _requirement(each, _required(each, config), [str(why)])
+        for _, found in inspected(finder, gm, config, Target("cpu")):
+            if not isinstance(found, Rejection) or _is_candidate(found):
+                raise _requirement(each, _required(each, config), [str(why)])
 
 
 def _is_candidate(reason: Rejection) -> bool:

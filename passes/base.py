@@ -7,7 +7,7 @@ The runner (`kp_compiler.pipeline`) does the rest: flags, timing, records, undoi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kp_compiler.config import Config, PassConfig
 from kp_compiler.lowering import ops
-from kp_compiler.metadata import tensor_of, trace_fake, value_of
+from kp_compiler.metadata import bodies, tensor_of, trace_fake, value_of
 from kp_compiler.report import Rejection
 from kp_compiler.target import Target
 from kp_compiler.writes import Writes, erase_orphans
@@ -253,6 +253,16 @@ def same(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(a == b)
+
+
+def inspected(
+    finder: Pass, gm: GraphModule, config: Config, target: Target
+) -> Iterator[tuple[Node, Match | Rejection]]:
+    """Every candidate of a pass in a graph and the checkpoint bodies under it, and what it says of it."""
+    for unit, calls in bodies(gm):
+        ctx = Context(unit, config, target, calls)
+        for site in finder.sites(unit.graph):
+            yield site, finder.inspect(site, ctx)
 
 
 def module_of(node: Node) -> str:

@@ -28,7 +28,17 @@ from kp_compiler.metadata import bodies, tensor_of, value_of
 from kp_compiler.normalize import canonical
 from kp_compiler.passes import sequence
 from kp_compiler.passes.attention import shape_of
-from kp_compiler.passes.base import Context, Emitter, Match, Tier, module_of, same, settle, source_of
+from kp_compiler.passes.base import (
+    Context,
+    Emitter,
+    Match,
+    Tier,
+    inspected,
+    module_of,
+    same,
+    settle,
+    source_of,
+)
 from kp_compiler.passes.base import Kind as SiteKind
 from kp_compiler.passes.raise_attention import RaiseAttention
 from kp_compiler.passes.sequence_state import counts_from_zero
@@ -120,13 +130,9 @@ class _Program:
 
     def _not_recognised(self, ctx: Context) -> list[str]:
         """What may be attention, and why it is no site."""
-        finder, found = RaiseAttention(), dict[str, None]()
-        for unit, calls in bodies(self.gm):
-            each = Context(unit, ctx.config, ctx.target, calls)
-            for site in finder.sites(unit.graph):
-                if isinstance(refused := finder.inspect(site, each), Rejection):
-                    found[f"{module_of(site) or source_of(site)}: {refused}"] = None
-        return list(found)
+        found = inspected(RaiseAttention(), self.gm, ctx.config, ctx.target)
+        refused = ((site, why) for site, why in found if isinstance(why, Rejection))
+        return list(dict.fromkeys(f"{module_of(site) or source_of(site)}: {why}" for site, why in refused))
 
     def place_positions(self) -> None:
         if not self.placed:
@@ -299,7 +305,7 @@ class _Whole:
             return self._gathered(node, emit) if self.around is None else self._handed(node, emit)
         op, value = canonical(node), tensor_of(node)
         if op is not None and op.name == "arange" and value is not None and same(value.shape[0], self.tokens):
-            if not counts_from_zero(node):
+            if not counts_from_zero(op):
                 raise _error(
                     Rejection("mask", f"{node.name} counts tokens, and not from zero in steps of one.")
                 )

@@ -196,19 +196,9 @@ def _tensor(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
 
 @_rule("arange")
 def _arange(ev: MaskEvaluator, node: Node, op: Op, index: Index) -> Value:
-    given = [*op["range"]]
-    if len(given) == 1 and "end" not in op.args:
-        given = [0, *given]
-    named = [op.args[key] for key in ("start", "end", "step")[len(given) :] if key in op.args]
-    values = [
-        ev.at(a, (), node)
-        for a in ([0, *named] if not given and "start" not in op.args else [*given, *named])
-    ]
-    tensor = tensor_of(node)
-    if tensor is None or any(getattr(v, "is_Float", False) for v in values):
+    start, end, step = (ev.at(op[name], (), node) for name in ("start", "end", "step"))
+    if tensor_of(node) is None or any(getattr(v, "is_Float", False) for v in (start, end, step)):
         return None
-    start = values[0] if len(values) > 1 else sympy.Integer(0)
-    step = values[2] if len(values) > 2 else sympy.Integer(1)
     return start + step * index[0]
 
 

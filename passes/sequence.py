@@ -22,7 +22,7 @@ from kp_compiler.lowering import ops
 from kp_compiler.metadata import CHECKPOINT_OPS, bodies, tensor_of
 from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
-from kp_compiler.passes.sequence_rules import LOSSES, REDUCTIONS
+from kp_compiler.passes.sequence_rules import ADDS_UP, LOSSES, REDUCTIONS
 from kp_compiler.passes.sequence_sorts import GROUPED, Sorts
 from kp_compiler.passes.sequence_state import (
     POINTWISE,
@@ -41,7 +41,6 @@ from kp_compiler.writes import Writes, storage_of, written
 # Rules that take arguments by their canonical names; of the first, none may be in place
 LAYOUTS = {
     "transpose", "permute", "view", "squeeze", "unsqueeze", "expand", "repeat", "repeat_interleave",
-    "flatten", "unflatten",
 }  # fmt: skip
 CANONICAL = {"linear", "matmul", "bmm", "addmm", "einsum", "outer", "embedding", "cat", "getitem"}
 # What sums become on their way out: sums of them, and parts of a rank's own count or of another number
@@ -188,7 +187,7 @@ class _Tracer(Sorts):
             return half
         op, name = canonical(node), name_of(node)
         if op is not None and name == "arange":
-            return self._positions(node)
+            return self._positions(node, op)
         if name in SIZES and tensor_of(node) is None:
             return None
         if any(each in self.numbers for each in node.all_input_nodes):
@@ -197,13 +196,11 @@ class _Tracer(Sorts):
             return self.grouped(node) if name in GROUPED else None
         if ops.is_attention(node):
             return self._site(node)
+        if name in ADDS_UP and any(self.is_long(each) for each in node.all_input_nodes):
+            raise Mixed("it adds up as many as a rank has tokens")
         if not any(each in self.found.along for each in node.all_input_nodes):
             if self.is_uniform(node, op):
                 self.uniform.add(node)
-            elif name in REDUCTIONS | {"matmul", "bmm", "einsum"} and any(
-                self.is_long(each) for each in node.all_input_nodes
-            ):
-                raise Mixed("it adds up as many as a rank has tokens")
             return None
         if name in POINTWISE:
             return self.pointwise(node)
@@ -250,7 +247,7 @@ class _Tracer(Sorts):
         if name in ("add", "sub"):
             others = [x for x in (first(node), argument(node, 1, "other")) if x not in sums]
             return all(isinstance(x, int | float) and x == 0 for x in others)
-        if name in ("clamp", "clamp_min"):
+        if name == "clamp":
             return all(name_of(user) == "div" and argument(user, 1, "other") is node for user in node.users)
         value = tensor_of(node)
         return value is None or value.dtype is not torch.bool
@@ -261,14 +258,14 @@ class _Tracer(Sorts):
 
     # --------------------------------------------------------------------------------------------- beginnings
 
-    def _positions(self, node: Node) -> Along | None:
+    def _positions(self, node: Node, op: Op) -> Along | None:
         value = tensor_of(node)
         assert value is not None
         if not same(value.shape[0], self.tokens):
             return None
         if self.only_numbers_rows(node):
             return None
-        if counts_from_zero(node):
+        if counts_from_zero(op):
             self.found.positions.append(node)
             return Along(0)
         raise Mixed("it counts tokens, and not from zero in steps of one")
@@ -288,15 +285,7 @@ class _Tracer(Sorts):
         if name in ("cross_entropy", "nll_loss"):
             self._scored(along, value, target)
         else:
-            scored = tensor_of(target)
-            assert scored is not None
-            theirs = self.found.along.get(target)
-            if theirs is None:
-                self._fits(target, along.dim - value.dim())
-            elif replace(theirs, dim=theirs.dim - scored.dim()) != replace(
-                along, dim=along.dim - value.dim()
-            ):
-                raise Mixed("what it compares lies along different dimensions")
+            self.aligned([given, target])
         if any(each in self.found.along for each in set(node.all_input_nodes) - {given, target}):
             raise Mixed("it weighs tokens")
         self.found.sums.append(node)

@@ -145,7 +145,7 @@ class Layouts(State):
             return replace(along, dim=dim, outer=outer, inner=inner)
         raise Mixed("the sequence is not a dimension of what it makes, or one with the batch outside")
 
-    rule_squeeze = rule_flatten = rule_unflatten = rule_view
+    rule_squeeze = rule_view
 
 
 def indexed(along: Along, rank: int, index: Any) -> tuple[Along, int]:

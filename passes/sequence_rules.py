@@ -16,12 +16,12 @@ from kp_compiler.passes.base import same
 from kp_compiler.passes.sequence_layouts import Layouts
 from kp_compiler.passes.sequence_state import Along, Mixed, argument, first
 from kp_compiler.passes.sequence_writes import Written
-from kp_compiler.writes import written
 
 REDUCTIONS = {
     "sum", "mean", "softmax", "log_softmax", "logsumexp", "amax", "amin", "max", "min", "all", "any", "prod",
     "norm", "vector_norm", "linalg_vector_norm", "var", "std", "argmax", "argmin", "cumsum", "cumprod",
 }  # fmt: skip
+ADDS_UP = REDUCTIONS | {"matmul", "bmm", "einsum"}
 LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "kl_div"}
 
 
@@ -34,20 +34,8 @@ class Rules(Layouts, Written):
         out = tensor_of(node)
         if out is None:
             raise Mixed("what it makes is no tensor")
-        found = set()
-        for each in node.all_input_nodes:
-            value, along = tensor_of(each), self.found.along.get(each)
-            if value is not None and along is not None:
-                found.add(replace(along, dim=out.dim() - value.dim() + along.dim))
-        if len(found) != 1:
-            raise Mixed("the sequence lies along different dimensions of what it takes")
-        (along,) = found
-        for each in node.all_input_nodes:
-            if each not in self.found.along:
-                self._fits(each, along.dim - out.dim())
-        if any(each not in self.found.along for each in written(node)):
-            raise Mixed("it writes tokens into what is not shared among ranks")
-        return along
+        along = self.aligned(node.all_input_nodes)
+        return replace(along, dim=along.dim + out.dim())
 
     def rule_linear(self, node: Node, op: Op) -> Along:
         along, value = self._one(node, op["input"]), tensor_of(op["input"])
@@ -63,11 +51,9 @@ class Rules(Layouts, Written):
         left, right = self.found.along.get(op["input"]), self.found.along.get(op["other"])
         first, second, out = (tensor_of(each) for each in (op["input"], op["other"], node))
         assert first is not None and second is not None and out is not None
-        if any(self.is_long(each) for each in node.all_input_nodes):
-            raise Mixed("it adds up as many as a rank has tokens")
         if left is not None and right is not None:
-            moved = {replace(a, dim=a.dim - x.dim()) for a, x in ((left, first), (right, second))}
-            if len(moved) != 1 or next(iter(moved)).dim >= -2:
+            behind = self._from_last(op["input"])
+            if behind != self._from_last(op["other"]) or left.dim >= first.dim() - 2:
                 raise Mixed("it sums over the sequence, or takes tokens with others")
             return replace(left, dim=left.dim - first.dim() + out.dim())
         if left is None:
@@ -110,8 +96,6 @@ class Rules(Layouts, Written):
             raise Mixed("the sequence lies along different dimensions of what it takes")
         ((letter, along),) = letters
         for term, each in zip(terms, operands, strict=True):
-            if self.is_long(each):
-                raise Mixed("it adds up as many as a rank has tokens")
             if each not in self.found.along and letter in term:
                 self._fits(each, term.index(letter) - len(term))
             if term.count(letter) > 1:

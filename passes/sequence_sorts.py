@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from kp_compiler.metadata import tensor_of
-from kp_compiler.normalize import Op
+from kp_compiler.normalize import Op, canonical
 from kp_compiler.passes.base import same
 from kp_compiler.passes.sequence_rules import Rules
 from kp_compiler.passes.sequence_state import (
@@ -35,12 +35,8 @@ from kp_compiler.passes.sequence_state import (
 )
 from kp_compiler.writes import storage_of, written
 
-GROUPED = {
-    "grouped_mm",
-    "_grouped_mm",
-    "grouped_mm_fallback",
-    "grouped_mm_fallback.default",
-}  # the last two: transformers'
+# The last two are transformers'
+GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback.default"}
 _CASTS = {"cast", "to", "type", "type_as", "clone", "detach"}
 
 
@@ -130,11 +126,6 @@ class Sorts(Rules):
         self.numbers[node] = replace(numbers, by=numbers.by * by)
         return self.found.along[given]
 
-    def _rows_div(self, node: Node) -> Along:
-        if node.kwargs.get("rounding_mode") != "floor":
-            raise Mixed("it takes the numbers of a rank's rows for something else than rows")
-        return self._rows_floordiv(node)
-
     def _rows_empty_like(self, node: Node) -> None:
         """Which numbers may be written into."""
         return None
@@ -176,7 +167,7 @@ class Sorts(Rules):
     def _rows_index_add(self, node: Node) -> Along:
         """Rows are added up by token."""
         base, dim, index, source = (
-            argument(node, i, n) for i, n in enumerate(("", "dim", "index", "source"))
+            argument(node, i, n) for i, n in enumerate(("input", "dim", "index", "source"))
         )
         numbers, along = self.numbers.get(index), self.found.along.get(base)
         if numbers is None or numbers.back or along is None or dim != 0 or along.dim != 0:
@@ -210,9 +201,9 @@ class Sorts(Rules):
             return False
         if source in self.found.positions or storage_of(source) in self.writes:  # other numbers, then
             return False
-        value, rows = tensor_of(source), tensor_of(index)
-        assert value is not None and rows is not None
-        return counts_from_zero(source) and same(value.shape[0], rows.shape[0])
+        op, value, rows = canonical(source), tensor_of(source), tensor_of(index)
+        assert op is not None and value is not None and rows is not None
+        return counts_from_zero(op) and same(value.shape[0], rows.shape[0])
 
     def only_numbers_rows(self, node: Node) -> bool:
         """An arange that is nothing but what numbers of rows are turned around by."""
@@ -300,7 +291,7 @@ def _counts(node: Any) -> bool:
             return isinstance(least, int) and least >= 0
         if name == "mod":
             return isinstance(argument(node, 1, "other"), int) and argument(node, 1, "other") > 0
-        if name not in ("view", "flatten", "clone", "transpose", "permute", "getitem", "cast", "to"):
+        if name not in ("view", "clone", "transpose", "permute", "getitem", "cast", "to"):
             return False
         node = given
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,10 +59,10 @@ POINTWISE = {
     "mish", "elu", "selu", "celu", "softplus", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu",
     "logsigmoid", "quick_gelu", "cos", "sin", "rsqrt", "reciprocal", "erf", "square", "nan_to_num",
     "addcmul", "addcdiv", "lerp", "logit", "log1p", "expm1", "log2", "exp2", "sign", "round", "trunc",
-    "ceil", "isnan", "isinf", "isfinite", "atan2", "polar", "real", "imag", "conj", "expand_as",
-    "empty_like", "fmod", "softsign", "threshold",
+    "ceil", "isnan", "isinf", "isfinite", "atan2", "polar", "real", "imag", "conj", "empty_like",
+    "fmod", "softsign", "threshold",
 }  # fmt: skip
-_SHAPES = {"view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "flatten", "unflatten"}
+_SHAPES = {"view", "expand", "unsqueeze", "squeeze", "transpose", "permute"}
 SIZES = {"size", "dim", "getattr"}  # names of what asks a tensor for numbers
 
 
@@ -92,6 +92,22 @@ class State:
         value = tensor_of(node)
         return node in self.uniform and value is not None and any(same(n, self.tokens) for n in value.shape)
 
+    def aligned(self, several: Iterable[Node]) -> Along:
+        """Where the sequence lies in all of some nodes that broadcast together, counted from the last
+        dimension."""
+        found = {along for each in several if (along := self._from_last(each)) is not None}
+        if len(found) != 1:
+            raise Mixed("the sequence lies along different dimensions of what it takes")
+        (along,) = found
+        for each in several:
+            if each not in self.found.along:
+                self._fits(each, along.dim)
+        return along
+
+    def _from_last(self, node: Node) -> Along | None:
+        value, along = tensor_of(node), self.found.along.get(node)
+        return None if value is None or along is None else replace(along, dim=along.dim - value.dim())
+
     def _fits(self, each: Node, dim: int) -> None:
         """What is not shared has nothing for single tokens, which lie along `dim`, counted from the last."""
         value = tensor_of(each)
@@ -112,13 +128,9 @@ def is_mask(node: Node) -> bool:
     return value is not None and value.dtype in (torch.bool, torch.uint8)
 
 
-def counts_from_zero(node: Node) -> bool:
+def counts_from_zero(op: Op) -> bool:
     """Whether an arange is 0, 1, 2, …"""
-    alone = len(node.args) == 1 and "end" not in node.kwargs
-    names = ("end",) if alone else ("start", "end", "step")
-    given = dict(zip(names, node.args, strict=False))
-    given |= {name: node.kwargs[name] for name in ("start", "end", "step") if name in node.kwargs}
-    return given.get("start", 0) in (0, None) and given.get("step", 1) == 1
+    return op["start"] == 0 and op["step"] == 1
 
 
 def product(sizes: Iterable[Any]) -> Any:

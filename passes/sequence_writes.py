@@ -60,11 +60,10 @@ class Written(State):
             views[each] = along
             along, rank = indexed(along, rank, part)
         if isinstance(source, Node):
-            theirs, given = self.found.along.get(source), tensor_of(source)
-            assert given is not None
+            theirs = self._from_last(source)
             if theirs is None:
                 self._fits(source, along.dim - rank)
-            elif replace(theirs, dim=theirs.dim - given.dim()) != replace(along, dim=along.dim - rank):
+            elif theirs != replace(along, dim=along.dim - rank):
                 raise Mixed("it writes tokens to others' places")
         self.found.along |= views
         return None
