@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import sys
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -184,10 +185,17 @@ def write(
 ) -> Tensor:  # fmt: skip
     """What `kp::attend` gives, to `out` [B,H,S,E], in q's dtype or float32; returns lse. `start` may lie
     there."""
+    if start is not None:
+        start = (start[0], start[1].contiguous())
+    known = None if operands or blocks or seed is not None else _known(q)
+    if known is not None:
+        tensors = known.results(q, out, start) | {"q": q, "k": k, "v": v}
+        if known.again("forward", plan.spec, plan.block, scalars, tensors):
+            return tensors["lse"]
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     lists = Lists(*blocks[:4]) if blocks else None
     if start is not None:
-        start = (kernels.readable(start[0]), start[1].contiguous())
+        start = (kernels.readable(start[0]), start[1])
     hopper = _hopper(site)
     if hopper is not None and hopper.gains(site):
         kernels = hopper
@@ -201,10 +209,17 @@ def add_gradients(
 ) -> None:  # fmt: skip
     """Add the gradients of q, k and v to what is there, in float32; that of q without the scale. lse and
     delta = rowsum(grad ∘ out) are of results over these and perhaps more keys."""
-    kernels, site = _site(q, k, v, operands, scalars, blocks, None, plan)
-    grad, lse, delta = kernels.readable(grad), lse.contiguous(), delta.contiguous()
-    by_query, by_key = (Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
+    lse, delta = lse.contiguous(), delta.contiguous()
     dq, dk, dv = to
+    known = None if operands or blocks or torch.are_deterministic_algorithms_enabled() else _known(q)
+    if known is not None:
+        tensors = {"lse": lse, "delta": delta, "dk": dk, "dv": dv, "dq": dq, "dout": grad}
+        tensors |= {"q": q, "k": k, "v": v}
+        if known.again(known.ADDING, plan.spec, plan.block, scalars, tensors):
+            return
+    kernels, site = _site(q, k, v, operands, scalars, blocks, None, plan)
+    grad = kernels.readable(grad)
+    by_query, by_key = (Lists(*blocks[i : i + 4]) if blocks else None for i in (0, 4))
     hopper = _hopper_backward(site, grad)
     if hopper is not None:
         hopper.gradients(site, by_key, grad, lse, delta, dq, None, dk, dv)
@@ -331,6 +346,11 @@ def _site(
 
     q, k, v = (kernels.readable(x) for x in (q, k, v))
     return kernels, kernels.Site(plan.spec, q, k, v, operands, scalars, seed, plan.block)
+
+
+def _known(q: Tensor) -> Any:
+    """The module of the Hopper kernels, if they have been launched: it knows calls that were made before."""
+    return sys.modules.get("kp_compiler.lowering.triton.hopper") if q.is_cuda else None
 
 
 def _hopper(site: Any) -> Any:

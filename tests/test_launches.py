@@ -117,3 +117,45 @@ def test_as_many_as_are_kept(monkeypatch: pytest.MonkeyPatch, bound: list[str]) 
     for rows in (128, 130, 140):
         assert attended(*tensors(rows, 64)) < 4e-3
     assert len(hopper._launches.known) <= 3
+
+
+def added_up(offset: int) -> float:
+    """The largest error of out and gradients, of two halves of the keys after the other."""
+    from kp_compiler.lowering import attend
+    from kp_compiler.lowering.triton import attention
+
+    q, k, v = tensors(130, 64)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    keep = torch.arange(130) <= torch.arange(130)[:, None] + offset
+    scores = (leaves[0] @ leaves[1].mT * 0.125).masked_fill(~keep, float("-inf"))
+    want = scores.softmax(-1) @ leaves[2]
+    grad = torch.randn(want.shape).to(HALF)
+    mask = MaskSpec("causal", "k <= q + n0", scalars=1)
+    plan = attend.Plan(AttentionSpec(0.125, mask, dead_rows="zero"))
+    halves = [(k[:, :, :64], v[:, :, :64], [offset]), (k[:, :, 64:], v[:, :, 64:], [offset - 64])]
+    wide, out, start = torch.empty(q.shape), torch.empty_like(q), None
+    for to, (keys, values, scalars) in zip((wide, out), halves, strict=True):
+        lse = attend.write(to, q, keys, values, [], scalars, [], plan, start)
+        start = to, lse
+    delta = attention.delta_of(grad, out, None)
+    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    for (keys, values, scalars), some in zip(halves, (slice(0, 64), slice(64, 130)), strict=True):
+        to = (dq, dk[:, :, some], dv[:, :, some])
+        attend.add_gradients(to, grad, q, keys, values, [], scalars, [], plan, lse, delta)
+    exact = [want, *torch.autograd.grad(want, leaves, grad.double())]
+    return max(relative_error(a, b.detach()) for a, b in zip((out, dq * 0.125, dk, dv), exact, strict=True))
+
+
+def test_calls_alike(monkeypatch: pytest.MonkeyPatch, bound: list[str]) -> None:
+    """Are launched again before anything is looked at; under other numbers they are looked at."""
+    from kp_compiler.lowering import attend
+    from kp_compiler.lowering.triton import hopper
+
+    for name in ("_known", "_hopper", "_hopper_backward"):
+        monkeypatch.setattr(attend, name, lambda *given: hopper)
+    monkeypatch.setattr(hopper, "gains", lambda site: True)
+    looked, site = [], attend._site
+    monkeypatch.setattr(attend, "_site", lambda *given: looked.append(1) or site(*given))
+    for offset, count in ((0, 4), (0, 4), (5, 8), (5, 8), (0, 8)):
+        assert added_up(offset) < 4e-3
+        assert len(looked) == len(bound) == count

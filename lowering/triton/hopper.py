@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
 from kp_compiler.lowering.triton.hopper_source import hopper_parameters, hopper_source
 from kp_compiler.lowering.triton.hopper_text import ROWS, padded
 from kp_compiler.lowering.triton.launches import Launches, alike
+from kp_compiler.specs import AttentionSpec
 from kp_compiler.target import detect
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -38,6 +39,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 # (2026-11-27): forward, 4k and 8k tokens, 620 and 663, with half as much 608 and 648. Backward, one sequence
 # of 8k, 16 heads for 4 of keys, and one of 16k, 16 heads: 529 and 586, with half as much 378 and 569.
 _FORWARD, _BACKWARD = 32 * 2**20, 64 * 2**20
+ADDING = ("backward", True, False)  # a launch that adds gradients to what is there
 
 
 def takes(site: Site) -> bool:
@@ -89,17 +91,13 @@ def forward(
     site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """As `triton.attention.forward`, for a site that it `takes`."""
-    lse = torch.empty(site.q.shape[:3], dtype=torch.float32, device=site.q.device)
-    taken = torch.zeros(1, dtype=torch.int32, device=site.q.device)  # items beside the first ones
-    tensors = {"out": out, "lse": lse, "taken": taken}
-    if start is not None:
-        tensors |= {"start_out": start[0], "start_lse": start[1]}
+    tensors = results(site.q, out, start)
 
     def prepared(found: dict[str, Any]) -> Prepared:
         tile = _tile("hopper forward", site)
         wide = out.dtype != site.q.dtype
         layout = site.layout("forward", tile, start=start is not None, wide=wide)
-        found |= forward_arguments(site, out, lse, start)
+        found |= forward_arguments(site, out, tensors["lse"], start)
         found["q"] = _descriptor(site.q, ROWS)
         if not wide:
             found["out"] = _descriptor(out, ROWS)
@@ -113,7 +111,15 @@ def forward(
         return Prepared("kp_attention_hopper", text, names, programs, tile.warps)
 
     _launch("forward", site, lists, tensors, prepared)
-    return lse
+    return tensors["lse"]
+
+
+def results(q: Tensor, out: Tensor, start: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """What a forward kernel writes to, beside q, k and v: `out`, lse, and how many items are taken."""
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)  # beside the first ones
+    tensors = {"out": out, "lse": lse, "taken": taken}
+    return tensors if start is None else tensors | {"start_out": start[0], "start_lse": start[1]}
 
 
 class Prepared(NamedTuple):
@@ -129,6 +135,21 @@ class Prepared(NamedTuple):
 _launches = Launches()
 
 
+def again(
+    kind: Any, spec: AttentionSpec, block: tuple[int, int] | None, scalars: Sequence[int],
+    tensors: dict[str, Tensor],
+) -> bool:  # fmt: skip
+    """Launch a kernel as the last time with arguments alike, if there was one: what `takes` and `gains` ask
+    for is the same then, and need not be asked again."""
+    q = tensors["q"]
+    launch = _launches.find((kind, spec, block, tuple(scalars), q.device, alike(tensors)))
+    if launch is None or any(x.device != q.device for x in tensors.values()):
+        return False
+    with torch.cuda.device_of(q):
+        launch(tensors)
+    return True
+
+
 def _launch(
     kind: Any, site: Site, lists: Lists | None, tensors: dict[str, Tensor],
     prepared: Callable[[dict[str, Any]], Prepared],
@@ -137,17 +158,14 @@ def _launch(
     knows to the arguments."""
     listed = lists.arguments() if lists is not None else {}
     tensors |= site.tensors() | {name: x for name, x in listed.items() if isinstance(x, Tensor)}
-    key = (kind, site.spec, site.block, tuple(site.scalars), site.q.device, alike(tensors))
-    again = None if site.tiles else _launches.find(key)
-    if again is not None:
-        with torch.cuda.device_of(site.q):
-            again(tensors)
+    if not site.tiles and again(kind, site.spec, site.block, site.scalars, tensors):
         return
     found = site.arguments() | listed | tensors
     given = prepared(found)
     grid, arguments = (given.programs,), {name: found[name] for name in given.names}
     kernel = run(site, given.function, given.text, given.names, found, grid, given.warps)
     if not site.tiles:
+        key = (kind, site.spec, site.block, tuple(site.scalars), site.q.device, alike(tensors))
         _launches.keep(key, kernel, grid, arguments)
 
 
