@@ -67,7 +67,10 @@ class Attempt:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST)
         if outcome == "failed":
-            raise KPExchangeError(f"rank {self.rank} waited for the others to finish, of which one failed")
+            place = f"rank {self.members.index(self.rank)} of {len(self.members)}"
+            raise KPExchangeError(
+                f"{self.key}: {place} waited for the others to finish, one of which failed or was late"
+            )
 
     def forget(self) -> None:
         """Its keys, once a later attempt of the same members is done."""

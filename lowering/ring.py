@@ -14,7 +14,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kp_compiler.config import Ranks
@@ -71,7 +70,7 @@ class Plan:
     def peers(self) -> Peers:
         """Raises ValueError where the group is not the one that the graph was compiled for."""
         group = group_named(self.group)
-        here = (dist.get_rank(group), dist.get_world_size(group))
+        here = (group.rank(), group.size())
         if here != (self.rank, self.size):
             raise ValueError(
                 f"kp::context_attention: compiled for rank {self.rank} of {self.size}, this is {here[0]} of "

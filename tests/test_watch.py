@@ -25,6 +25,12 @@ class Event:
         return self.over
 
 
+@pytest.fixture(autouse=True)
+def timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group is its own timeout here."""
+    monkeypatch.setattr(watch, "_timeout", lambda group: group)
+
+
 def flight(told: str, event: Event, *, age: float = 0.0, timeout: float = 600.0) -> Flight:
     return Flight(told, event, time.monotonic() - age, timeout)  # type: ignore[arg-type]
 
@@ -52,11 +58,10 @@ def test_what_is_late() -> None:
 
 def test_it_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(watch, "PERIOD", 0.01)
-    monkeypatch.setattr(watch, "_timeout", lambda group: 0.5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     mine, work = Watch(), Event()
     monkeypatch.setattr(torch.cuda, "Event", lambda: work)
-    group: Any = None
+    group: Any = 0.5
     with caplog.at_level(logging.ERROR, logger="kp_compiler"):
         mine.add("layers.0: rank 0 of 2 waited for keys of step 1 from rank 1", group)
         time.sleep(1.0)

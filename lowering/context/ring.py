@@ -78,7 +78,7 @@ def forward(shard: Shard, peers: Peers | None, q: Tensor, k: Tensor, v: Tensor) 
     for mine, _, steps in _rounds(shard, peers, q, k, v):
         results = shard.results(out[:, mine], itertools.chain(*shard.pieces), mine)
         for source, key, value in steps:
-            shard.attend(q[:, mine], key, value, shard.pieces[source], results)
+            shard.attend(q[:, mine], key, value, shard.pieces_of(source, results), results)
         lses.append(results.finish())
     return out, torch.cat(lses, 1)
 
@@ -151,8 +151,8 @@ def backward(
         for source, key, value in steps:
             dk, dv = found = own if source == shard.rank else [zeros(x) for x in (key, value)]
             shard.add_gradients(
-                grad[:, mine], q[:, mine], key, value, shard.pieces[source], lse[:, mine], delta[:, mine], dq,
-                dk, dv,
+                grad[:, mine], q[:, mine], key, value, shard.pieces_of(source), lse[:, mine], delta[:, mine],
+                dq, dk, dv,
             )  # fmt: skip
             if source == shard.rank:
                 continue

@@ -23,12 +23,12 @@ MARGIN = 5.0  # seconds before the group's timeout at which it is told, a tenth 
 
 @dataclass(frozen=True)
 class Flight:
-    """An exchange that a stream waits for, as an error says it, since when, and for how long it may take."""
+    """An exchange that a stream waits for, as an error says it, of whom, and since when."""
 
     told: str
     event: torch.cuda.Event
     start: float
-    timeout: float
+    group: dist.ProcessGroup
 
     @property
     def over(self) -> bool:
@@ -51,7 +51,7 @@ class Watch:
         event = torch.cuda.Event()
         event.record()
         self.oldest()
-        self.flights.append(Flight(told, event, time.monotonic(), _timeout(group)))
+        self.flights.append(Flight(told, event, time.monotonic(), group))
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, name="kp exchanges", daemon=True)
             self.thread.start()
@@ -72,8 +72,9 @@ class Watch:
             first = self.flights[0] if self.flights else None
         if first is None:
             return None
-        left = first.start + first.timeout - time.monotonic()
-        return first if left <= min(MARGIN, first.timeout / 10) and not first.over else None
+        timeout = _timeout(first.group)
+        left = first.start + timeout - time.monotonic()
+        return first if left <= min(MARGIN, timeout / 10) and not first.over else None
 
     def _run(self) -> None:
         told = None
