@@ -23,7 +23,7 @@ from kp_compiler import cost
 from kp_compiler.config import sharing
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.lowering.context.ring import CHUNKS, ROWS, keys_are_most
+from kp_compiler.lowering.context.ring import CHUNKS, MANY, MOST, ROWS, keys_are_most
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -77,15 +77,16 @@ class Sizes:
 
     def chunks(self, times: int) -> Any:
         """As `ring.count_of`: forward, once the rows, backward twice."""
-        return self._chunks(self.kv_heads, times)
+        return self._chunks(CHUNKS, self.kv_heads, ROWS * times)
 
-    def _chunks(self, of_heads: Any, times: int) -> Any:
-        rows = sympy.floor(self.batch * self.heads * self.queries / (ROWS * times))
-        return sympy.Max(1, sympy.Min(CHUNKS, of_heads, rows))
+    def _chunks(self, most: Any, of_heads: Any, each: Any) -> Any:
+        rows = sympy.floor(self.batch * self.heads * self.queries / each)
+        return sympy.Max(1, sympy.Min(most, of_heads, rows))
 
     def ring_chunks(self, *, backward: bool) -> Any:
         """As `ring.ring_count`, where readers of a key head can be divided evenly."""
-        count = self.chunks(2) if backward else self._chunks(self.heads, 1)
+        most = sympy.Piecewise((MOST, self.heads >= MANY * self.kv_heads), (CHUNKS, True))
+        count = self.chunks(2) if backward else self._chunks(most, self.heads, sympy.Rational(ROWS, 2))
         one = not backward and keys_are_most(self.heads, self.kv_heads)
         return sympy.Piecewise((1, one), (count, count > 2), (1, True))
 

@@ -308,12 +308,6 @@ def test_pieces_are_few() -> None:
     for shard in (first, second):
         own = [(piece.parts, piece.keys) for piece in shard.pieces[shard.rank]]
         assert own == [((0,), slice(0, 16)), ((1,), slice(0, 32))]
-        (whole,) = shard.pieces_of(shard.rank)
-        assert (whole.parts, whole.keys) == ((0, 1), slice(0, 32))
-        results = shard.results(torch.empty(1, 1, 32, 8), itertools.chain(*shard.pieces))
-        assert len(shard.pieces_of(shard.rank, results)) == (
-            2 if shard is first else 1
-        )  # whose own are its last
     ((other,), (another,)) = (shard.pieces[1 - shard.rank] for shard in (first, second))
     assert (other.parts, other.keys, other.task.mask) == ((1,), slice(0, 32), None)
     assert (another.parts, another.keys) == ((0, 1), slice(0, 16))
@@ -331,7 +325,7 @@ def test_results_are_wide_until_their_last_keys() -> None:
     out = torch.full_like(q, float("nan"))
     results = shard.results(out, itertools.chain(*shard.pieces))
     for source, done in ((1, []), (0, [0]), (2, [0, 1])):
-        shard.attend(q, k, v, shard.pieces_of(source, results), results)
+        shard.attend(q, k, v, shard.pieces[source], results)
         assert [i for i in range(2) if not out[:, :, 16 * i : 16 * i + 16].isnan().any()] == done
     assert results.finish().shape == (1, 2, 32)
 

@@ -118,12 +118,12 @@ def one_after_the_other(
         shard = Shard(spec, layout, rank, operands, scalars)
         outs.append(by_row(q, value.shape[3]).fill_(float("nan")))
         results = shard.results(outs[-1], itertools.chain(*shard.pieces))
-        for source, (_, k, v, _) in enumerate(parts):
-            shard.attend(q, k, v, shard.pieces_of(source, results), results)
+        for (_, k, v, _), pieces in zip(parts, shard.pieces, strict=True):
+            shard.attend(q, k, v, pieces, results)
         lse = results.finish()
         dq = torch.zeros_like(q, dtype=wide(q))
         delta = engine(q).delta_of(grad, outs[-1])
-        for source, ((_, k, v, _), dk, dv) in enumerate(zip(parts, dks, dvs, strict=True)):
-            shard.add_gradients(grad, q, k, v, shard.pieces_of(source), lse, delta, dq, dk, dv)
+        for (_, k, v, _), pieces, dk, dv in zip(parts, shard.pieces, dks, dvs, strict=True):
+            shard.add_gradients(grad, q, k, v, pieces, lse, delta, dq, dk, dv)
         dqs.append(dq * spec.scale)
     return [layout.joined(each, 2) for each in (outs, dqs, dks, dvs)]

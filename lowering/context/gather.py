@@ -27,7 +27,8 @@ def forward(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tupl
     out, lses = by_row(q, v.shape[3]), []
     for mine, _, keys, values in _gathered(shard, peers, q, k, v):
         results = shard.results(out[:, mine], shard.pieces_of_all, mine)
-        shard.attend(q[:, mine], keys, values, shard.pieces_of_all, results)
+        longest_first = sorted(shard.pieces_of_all, key=lambda piece: piece.keys.start - piece.keys.stop)
+        shard.attend(q[:, mine], keys, values, longest_first, results, apart=True)
         lses.append(results.finish())
     return out, torch.cat(lses, 1)
 

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from kp_compiler.lowering.attend import by_row
 from kp_compiler.lowering.context.exchange import Peers, Pending
-from kp_compiler.lowering.context.shard import Shard, wide
+from kp_compiler.lowering.context.shard import Pieces, Shard, wide
 
 CHUNKS = 4  # at most
+# Of a ring's forward pass where a head of keys has so many readers: little travels then, and results of a
+# quarter of the heads in float32 alone take more than a ring may
+MOST, MANY = 8, 16
 # Queries of all heads of a chunk, at least: a thousand tiles for a kernel. Twice as many in the backward
 # pass, where a program goes through all heads that read the same keys: 32 heads for 8 of keys, 32k tokens on
 # two GPUs, forward and backward 33.0 ms in four chunks, 29.8 in two (two H200, 2026-11-27)
@@ -52,15 +55,17 @@ def ring_count(shard: Shard, q: Tensor, k: Tensor, *, backward: bool) -> int:
     """How many chunks go round. One is fastest: 32k tokens of 16 heads take 3.9 ms, in two chunks 6.1, in
     four 4.3; 64k take 15.1 ms, in four chunks 15.8 (two H200, 2026-11-28). Results of all heads in float32
     take twice the memory of queries, which is the most there is unless keys and values take as much: else a
-    part of the heads goes after the other. Two chunks would take nearly as much memory as one. A forward pass
-    may divide the readers of a key head, unless they choose their blocks together."""
+    part of the heads goes after the other, of fewer rows than elsewhere. Two chunks would take nearly as much
+    memory as one. A forward pass may divide the readers of a key head, unless they choose their blocks
+    together."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if backward:
         count = count_of(q, k, backward=True)
     elif keys_are_most(heads, kv_heads):
         count = 1
     else:
-        count = chunk_count(heads, q.shape[:3].numel())
+        most = MOST if heads >= MANY * kv_heads else CHUNKS
+        count = max(1, min(most, heads, 2 * q.shape[:3].numel() // ROWS))
         each = count // kv_heads
         if each and (shard.spec.sparse is not None or (heads // kv_heads) % each):
             each = 1
@@ -77,13 +82,13 @@ def forward(shard: Shard, peers: Peers | None, q: Tensor, k: Tensor, v: Tensor) 
     out, lses = by_row(q, v.shape[3]), []
     for mine, _, steps in _rounds(shard, peers, q, k, v):
         results = shard.results(out[:, mine], itertools.chain(*shard.pieces), mine)
-        for source, key, value in steps:
-            shard.attend(q[:, mine], key, value, shard.pieces_of(source, results), results)
+        for _, pieces, key, value in steps:
+            shard.attend(q[:, mine], key, value, pieces, results)
         lses.append(results.finish())
     return out, torch.cat(lses, 1)
 
 
-Step = tuple[int, Tensor, Tensor]  # a rank, its keys and values
+Step = tuple[int, Pieces, Tensor, Tensor]  # a rank, what of its keys is seen, its keys and values
 
 
 def _rounds(
@@ -91,7 +96,9 @@ def _rounds(
 ) -> Iterator[tuple[slice, slice, Iterator[Step]]]:
     """Of each chunk, heads of q and of k, and the keys and values of the ranks that some rank sees. The next
     are on their way while these are used, those of the next chunk, too: this rank's own come first in the
-    first chunk, which has nothing else yet, and last in others, beside what is on its way back."""
+    first chunk, which has nothing else yet, and last in others, beside what is on its way back, as do in a
+    backward pass all but the first of their pieces: 32k tokens of 16 heads waited 1.0 of 16.2 ms for their
+    gradients (two H200, 2026-11-28)."""
     every = chunks(q, k, ring_count(shard, q, k, backward=backward))
     coming: Pending[list[Tensor]] | None = None
 
@@ -103,18 +110,22 @@ def _rounds(
 
     def steps(chunk: int) -> Iterator[Step]:
         nonlocal coming
-        own = (shard.rank, *(x[:, every[chunk][1]] for x in (k, v)))
+        own = [x[:, every[chunk][1]] for x in (k, v)]
+        pieces = list(shard.pieces[shard.rank])
         if chunk == 0:
             coming = begin(0)
-            yield own
+            first = pieces[:1] if backward else pieces
+            pieces = pieces[len(first) :]
+            yield shard.rank, first, own[0], own[1]
         for step in range(1, shard.reach + 1):
             assert peers is not None and coming is not None
             pair, last = coming.wait(), step == shard.reach
             coming = None  # what was sent is not needed any more
             coming = begin(chunk + 1) if last else peers.shift(pair, f"{KEYS} of step {step + 1}")
-            yield (shard.rank - step) % shard.layout.size, *by_head(pair)
-        if chunk > 0:
-            yield own
+            source, (key, value) = (shard.rank - step) % shard.layout.size, by_head(pair)
+            yield source, shard.pieces[source], key, value
+        if pieces:
+            yield shard.rank, pieces, own[0], own[1]
 
     for chunk, (mine, theirs) in enumerate(every):
         yield mine, theirs, steps(chunk)
@@ -148,11 +159,10 @@ def backward(
     for mine, theirs, steps in _rounds(shard, peers, q, k, v, backward=True):
         dq, own = zeros(q[:, mine]), [zeros(x[:, theirs]) for x in (k, v)]
         coming: Pending[list[Tensor]] | None = None
-        for source, key, value in steps:
+        for source, pieces, key, value in steps:
             dk, dv = found = own if source == shard.rank else [zeros(x) for x in (key, value)]
             shard.add_gradients(
-                grad[:, mine], q[:, mine], key, value, shard.pieces_of(source), lse[:, mine], delta[:, mine],
-                dq, dk, dv,
+                grad[:, mine], q[:, mine], key, value, pieces, lse[:, mine], delta[:, mine], dq, dk, dv
             )  # fmt: skip
             if source == shard.rank:
                 continue

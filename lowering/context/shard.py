@@ -30,7 +30,6 @@ class Piece:
 
 
 Pieces = Sequence[Piece]
-Divided = tuple[list[Pieces], Piece | None]  # by whose keys; and all queries with the rank's own
 
 
 @dataclass
@@ -44,11 +43,6 @@ class Results:
     sink: Tensor | None = None  # [H]
     lses: dict[int, Tensor] = field(default_factory=dict)  # [B,H,part] of each part
     wide: Tensor | None = None
-
-    @property
-    def are_alike(self) -> bool:
-        """Whether all parts are."""
-        return len(list(self.alike(range(len(self.left))))) == 1
 
     def alike(self, parts: Iterable[int]) -> Iterator[tuple[int, ...]]:
         """Neighbours that have, or have not, seen anything yet, and that this is, or is not, the last of."""
@@ -106,19 +100,12 @@ class Shard:
     operands: Sequence[Tensor]
     scalars: Sequence[int]
 
-    @property
+    @cached_property
     def pieces(self) -> list[Pieces]:
         """Of this rank's queries and the keys of each rank, as few as hold everything that the mask keeps."""
-        return self._divided[0]
-
-    @cached_property
-    def _divided(self) -> Divided:
         if not self.spec.mask.tensors and not self._ordered:
-            return _divided(self.spec, self.layout, self.rank, tuple(self.scalars))
-        return self._divide()
-
-    def _divide(self) -> Divided:
-        return [list(self._with(source)) for source in range(self.layout.size)], self._whole()
+            return _pieces(self.spec, self.layout, self.rank, tuple(self.scalars))
+        return [list(self._with(source)) for source in range(self.layout.size)]
 
     @property
     def reach(self) -> int:
@@ -135,14 +122,6 @@ class Shard:
         given = [self.operands[index] for index in self.spec.mask.tensors]
         return self._in_order(self.layout.starts(self.rank), self.layout.parts, given)
 
-    def pieces_of(self, source: int, results: Results | None = None) -> Pieces:
-        """Of this rank's queries and a rank's keys. Its own are one piece where the mask asks for nothing but
-        the order of tokens, unless results go to several places."""
-        whole = self._divided[1] if source == self.rank else None
-        if whole is None or (results is not None and not results.are_alike):
-            return self.pieces[source]
-        return [whole]
-
     def results(self, out: Tensor, pieces: Iterable[Piece], heads: slice = slice(None)) -> Results:
         """Nothing yet, of some heads that will see these pieces."""
         seen = [i for piece in pieces for i in piece.parts]
@@ -152,14 +131,12 @@ class Shard:
             sink = sink[heads]
         return Results(out, self.layout.part, left, None if sink is None else sink.expand(out.shape[1]))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, results: Results) -> None:
-        """Take keys that were given into the results: pieces of different parts beside each other, those with
-        the most keys first."""
-        every = [part for piece in pieces for part in piece.parts]
-        apart = len(every) if len(set(every)) == len(every) else 1
-        longest_first = sorted(pieces, key=lambda each: each.keys.start - each.keys.stop)
-        launches = ((piece, parts) for piece in longest_first for parts in results.alike(piece.parts))
-        with engine(q).beside(q, apart) as turn:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, results: Results, *, apart: bool = False
+    ) -> None:
+        """Take keys that were given into the results. Pieces of different parts may be computed `apart`."""
+        launches = ((piece, parts) for piece in pieces for parts in results.alike(piece.parts))
+        with engine(q).beside(q, len(pieces) if apart else 1) as turn:
             for piece, parts in launches:
                 start, place = results.before(parts), results.place(parts)
                 sink = results.sink if start is None else None
@@ -240,16 +217,6 @@ class Shard:
         """The mask's operands for the rank's own tokens, in their order."""
         return [self.layout.taken(self.rank, self.operands[index]) for index in self.spec.mask.tensors]
 
-    def _whole(self) -> Piece | None:
-        """All of this rank's queries with its own keys; see `pieces_of`."""
-        each, size, mask = self.layout.each, self.layout.each * self.layout.part, self.spec.mask
-        if each == 1 or self._ordered or self.spec.sparse is not None or not pairs.by_order(mask):
-            return None
-        task = Task(self.spec)
-        if self._relation(0, size, 0, size) != "all":
-            task = Task(self.spec, pairs.numbered(mask), self._own, self.scalars)
-        return Piece(tuple(range(each)), slice(0, size), task)
-
     @property
     def _ordered(self) -> bool:
         return isinstance(self.layout, Ordered)
@@ -293,8 +260,9 @@ def _span(parts: Sequence[int], size: int) -> slice:
 
 
 @lru_cache(maxsize=1024)
-def _divided(spec: AttentionSpec, layout: Layout, rank: int, scalars: tuple[int, ...]) -> Divided:
-    return Shard(spec, layout, rank, (), scalars)._divide()
+def _pieces(spec: AttentionSpec, layout: Layout, rank: int, scalars: tuple[int, ...]) -> list[Pieces]:
+    shard = Shard(spec, layout, rank, (), scalars)
+    return [list(shard._with(source)) for source in range(layout.size)]
 
 
 @lru_cache(maxsize=1024)
