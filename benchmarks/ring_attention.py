@@ -187,9 +187,9 @@ def peak(step: Step) -> float:
     return float(found)
 
 
-def alone(tensors: list[Tensor], repeats: int) -> dict[tuple[str, str], float]:
-    """cuDNN's and kp's kernels on the first GPU, seconds by name and mode, while the others make the same
-    calls on tensors of a few tokens; and kp's on every GPU at once, of the slowest."""
+def alone(tensors: list[Tensor]) -> dict[str, Step]:
+    """cuDNN's and kp's kernels on the first GPU, while the others make the same calls on tensors of a few
+    tokens; and kp's on every GPU at once."""
     mine = tensors if dist.get_rank() == 0 else [x[:, :, :256] for x in tensors]
     steps: dict[str, Step] = {}
     for name, call, (q, k, v, grad) in (
@@ -198,7 +198,7 @@ def alone(tensors: list[Tensor], repeats: int) -> dict[tuple[str, str], float]:
         (EACH, kp_alone, tensors),
     ):
         steps |= {f"{name}/forward": forward(call, [q, k, v]), f"{name}/both": both(call, [q, k, v], grad)}
-    return {tuple(name.split("/")): s for name, s in timed(steps, repeats).items()}  # type: ignore[misc]
+    return steps
 
 
 def error(got: Tensor, tensors: list[Tensor], places: Tensor) -> float:
@@ -218,9 +218,8 @@ def measure(length: int, heads: int, kv_heads: int, options: Any) -> list[dict[s
     size, rank = dist.get_world_size(), dist.get_rank()
     tensors = whole(length, heads, kv_heads)
     layouts = {kind: Layout(kind, size, length).positions(rank, "cuda") for kind in ("zigzag", "contiguous")}  # type: ignore[arg-type]
-    found: dict[tuple[str, str], float] = alone(tensors, options.repeats)
     memory: dict[str, float] = {}
-    steps: dict[str, Step] = {}
+    steps = alone(tensors)
     for name in options.providers:
         if name == "by hand" and kv_heads % size:
             continue  # heads that ranks can't have a part each of
@@ -229,7 +228,8 @@ def measure(length: int, heads: int, kv_heads: int, options: Any) -> list[dict[s
                 steps[f"{name}/{mode}"] = step
                 step()
                 memory[f"{name}/{mode}"] = peak(step)
-    found |= {tuple(key.split("/")): s for key, s in timed(steps, options.repeats).items()}  # type: ignore[misc]
+    found: dict[tuple[str, str], float]
+    found = {tuple(key.split("/")): s for key, s in timed(steps, options.repeats).items()}  # type: ignore[misc]
     errors = {"kp": error(kp_alone(*tensors[:3]), tensors, torch.arange(length, device="cuda"))}
     for name in (name for name in options.providers if name in SCHEDULES):  # in the same order on all ranks
         errors[name] = error(steps[f"{name}/forward"](), tensors, layouts["zigzag"])

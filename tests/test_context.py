@@ -233,6 +233,23 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
 
 
+def test_readers_of_one_key_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of some after the other, each stream's with sums of its own."""
+    from kp_compiler.lowering.context import kernels, shard
+
+    monkeypatch.setattr(shard, "engine", lambda q: kernels)
+    monkeypatch.setattr(kernels, "ROWS", 1)
+    spec, layout = AttentionSpec(0.3, MASKS["causal"][0]), Layout("zigzag", 2, 48)
+    whole = [torch.randn(1, heads, 48, 16).half() for heads in (6, 1, 1)]
+    assert kernels._readers(*whole[:2], Task(spec)) == [slice(i, i + 1) for i in range(6)]
+    leaves = [x.double().requires_grad_() for x in whole]
+    want = reference.attention_over(*leaves, [], [], spec)
+    grad = torch.randn(want.shape).half()
+    exact = torch.autograd.grad(want, leaves, grad.double())
+    found = one_after_the_other(layout, spec, [], [], [*whole, grad])
+    assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
+
+
 @pytest.mark.parametrize("name", ["causal", "window", "documents"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_blocks_are_chosen_as_by_one_process(name: str, shared: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kp_compiler.lowering import reference
 from kp_compiler.lowering.attend import Plan, attend
 from kp_compiler.lowering.block_mask import BLOCK, lists_now
+from kp_compiler.lowering.context import kernels
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.specs import AttentionSpec
 from tests.helpers import relative_error
@@ -64,6 +65,15 @@ def alone_on(
 def test_errors(name: str, kind: str, size: int) -> None:
     for what, (mine, theirs) in errors(name, kind, size, (4, 2), 64).items():
         assert mine <= PER_RANK * theirs, (what, mine, theirs)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (6, 1)])
+def test_readers_beside_each_other(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]) -> None:
+    """Of one key head, in the backward pass; a race would be seen in one of several runs."""
+    monkeypatch.setattr(kernels, "ROWS", 2**9)
+    for _ in range(5):
+        for what, (mine, theirs) in errors("causal", "zigzag", 2, heads, 64).items():
+            assert mine <= PER_RANK * theirs, (what, mine, theirs)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
