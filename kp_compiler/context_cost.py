@@ -22,7 +22,9 @@ import sympy
 from kp_compiler import cost
 from kp_compiler.config import sharing
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
+from kp_compiler.lowering.context import readers
 from kp_compiler.lowering.context.layout import Kind
+from kp_compiler.lowering.context.readers import PROGRAMS
 from kp_compiler.lowering.context.ring import CHUNKS, MANY, MOST, ROWS, keys_are_most
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
@@ -38,10 +40,6 @@ LATENCY = 20e-6  # seconds of one exchange
 # Times the forward pass. There are 2.5 times the products, at a lower rate: 2.98 to 3.07 times as long on one
 # H200 (benchmarks/ring_attention.py, 2026-11-27), 3.3 on an H100 at 32k (benchmarks/attention_kernels.py)
 BACKWARD = 3
-# Keys of a program of the backward pass, which goes through all queries that read them, and programs that an
-# H100 runs at a time. One key head, 32k tokens on two: a ring's have 64 parts of keys, and take twice as long
-# as arithmetic (two H200, 2026-11-28)
-TILE, PROGRAMS = 128, 132
 
 
 @dataclass(frozen=True)
@@ -77,16 +75,17 @@ class Sizes:
 
     def chunks(self, times: int) -> Any:
         """As `ring.count_of`: forward, once the rows, backward twice."""
-        return self._chunks(CHUNKS, self.kv_heads, ROWS * times)
+        return self._chunks(CHUNKS, self.kv_heads, sympy.Rational(1, times))
 
-    def _chunks(self, most: Any, of_heads: Any, each: Any) -> Any:
-        rows = sympy.floor(self.batch * self.heads * self.queries / each)
+    def _chunks(self, most: Any, of_heads: Any, times: Any) -> Any:
+        rows = sympy.floor(times * self.batch * self.heads * self.queries / ROWS)
         return sympy.Max(1, sympy.Min(most, of_heads, rows))
 
     def ring_chunks(self, *, backward: bool) -> Any:
         """As `ring.ring_count`, where readers of a key head can be divided evenly."""
-        most = sympy.Piecewise((MOST, self.heads >= MANY * self.kv_heads), (CHUNKS, True))
-        count = self.chunks(2) if backward else self._chunks(most, self.heads, sympy.Rational(ROWS, 2))
+        many = self.heads >= MANY * self.kv_heads
+        most, times = (sympy.Piecewise((a, many), (b, True)) for a, b in ((MOST, CHUNKS), (2, 1)))
+        count = self.chunks(2) if backward else self._chunks(most, self.heads, times)
         one = not backward and keys_are_most(self.heads, self.kv_heads)
         return sympy.Piecewise((1, one), (count, count > 2), (1, True))
 
@@ -133,31 +132,37 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind, of: Sizes = SYMBOL
 def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     step = _arithmetic(spec, layout, of) / of.ranks
     parts = sympy.Piecewise((1, sympy.Eq(of.ranks, 1)), (2, True)) if layout == "zigzag" else 1
-    back, steps = BACKWARD * step / _busy(of, of.queries / parts), of.ranks - 1
+    back, steps = BACKWARD * step / _busy(of, of.queries / parts, of.queries / parts), of.ranks - 1
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
     count, fewer = (of.ring_chunks(backward=backward) for backward in (False, True))
     # what comes, what goes on, and a chunk's own as it goes
     moved, again = (of.width * of.keys * (2 + sympy.Min(1, c - 1)) for c in (count, fewer))
     last = gradients + LATENCY
+    if (
+        layout == "zigzag" and "causal" in spec.mask.parts
+    ):  # it goes beside all but the first of its own pieces
+        last = sympy.Max(0, last - sympy.Rational(3, 4) * back)
     return Formula(
         step + steps * sympy.Max(step, one) + 2 * of.ranks * count * KERNEL,
         back + steps * sympy.Max(back, one + gradients) + last / fewer + 2 * of.ranks * fewer * KERNEL,
-        (moved + of.float32(of.value_dim)) / count,
+        moved / sympy.Min(count, of.kv_heads) + of.float32(of.value_dim) / count,
         (again + of.float32(of.head_dim) + 5 * 4 * of.keys) / fewer,  # of this chunk, and of the one before
     )
 
 
-def _busy(of: Sizes, keys: Any) -> Any:
+def _busy(of: Sizes, keys: Any, queries: Any) -> Any:
     """The part of a GPU that has something to do in a backward pass over so many keys at a time, as long as
-    that is one round of programs or two."""
-    rounds = of.batch * of.kv_heads * keys / TILE / of.programs
-    return sympy.Piecewise((rounds / sympy.ceiling(rounds), rounds < 2), (1, True))
+    that is one round of programs or two, and readers of a head are too few to be divided: one key head, parts
+    of 8k keys have 64 programs, and took twice as long as arithmetic (two H200, 2026-11-28)."""
+    rounds = of.batch * of.kv_heads * keys / readers.KEYS / of.programs
+    divided = sympy.And(of.heads >= 2 * of.kv_heads, of.heads / of.kv_heads * queries >= 2 * readers.ROWS)
+    return sympy.Piecewise((1, divided), (rounds / sympy.ceiling(rounds), rounds < 2), (1, True))
 
 
 def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     even = _arithmetic(spec, layout, of)
     seen = sympy.Rational(1, 2) + 1 / (4 * of.ranks) if "causal" in spec.mask.parts else 1
-    back = BACKWARD * even / _busy(of, seen * of.ranks * of.queries)
+    back = BACKWARD * even / _busy(of, seen * of.ranks * of.queries, of.queries / 2)
     others, every = of.ranks - 1, of.ranks * of.keys
     gathered, joined = others * (of.width * of.keys / of.link + LATENCY), 2 * of.width * every / COPIED
     returned = others * 4 * of.keys / of.link + 2 * 4 * every / COPIED

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering import mask_render, reference
-from kp_compiler.lowering.context import pairs, partial, ring
+from kp_compiler.lowering.context import pairs, partial, readers, ring
 from kp_compiler.lowering.context.layout import Layout, Ordered
 from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
 from kp_compiler.lowering.context.shard import Shard
@@ -233,15 +233,23 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
 
 
-def test_readers_of_one_key_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of some after the other, each stream's with sums of its own."""
+@pytest.mark.parametrize("heads", [(6, 1), (10, 2)])
+def test_readers_of_one_key_head(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]) -> None:
+    """And of two: gradients of some readers after the other, each stream's with sums of its own."""
     from kp_compiler.lowering.context import kernels, shard
 
     monkeypatch.setattr(shard, "engine", lambda q: kernels)
-    monkeypatch.setattr(kernels, "ROWS", 1)
+    monkeypatch.setattr(readers, "ROWS", 1)
     spec, layout = AttentionSpec(0.3, MASKS["causal"][0]), Layout("zigzag", 2, 48)
-    whole = [torch.randn(1, heads, 48, 16).half() for heads in (6, 1, 1)]
-    assert kernels._readers(*whole[:2], Task(spec)) == [slice(i, i + 1) for i in range(6)]
+    whole = [torch.randn(1, n, 48, 16).half() for n in (heads[0], *heads[1:] * 2)]
+    groups = readers.grouped(*whole[:2], Task(spec))
+    assert [group.queries for group in groups] == [slice(i, i + 1) for i in range(heads[0])]
+    turns: dict[Any, int] = {}
+    for i, (_, keys, number) in enumerate(groups):  # streams whose launches add to the same sums
+        assert (
+            turns.setdefault((keys.start, number % kernels.STREAMS), i % kernels.STREAMS)
+            == i % kernels.STREAMS
+        )
     leaves = [x.double().requires_grad_() for x in whole]
     want = reference.attention_over(*leaves, [], [], spec)
     grad = torch.randn(want.shape).half()

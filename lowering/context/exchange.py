@@ -43,14 +43,14 @@ class Pending(Generic[Received]):
     sent: Sequence[Tensor]  # kept until they are there
 
     def wait(self) -> Received:
+        if not self.works:
+            return self.received
+        on_gpu = self.sent[0].is_cuda
         with self.peers.waiting(self.what):
-            if not self.works or not self.sent[0].is_cuda:
-                for work in self.works:
-                    work.wait(self.peers.patience)
-                return self.received
             for work in self.works:
-                work.wait()
-            WATCH.add(self.peers.waits(self.what), self.peers.group)
+                work.wait() if on_gpu else work.wait(self.peers.patience)
+            if on_gpu:
+                WATCH.add(self.peers.waits(self.what), self.peers.group)
         return self.received
 
 

@@ -17,16 +17,11 @@ from kp_compiler.lowering import mask_render, select
 from kp_compiler.lowering.attend import Plan, add_gradients, write
 from kp_compiler.lowering.block_mask import BLOCK, lists_now
 from kp_compiler.lowering.context.partial import Start
+from kp_compiler.lowering.context.readers import grouped
 from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.triton import attention
-from kp_compiler.specs import MaskSpec
 
 STREAMS = 4
-KEYS, PROGRAMS = (
-    128,
-    132,
-)  # keys of a program of the backward pass, and how many an H100 or H200 runs at a time
-ROWS = 2**14  # queries of all its heads that a program is worth a launch for
 Given = tuple[list[Tensor], list[int], list[Tensor], Plan]
 
 
@@ -34,8 +29,7 @@ def _given(
     q: Tensor, k: Tensor, v: Tensor, task: Task, sink: Tensor | None = None, *, training: bool
 ) -> Given:
     """operands, scalars, lists and plan of `kp::attend`. Lists of a mask are those of all heads."""
-    spec = replace(task.spec, mask=task.mask or MaskSpec(), sink=None, dead_rows="zero")
-    operands, scalars = list(task.operands), list(task.scalars)
+    spec, operands, scalars = task.alone, list(task.operands), list(task.scalars)
     lists, block, sparse = [], None, spec.sparse
     if sparse is not None:  # a choice is the same each time, and takes less memory than to keep it
         lists = select.lists_now(q, k, v, operands, scalars, spec, training=training)
@@ -87,28 +81,20 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, task: Task, lse: Tensor, delta: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    given, readers = _given(q, k, v, task, training=True), _readers(q, k, task)
+    given, groups = _given(q, k, v, task, training=True), grouped(q, k, task)
+    if len(groups) == 1:
+        add_gradients((dq, dk, dv), grad, q, k, v, *given, lse, delta)
+        return
     sums = [(dk, dv)]
-    for _ in range(min(STREAMS, len(readers)) - 1):
+    for _ in range(min(STREAMS - 1, groups[-1].number)):
         sums.append((torch.zeros_like(dk), torch.zeros_like(dv)))
-    with beside(q, len(readers)) as turn:
-        for i, some in enumerate(readers):
-            to = (dq[:, some], *sums[i % len(sums)])
-            rows = lse[:, some], delta[:, some]
+    with beside(q, len(groups)) as turn:
+        for group in groups:
+            mine, theirs = group.queries, group.keys
+            of_keys = (x[:, theirs] for x in sums[group.number % STREAMS])
+            of_queries = (grad[:, mine], q[:, mine], k[:, theirs], v[:, theirs])
             with turn():
-                add_gradients(to, grad[:, some], q[:, some], k, v, *given, *rows)
+                add_gradients((dq[:, mine], *of_keys), *of_queries, *given, lse[:, mine], delta[:, mine])
     for more in sums[1:]:
         dk += more[0]
         dv += more[1]
-
-
-def _readers(q: Tensor, k: Tensor, task: Task) -> list[slice]:
-    """Heads of q that read the one head of k at a time, beside each other: a program of a backward pass goes
-    through all of them, and one head of 16k keys has 128 programs."""
-    heads, rows = q.shape[1:3]
-    programs = k.shape[0] * -(-k.shape[2] // KEYS)
-    if k.shape[1] > 1 or task.spec.sparse is not None:
-        return [slice(None)]
-    wanted = min(-(-2 * PROGRAMS // programs), heads, heads * rows // ROWS)
-    size = max(1, heads // max(1, wanted))
-    return [slice(i, i + size) for i in range(0, heads, size)]

@@ -107,7 +107,7 @@ class Shard:
             return _pieces(self.spec, self.layout, self.rank, tuple(self.scalars))
         return [list(self._with(source)) for source in range(self.layout.size)]
 
-    @property
+    @cached_property
     def reach(self) -> int:
         """How far back the farthest rank is whose keys some rank sees; the last is followed by the first."""
         if self._ordered:

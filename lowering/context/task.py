@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,11 @@ class Task:
     operands: Sequence[Tensor] = ()
     scalars: Sequence[int] = ()
     known: dict[Any, Any] = field(default_factory=dict, compare=False)  # what engines have made of it
+
+    @cached_property
+    def alone(self) -> AttentionSpec:
+        """Of the pair, as one site's; without a sink, which the first keys of a query take in."""
+        return replace(self.spec, mask=self.mask or MaskSpec(), sink=None, dead_rows="zero")
 
     def keep(self, q: Tensor, k: Tensor) -> Tensor | None:
         """As a tensor that broadcasts to [B,H,n,m]."""
