@@ -1,7 +1,7 @@
 """Attention over sequences that GPUs share: time of every schedule, against one GPU and against PyTorch's.
 
     torchrun --nproc-per-node 2 benchmarks/ring_attention.py [--settings 32768:32:8 …] [--repeats 5]
-        [--long 1048576:32:8] [--providers …] [--out DIR]
+        [--long 1048576:32:8] [--providers …] [--out DIR] [--keep]
 
 bfloat16, D128, causal, one sequence of LENGTH:HEADS:KV_HEADS. `one GPU` is the fastest of cuDNN's and kp's
 kernels on the first GPU, while the others wait; `kp on each GPU` is the slowest of all that do the same at
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import random
 import statistics
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from attention_long import exact_rows
-from harness import RESULTS, bar, write
+from harness import RESULTS, bar, here, write
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -336,6 +337,16 @@ def _write(rows: list[dict[str, Any]], out: Path) -> None:
         write("ring_attention", rows, bars_of(rows), {}, out)
 
 
+def earlier(out: Path) -> list[dict[str, Any]]:
+    """Rows that are there; SystemExit where they are of another commit, device or version."""
+    data, now = json.loads((out / "ring_attention.json").read_text()), here()
+    others = [f"{name} {data[name]}" for name in now if name != "date" and data[name] != now[name]]
+    if others:
+        raise SystemExit(f"--keep: {out / 'ring_attention.json'} is of {', '.join(others)}")
+    rows: list[dict[str, Any]] = data["rows"]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -345,10 +356,11 @@ def main() -> None:
     parser.add_argument("--long", nargs="*", default=["1048576:32:8"], metavar="LENGTH:HEADS:KV_HEADS")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="add to the rows of this commit that OUT has")
     options = parser.parse_args()
+    rows = earlier(options.out) if options.keep else []
     dist.init_process_group("nccl")
     torch.cuda.set_device(dist.get_node_local_rank())
-    rows: list[dict[str, Any]] = []
     for setting in options.settings:
         rows += measure(*map(int, setting.split(":")), options)  # type: ignore[call-arg]
         torch.cuda.empty_cache()
