@@ -93,6 +93,8 @@ def _process(rank: int, size: int, folder: str) -> None:
     exact = _step(copy.deepcopy(model).double(), inputs, shifted_labels(inputs["input_ids"]), None)
     found = []
     for schedule, layout in SCHEDULES:
+        if rank == 0:
+            print(f"{schedule}, {layout}: compiling and running", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             found.append((schedule, layout, *_shared(model, inputs, schedule, layout, exact)))
     if rank == 0:
