@@ -2,7 +2,7 @@
 
     python benchmarks/readme_table.py [--check]
 
-A block stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. `bench` comes from
+A block stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. `bench` and `sharing` come from
 benchmarks/results/*.json, `passes` and `kernels` from the code. `--check` writes nothing and is exit code 1
 where the README is out of date.
 """
@@ -45,6 +45,7 @@ def blocks() -> dict[str, str]:
         "bench": benchmarks(RESULTS),
         "passes": doctor.passes_markdown(),
         "kernels": doctor.kernels_markdown(),
+        "sharing": sharing(RESULTS / "ring_attention.json"),
     }
 
 
@@ -64,6 +65,36 @@ def benchmarks(folder: Path) -> str:
     """One section per result file, in the order of their names."""
     sections = [_section(path) for path in sorted(folder.glob("*.json"))]
     return "\n\n".join(sections) or EMPTY
+
+
+ARMS = {
+    "ring": "`ring`", "allgather": "`allgather`", "ulysses": "`ulysses`",
+    "torch": "best of PyTorch's `context_parallel`", "by hand": "all-to-all by hand, cuDNN",
+}  # fmt: skip
+
+
+def sharing(path: Path) -> str:
+    """Efficiencies of two GPUs, forward / forward and backward; a line for each setting."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[tuple[int, int, int], dict[tuple[str, str], float]] = {}
+    for row in data["rows"]:
+        arm = row["provider"].split()[0] if row["provider"].startswith("torch") else row["provider"]
+        if arm in ARMS and "efficiency" in row:
+            heads, keys = map(int, row["heads"].split(":"))
+            cell = found.setdefault((heads, keys, row["length"]), {})
+            cell[arm, row["mode"]] = max(row["efficiency"], cell.get((arm, row["mode"]), 0.0))
+    table = [("heads, tokens", *ARMS.values())]
+    for setting in sorted(found, key=lambda setting: (-setting[1], -setting[0], setting[2])):
+        (heads, keys, length), cell = setting, found[setting]
+        cells = (
+            " / ".join(f"{cell[arm, mode]:.3f}" for mode in ("forward", "both"))
+            if (arm, "both") in cell
+            else "-"
+            for arm in ARMS
+        )
+        table.append((f"{heads} for {keys} of keys, {length // 1024}k", *cells))
+    count = max(row["ranks"] for row in data["rows"])
+    return f"{count} {data['device']}, {data['date']}, commit {data['commit']}.\n\n{_markdown(table)}"
 
 
 def _section(path: Path) -> str:
