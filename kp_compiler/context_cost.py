@@ -22,10 +22,10 @@ import sympy
 from kp_compiler import cost
 from kp_compiler.config import sharing
 from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
-from kp_compiler.lowering.context import readers
+from kp_compiler.lowering.context import pairs, readers
 from kp_compiler.lowering.context.layout import Kind
-from kp_compiler.lowering.context.readers import PROGRAMS
-from kp_compiler.lowering.context.ring import CHUNKS, MANY, MOST, ROWS, keys_are_most
+from kp_compiler.lowering.context.readers import PROGRAMS, STREAMS
+from kp_compiler.lowering.context.ring import CHUNKS, MANY, MOST, ROWS, keys_are_most, ring_chunks
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -82,7 +82,10 @@ class Sizes:
         return sympy.Max(1, sympy.Min(most, of_heads, rows))
 
     def ring_chunks(self, *, backward: bool) -> Any:
-        """As `ring.ring_count`, where readers of a key head can be divided evenly."""
+        """As `ring.ring_chunks`; of symbols, as if readers of a key head could be divided in any way."""
+        rows = self.batch * self.heads * self.queries
+        if all(isinstance(x, int) for x in (self.heads, self.kv_heads, rows)):
+            return sympy.Integer(ring_chunks(self.heads, self.kv_heads, rows, backward=backward))
         many = self.heads >= MANY * self.kv_heads
         most, times = (sympy.Piecewise((a, many), (b, True)) for a, b in ((MOST, CHUNKS), (2, 1)))
         count = self.chunks(2) if backward else self._chunks(most, self.heads, times)
@@ -132,37 +135,50 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind, of: Sizes = SYMBOL
 def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     step = _arithmetic(spec, layout, of) / of.ranks
     parts = sympy.Piecewise((1, sympy.Eq(of.ranks, 1)), (2, True)) if layout == "zigzag" else 1
-    back, steps = BACKWARD * step / _busy(of, of.queries / parts, of.queries / parts), of.ranks - 1
+    back, steps = BACKWARD * step / _busy(of, spec, of.queries / parts, of.queries / parts), of.ranks - 1
+    beside = sympy.Min(STREAMS, _groups(of, spec, of.queries / parts, of.queries / parts)) - 1
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
     count, fewer = (of.ring_chunks(backward=backward) for backward in (False, True))
     # what comes, what goes on, and a chunk's own as it goes
     moved, again = (of.width * of.keys * (2 + sympy.Min(1, c - 1)) for c in (count, fewer))
     last = gradients + LATENCY
-    if (
-        layout == "zigzag" and "causal" in spec.mask.parts
-    ):  # it goes beside all but the first of its own pieces
+    several = layout == "zigzag" and "causal" in spec.mask.parts and pairs.by_order(spec.mask)
+    if several:  # it goes beside all but the first of its own pieces
         last = sympy.Max(0, last - sympy.Rational(3, 4) * back)
     return Formula(
         step + steps * sympy.Max(step, one) + 2 * of.ranks * count * KERNEL,
         back + steps * sympy.Max(back, one + gradients) + last / fewer + 2 * of.ranks * fewer * KERNEL,
         moved / sympy.Min(count, of.kv_heads) + of.float32(of.value_dim) / count,
-        (again + of.float32(of.head_dim) + 5 * 4 * of.keys) / fewer,  # of this chunk, and of the one before
+        # of this chunk, and of the one before
+        (again + of.float32(of.head_dim) + (5 + beside) * 4 * of.keys) / fewer,
     )
 
 
-def _busy(of: Sizes, keys: Any, queries: Any) -> Any:
-    """The part of a GPU that has something to do in a backward pass over so many keys at a time, as long as
-    that is one round of programs or two, and readers of a head are too few to be divided: one key head, parts
-    of 8k keys have 64 programs, and took twice as long as arithmetic (two H200, 2026-11-28)."""
-    rounds = of.batch * of.kv_heads * keys / readers.KEYS / of.programs
-    divided = sympy.And(of.heads >= 2 * of.kv_heads, of.heads / of.kv_heads * queries >= 2 * readers.ROWS)
-    return sympy.Piecewise((1, divided), (rounds / sympy.ceiling(rounds), rounds < 2), (1, True))
+def _busy(of: Sizes, spec: AttentionSpec, queries: Any, keys: Any) -> Any:
+    """The part of a GPU that has something to do in a backward pass over so many queries and keys at a time,
+    as long as that is one round of programs or two: 8k keys of one head are 64 programs, and took twice as
+    long as arithmetic (two H200, 2026-11-28)."""
+    rounds = of.batch * of.kv_heads * keys / readers.KEYS / of.programs * _groups(of, spec, queries, keys)
+    return sympy.Piecewise((rounds / sympy.ceiling(rounds), rounds < 2), (1, True))
+
+
+def _groups(of: Sizes, spec: AttentionSpec, queries: Any, keys: Any) -> Any:
+    """As `readers.grouped`."""
+    if spec.sparse is not None:
+        return 1
+    wanted = sympy.ceiling(2 * of.programs / (of.batch * sympy.ceiling(keys / readers.KEYS)))
+    most = sympy.Min(wanted, of.heads, sympy.floor(of.heads * queries / readers.ROWS))
+    return sympy.Piecewise((sympy.Max(1, most), sympy.Eq(of.kv_heads, 1)), (1, True))
 
 
 def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     even = _arithmetic(spec, layout, of)
     seen = sympy.Rational(1, 2) + 1 / (4 * of.ranks) if "causal" in spec.mask.parts else 1
-    back = BACKWARD * even / _busy(of, seen * of.ranks * of.queries, of.queries / 2)
+    pieces = of.queries / 2, seen * of.ranks * of.queries
+    back, more = (
+        BACKWARD * even / _busy(of, spec, *pieces),
+        sympy.Min(STREAMS, _groups(of, spec, *pieces)) - 1,
+    )
     others, every = of.ranks - 1, of.ranks * of.keys
     gathered, joined = others * (of.width * of.keys / of.link + LATENCY), 2 * of.width * every / COPIED
     returned = others * 4 * of.keys / of.link + 2 * 4 * every / COPIED
@@ -172,7 +188,7 @@ def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
         gathered / count + sympy.Max(even, beside) + joined + 2 * count * KERNEL,
         (gathered + returned) / fewer + sympy.Max(back, again) + joined + 2 * fewer * KERNEL,
         3 * of.width * every / count,  # as they came, in order, and the next
-        (3 * of.width * every + of.float32(of.head_dim) + 3 * 4 * every) / fewer,
+        (3 * of.width * every + of.float32(of.head_dim) + (3 + more) * 4 * every) / fewer,
     )
 
 
@@ -210,10 +226,10 @@ _FORMULAS: dict[str, Callable[[AttentionSpec, Kind, Sizes], Formula]] = {
 def _arithmetic(spec: AttentionSpec, layout: Kind, of: Sizes) -> Any:
     """Seconds of a forward pass of the rank with the most pairs."""
     tokens = of.queries * of.ranks
-    pairs = cost.area(spec).subs({SQ: tokens, ST: tokens}, simultaneous=True) / of.ranks
+    kept = cost.area(spec).subs({SQ: tokens, ST: tokens}, simultaneous=True) / of.ranks
     causal = "causal" in spec.mask.parts and spec.mask.window is None
     most = 2 - 1 / of.ranks if causal and layout == "contiguous" else 1
-    return 2 * of.batch * of.heads * (of.head_dim + of.value_dim) * pairs * most / of.rate
+    return 2 * of.batch * of.heads * (of.head_dim + of.value_dim) * kept * most / of.rate
 
 
 def predict(

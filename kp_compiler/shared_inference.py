@@ -170,6 +170,7 @@ class SharedInference:
         return timedelta(seconds=patience + WATCHDOG if self.on_gpu else patience)
 
     def _leave(self) -> None:
+        WATCH.forget(self.group)
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(self.group)
         self.sharing.pop("schedule", None)  # what divided the heads among all may not among fewer

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
-import sys
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -189,9 +188,11 @@ def write(
         start = (start[0], start[1].contiguous())
     known = None if operands or blocks or seed is not None else _known(q)
     if known is not None:
-        tensors = known.results(q, out, start) | {"q": q, "k": k, "v": v}
-        if known.again("forward", plan.spec, plan.block, scalars, tensors):
-            return tensors["lse"]
+        tensors = known.written(out, start) | {"q": q, "k": k, "v": v}
+        made = known.again("forward", plan.spec, plan.block, scalars, tensors, lambda: known.results(q))
+        if made is not None:
+            lse: Tensor = made["lse"]
+            return lse
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     lists = Lists(*blocks[:4]) if blocks else None
     if start is not None:
@@ -215,7 +216,7 @@ def add_gradients(
     if known is not None:
         tensors = {"lse": lse, "delta": delta, "dk": dk, "dv": dv, "dq": dq, "dout": grad}
         tensors |= {"q": q, "k": k, "v": v}
-        if known.again(known.ADDING, plan.spec, plan.block, scalars, tensors):
+        if known.again(known.ADDING, plan.spec, plan.block, scalars, tensors, dict) is not None:
             return
     kernels, site = _site(q, k, v, operands, scalars, blocks, None, plan)
     grad = kernels.readable(grad)
@@ -348,20 +349,25 @@ def _site(
     return kernels, kernels.Site(plan.spec, q, k, v, operands, scalars, seed, plan.block)
 
 
+@cache
+def _gluon() -> Any:
+    """The module of the Hopper kernels; None with a Triton that lacks Gluon's names."""
+    try:
+        from kp_compiler.lowering.triton import hopper
+    except ImportError:
+        return None
+    return hopper
+
+
 def _known(q: Tensor) -> Any:
-    """The module of the Hopper kernels, if they have been launched: it knows calls that were made before."""
-    return sys.modules.get("kp_compiler.lowering.triton.hopper") if q.is_cuda else None
+    """The module of the Hopper kernels, which knows calls that were made before, on such a GPU."""
+    return _gluon() if q.is_cuda and detect(q.device).sm == 90 else None
 
 
 def _hopper(site: Any) -> Any:
-    """The module of the Hopper kernels where its forward kernel takes this site, else None."""
-    if not site.q.is_cuda or detect(site.q.device).sm != 90:
-        return None
-    try:
-        from kp_compiler.lowering.triton import hopper
-    except ImportError:  # a Triton without Gluon's names
-        return None
-    return hopper if hopper.takes(site) else None
+    """The same where its forward kernel takes this site, else None."""
+    hopper = _known(site.q)
+    return hopper if hopper is not None and hopper.takes(site) else None
 
 
 def _hopper_backward(site: Any, grad: Tensor) -> Any:

@@ -3,6 +3,7 @@ ranks are threads here."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -233,23 +234,33 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     assert all(relative_error(mine, theirs) < 2e-3 for mine, theirs in zip(found[1:], exact, strict=True))
 
 
-@pytest.mark.parametrize("heads", [(6, 1), (10, 2)])
-def test_readers_of_one_key_head(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]) -> None:
-    """And of two: gradients of some readers after the other, each stream's with sums of its own."""
+def test_readers_of_one_key_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of some readers beside each other, none of which adds to what another stream adds to."""
     from kp_compiler.lowering.context import kernels, shard
 
     monkeypatch.setattr(shard, "engine", lambda q: kernels)
     monkeypatch.setattr(readers, "ROWS", 1)
+    add, stream, streams_of = kernels.add_gradients, itertools.cycle([0]), {}
+
+    @contextlib.contextmanager
+    def beside(q: Tensor, count: int) -> Any:
+        nonlocal stream
+        stream = itertools.cycle(range(min(count, readers.STREAMS)))
+        streams_of.clear()
+        yield lambda call: call()
+
+    def adds(to: tuple[Tensor, ...], *given: Any) -> None:
+        mine = next(stream)
+        for x in to:
+            assert streams_of.setdefault(x.data_ptr(), mine) == mine
+        add(to, *given)
+
+    monkeypatch.setattr(kernels, "beside", beside)
+    monkeypatch.setattr(kernels, "add_gradients", adds)
     spec, layout = AttentionSpec(0.3, MASKS["causal"][0]), Layout("zigzag", 2, 48)
-    whole = [torch.randn(1, n, 48, 16).half() for n in (heads[0], *heads[1:] * 2)]
-    groups = readers.grouped(*whole[:2], Task(spec))
-    assert [group.queries for group in groups] == [slice(i, i + 1) for i in range(heads[0])]
-    turns: dict[Any, int] = {}
-    for i, (_, keys, number) in enumerate(groups):  # streams whose launches add to the same sums
-        assert (
-            turns.setdefault((keys.start, number % kernels.STREAMS), i % kernels.STREAMS)
-            == i % kernels.STREAMS
-        )
+    whole = [torch.randn(1, heads, 48, 16).half() for heads in (6, 1, 1)]
+    assert readers.grouped(*whole[:2], Task(spec)) == [slice(i, i + 1) for i in range(6)]
+    assert readers.grouped(whole[0], whole[0], Task(spec)) == [slice(0, 6)]
     leaves = [x.double().requires_grad_() for x in whole]
     want = reference.attention_over(*leaves, [], [], spec)
     grad = torch.randn(want.shape).half()

@@ -77,7 +77,8 @@ def test_memory() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_chunks_are_counted_alike(backward: bool) -> None:
     """Of a ring, by the formula and where they are made, which cover all heads."""
-    for heads, kv_heads, rows in itertools.product((8, 32), (1, 2, 4, 8), (2**11, 2**13, 2**14, 2**17)):
+    several = [*itertools.product((8, 32), (1, 2, 4, 8)), (28, 1), (48, 3), (16, 1), (12, 3)]
+    for (heads, kv_heads), rows in itertools.product(several, (2**11, 2**13, 5 * 2**12, 2**14, 2**17)):
         q, k = (torch.empty(1, n, rows, 128, device="meta") for n in (heads, kv_heads))
         of = replace(context_cost.SYMBOLS, batch=1, heads=heads, kv_heads=kv_heads, queries=rows)
         shard = Shard(SPEC, Layout("zigzag", 2, 2 * rows), 0, (), ())

@@ -43,6 +43,13 @@ def test_the_oldest_that_is_not_over() -> None:
     assert mine.oldest() is None and not mine.flights
 
 
+def test_what_is_given_up_is_forgotten() -> None:
+    mine, group = Watch(), object()
+    mine.flights.extend(Flight(name, Event(), 0.0, of) for name, of in (("a", group), ("b", None)))  # type: ignore[arg-type]
+    mine.forget(group)  # type: ignore[arg-type]
+    assert [each.told for each in mine.flights] == ["b"]
+
+
 def test_what_is_late() -> None:
     """Nothing is asked of the device as long as there is time."""
     mine, work = Watch(), Event()

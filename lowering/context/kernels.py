@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ from torch import Tensor
 from kp_compiler.lowering import mask_render, select
 from kp_compiler.lowering.attend import Plan, add_gradients, write
 from kp_compiler.lowering.block_mask import BLOCK, lists_now
-from kp_compiler.lowering.context.partial import Start
-from kp_compiler.lowering.context.readers import grouped
+from kp_compiler.lowering.context.partial import Start, Turn
+from kp_compiler.lowering.context.readers import STREAMS, grouped
 from kp_compiler.lowering.context.task import Task
 from kp_compiler.lowering.triton import attention
 
-STREAMS = 4
 Given = tuple[list[Tensor], list[int], list[Tensor], Plan]
 
 
@@ -51,25 +50,35 @@ def forward(
 
 
 @contextlib.contextmanager
-def beside(q: Tensor, count: int) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+def beside(q: Tensor, count: int) -> Iterator[Turn]:
     """So many launches on up to STREAMS streams in turn: a kernel takes the multiprocessors for which those
-    before it have no more work. What others read of their results is to be made outside of turns."""
+    before it have no more work."""
     if count < 2 or not q.is_cuda:
-        yield nullcontext
+        yield lambda call: call()
         return
-    main, others = torch.cuda.current_stream(q.device), _others(q.device)[: count - 1]
+    main = torch.cuda.current_stream(q.device)
+    others = _others(q.device, main.cuda_stream)[: count - 1]
     for other in others:
         other.wait_stream(main)
     turns = itertools.cycle((nullcontext(), *map(torch.cuda.stream, others)))
+
+    def turn(call: Callable[[], Tensor | None]) -> Any:
+        with next(turns):
+            found = call()
+        if found is not None:
+            found.record_stream(main)
+        return found
+
     try:
-        yield lambda: next(turns)
+        yield turn
     finally:
         for other in others:
             main.wait_stream(other)
 
 
 @cache
-def _others(device: torch.device) -> list[torch.cuda.Stream]:
+def _others(device: torch.device, main: int) -> list[torch.cuda.Stream]:
+    """Of one stream, so that nobody else waits for them."""
     return [torch.cuda.Stream(device) for _ in range(STREAMS - 1)]
 
 
@@ -86,15 +95,13 @@ def backward(
         add_gradients((dq, dk, dv), grad, q, k, v, *given, lse, delta)
         return
     sums = [(dk, dv)]
-    for _ in range(min(STREAMS - 1, groups[-1].number)):
+    for _ in range(min(STREAMS, len(groups)) - 1):
         sums.append((torch.zeros_like(dk), torch.zeros_like(dv)))
     with beside(q, len(groups)) as turn:
-        for group in groups:
-            mine, theirs = group.queries, group.keys
-            of_keys = (x[:, theirs] for x in sums[group.number % STREAMS])
-            of_queries = (grad[:, mine], q[:, mine], k[:, theirs], v[:, theirs])
-            with turn():
-                add_gradients((dq[:, mine], *of_keys), *of_queries, *given, lse[:, mine], delta[:, mine])
+        for number, heads in enumerate(groups):
+            to, rows = (dq[:, heads], *sums[number % STREAMS]), (lse[:, heads], delta[:, heads])
+            some = (to, grad[:, heads], q[:, heads], k, v, *given, *rows)
+            turn(partial(add_gradients, *some))
     for more in sums[1:]:
         dk += more[0]
         dv += more[1]

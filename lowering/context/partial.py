@@ -10,7 +10,9 @@ p = exp(s − lse), and delta = rowsum(grad ∘ out) of the whole result: partia
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from kp_compiler.lowering.context.task import Task
 from kp_compiler.specs import AttentionSpec
 
 Start = tuple[Tensor, Tensor]
+Turn = Callable[[Callable[[], Tensor | None]], Any]  # makes a call
 
 
 def forward(
@@ -38,9 +41,9 @@ def forward(
     return found[1]
 
 
-def beside(q: Tensor, count: int) -> AbstractContextManager[type[AbstractContextManager[None]]]:
-    """So many results, each computed in a `turn()` of what this gives, may be computed beside each other."""
-    return nullcontext(nullcontext)
+def beside(q: Tensor, count: int) -> AbstractContextManager[Turn]:
+    """So many results, each computed by a turn of what this gives, may be computed beside each other."""
+    return nullcontext(lambda call: call())
 
 
 def merged(one: Start, other: Start) -> Start:

@@ -52,25 +52,29 @@ def chunks(q: Tensor, k: Tensor, count: int) -> list[tuple[slice, slice]]:
 
 
 def ring_count(shard: Shard, q: Tensor, k: Tensor, *, backward: bool) -> int:
+    """How many chunks go round."""
+    sparse = shard.spec.sparse is not None
+    return ring_chunks(q.shape[1], k.shape[1], q.shape[:3].numel(), backward=backward, sparse=sparse)
+
+
+def ring_chunks(heads: int, kv_heads: int, rows: int, *, backward: bool, sparse: bool = False) -> int:
     """How many chunks go round. One is fastest: 32k tokens of 16 heads take 3.9 ms, in two chunks 6.1, in
     four 4.3; 64k take 15.1 ms, in four chunks 15.8 (two H200, 2026-11-28). Results of all heads in float32
     take twice the memory of queries, which is the most there is unless keys and values take as much: else a
     part of the heads goes after the other. Two chunks would take nearly as much memory as one. A forward pass
     may divide the readers of a key head, unless they choose their blocks together. Fewer rows than ROWS are
     not worth it: 16k tokens of 32 heads for 8 take 2.1 ms, in four chunks 4.1, which is the host's time (two
-    H200, 2026-11-28)."""
-    heads, kv_heads = q.shape[1], k.shape[1]
+    H200, 2026-11-28). `rows`: queries of all heads."""
     if backward:
-        count = count_of(q, k, backward=True)
+        count = chunk_count(kv_heads, rows // 2)
     elif keys_are_most(heads, kv_heads):
         count = 1
     else:
         most, times = (MOST, 2) if heads >= MANY * kv_heads else (CHUNKS, 1)
-        count = max(1, min(most, heads, times * q.shape[:3].numel() // ROWS))
-        each = count // kv_heads
-        if each and (shard.spec.sparse is not None or (heads // kv_heads) % each):
-            each = 1
-        count = each * kv_heads if each else count
+        count = max(1, min(most, heads, times * rows // ROWS))
+        if count >= kv_heads:
+            group, each = heads // kv_heads, 1 if sparse else count // kv_heads
+            count = kv_heads * max(d for d in range(1, each + 1) if group % d == 0)
     return count if count > 2 else 1
 
 

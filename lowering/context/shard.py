@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -141,9 +142,9 @@ class Shard:
                 start, place = results.before(parts), results.place(parts)
                 sink = results.sink if start is None else None
                 given = q[:, :, _span(parts, self.layout.part)], k[:, :, piece.keys], v[:, :, piece.keys]
-                with turn():
-                    lse = engine(q).forward(*given, piece.task, start, sink, place)
-                results.take(parts, lse)
+                assert not apart or (start is None and place.dtype == results.out.dtype)  # nothing is shared
+                call = functools.partial(engine(q).forward, *given, piece.task, start, sink, place)
+                results.take(parts, turn(call))
 
     def add_gradients(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, lse: Tensor, delta: Tensor,

@@ -66,13 +66,21 @@ class Watch:
                 self.flights.popleft()
         return None
 
+    def forget(self, group: dist.ProcessGroup) -> None:
+        """What was to be waited for in a group that is given up."""
+        with self.lock:
+            self.flights = deque(flight for flight in self.flights if flight.group is not group)
+
     def late(self) -> Flight | None:
         """The oldest, if PyTorch is about to end the process for it. Younger ones are not asked about."""
         with self.lock:
             first = self.flights[0] if self.flights else None
         if first is None:
             return None
-        timeout = _timeout(first.group)
+        try:
+            timeout = _timeout(first.group)
+        except RuntimeError:  # the group is gone, and nobody waits for it
+            return None
         left = first.start + timeout - time.monotonic()
         return first if left <= min(MARGIN, timeout / 10) and not first.over else None
 

@@ -91,13 +91,13 @@ def forward(
     site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """As `triton.attention.forward`, for a site that it `takes`."""
-    tensors = results(site.q, out, start)
+    made = results(site.q)
 
     def prepared(found: dict[str, Any]) -> Prepared:
         tile = _tile("hopper forward", site)
         wide = out.dtype != site.q.dtype
         layout = site.layout("forward", tile, start=start is not None, wide=wide)
-        found |= forward_arguments(site, out, tensors["lse"], start)
+        found |= forward_arguments(site, out, made["lse"], start)
         found["q"] = _descriptor(site.q, ROWS)
         if not wide:
             found["out"] = _descriptor(out, ROWS)
@@ -110,16 +110,19 @@ def forward(
         text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
         return Prepared("kp_attention_hopper", text, names, programs, tile.warps)
 
-    _launch("forward", site, lists, tensors, prepared)
-    return tensors["lse"]
+    _launch("forward", site, lists, written(out, start), made, prepared)
+    return made["lse"]
 
 
-def results(q: Tensor, out: Tensor, start: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    """What a forward kernel writes to, beside q, k and v: `out`, lse, and how many items are taken."""
+def written(out: Tensor, start: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """What a forward kernel is given beside its inputs."""
+    return {"out": out} if start is None else {"out": out, "start_out": start[0], "start_lse": start[1]}
+
+
+def results(q: Tensor) -> dict[str, Tensor]:
+    """What is made for a forward kernel: lse, and how many items are taken."""
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    taken = torch.zeros(1, dtype=torch.int32, device=q.device)  # beside the first ones
-    tensors = {"out": out, "lse": lse, "taken": taken}
-    return tensors if start is None else tensors | {"start_out": start[0], "start_lse": start[1]}
+    return {"lse": lse, "taken": torch.zeros(1, dtype=torch.int32, device=q.device)}  # beside the first ones
 
 
 class Prepared(NamedTuple):
@@ -137,30 +140,31 @@ _launches = Launches()
 
 def again(
     kind: Any, spec: AttentionSpec, block: tuple[int, int] | None, scalars: Sequence[int],
-    tensors: dict[str, Tensor],
-) -> bool:  # fmt: skip
-    """Launch a kernel as the last time with arguments alike, if there was one: what `takes` and `gains` ask
-    for is the same then, and need not be asked again."""
+    tensors: dict[str, Tensor], make: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor] | None:  # fmt: skip
+    """Launch a kernel as the last time with arguments alike, and with what is made for it, if there was one:
+    what decided that it was launched is the same then, and need not be asked again."""
     q = tensors["q"]
     launch = _launches.find((kind, spec, block, tuple(scalars), q.device, alike(tensors)))
     if launch is None or any(x.device != q.device for x in tensors.values()):
-        return False
+        return None
+    made = make()
     with torch.cuda.device_of(q):
-        launch(tensors)
-    return True
+        launch(tensors | made)
+    return made
 
 
 def _launch(
-    kind: Any, site: Site, lists: Lists | None, tensors: dict[str, Tensor],
+    kind: Any, site: Site, lists: Lists | None, tensors: dict[str, Tensor], made: dict[str, Tensor],
     prepared: Callable[[dict[str, Any]], Prepared],
 ) -> None:  # fmt: skip
     """Launch a kernel as the last time with arguments alike, else as `prepared` says, which adds what it
-    knows to the arguments."""
+    knows to the arguments. What is `made` for it is alike where the others are."""
     listed = lists.arguments() if lists is not None else {}
     tensors |= site.tensors() | {name: x for name, x in listed.items() if isinstance(x, Tensor)}
-    if not site.tiles and again(kind, site.spec, site.block, site.scalars, tensors):
+    if not site.tiles and again(kind, site.spec, site.block, site.scalars, tensors, lambda: made) is not None:
         return
-    found = site.arguments() | listed | tensors
+    found = site.arguments() | listed | tensors | made
     given = prepared(found)
     grid, arguments = (given.programs,), {name: found[name] for name in given.names}
     kernel = run(site, given.function, given.text, given.names, found, grid, given.warps)
@@ -237,7 +241,7 @@ def _gradients(
         programs = tiles * batch * heads
         return Prepared("kp_attention_hopper_backward", text, names, programs, tile.warps)
 
-    _launch(("backward", adds, apart), site, lists, tensors, prepared)
+    _launch(("backward", adds, apart), site, lists, tensors, {}, prepared)
 
 
 def _longest_first(visits: Tensor, heads: int, chunk: int) -> Tensor:

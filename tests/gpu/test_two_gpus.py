@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from kp_compiler.lowering import reference, ring
+from kp_compiler.lowering.context import readers
 from kp_compiler.lowering.context import ring as rings
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.schedules import SCHEDULES
@@ -37,6 +38,7 @@ CASES = [
     for name, kind, heads, rows in (
         ("causal", "zigzag", (8, 2), 2**12), ("documents", "zigzag", (8, 8), 2**20),
         ("window", "contiguous", (8, 4), 2**12), ("full", "contiguous", (8, 1), 2**20),
+        ("causal", "zigzag", (16, 1), 2**11),
     )
 ]  # fmt: skip
 
@@ -48,6 +50,7 @@ def _on_rank(rank: int, file: str, out: str) -> None:
     found = {}
     for number, (schedule, name, kind, heads, rows) in enumerate(CASES):
         rings.ROWS = rows  # some heads after the other, or all together
+        readers.ROWS = 2**9  # several groups of readers of one key head
         mask, scalars = MASKS[name]
         spec, layout = AttentionSpec(WIDTH**-0.5, mask, dead_rows="zero"), Layout(kind, SIZE, LENGTH)  # type: ignore[arg-type]
         whole, documents = _inputs(number, heads)
@@ -61,7 +64,7 @@ def _on_rank(rank: int, file: str, out: str) -> None:
         plan = ring.Plan.of(ranks, spec, schedule, kind).to_json()  # type: ignore[arg-type]
         got = ring.context_attention()(*mine, [documents], scalars, plan)[0]
         got = [got.detach(), *torch.autograd.grad(got, mine, grad.index_select(2, places))]
-        found[f"{schedule} {name}"] = [
+        found[f"{schedule} {name} {heads}"] = [
             tuple(relative_error(x, c.index_select(2, places)) for x in (a, b.index_select(2, places)))
             for a, b, c in zip(got, alone, wanted, strict=True)
         ]
