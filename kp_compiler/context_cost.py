@@ -34,6 +34,7 @@ from kp_compiler.target import Target
 COPIED = 2.4e12  # bytes/s that a GPU reads and writes, together
 # Bytes/s from one rank to another, both ways at once: two H100 over NVLink, 2026-11-22
 LINK = 229e9
+links: dict[str, float] = {}  # of a group, as `validate_context_parallel` has measured it: one for all ranks
 # FLOP/s and bytes/s that a CPU is taken to have, so that "auto" has an answer there, too
 CPU_RATE, CPU_LINK = 0.2e12, 2e9
 LATENCY = 20e-6  # seconds of one exchange

@@ -88,10 +88,16 @@ def distributed() -> tuple[str, bool]:
         torch.accelerator.set_device_index(dist.get_node_local_rank() % torch.accelerator.device_count())
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        found = validate_context_parallel(dist.group.WORLD, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        size = dist.get_world_size()
+        heads = 32 if 32 % size == 0 else 4 * size
+        tokens = -(-131072 // (2 * size)) * 2 * size
+        found = validate_context_parallel(
+            dist.group.WORLD, tokens=tokens, heads=heads, kv_heads=heads // 4,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+        )  # fmt: skip
         lines = [
             f"{found.ranks} ranks, {found.backend}, {found.link / 1e9:.3g} GB/s from each to the next",
-            "one causal site of 131072 tokens, 32 heads for 8 of keys, head size 128:",
+            f"one causal site of {tokens} tokens, {heads} heads for {heads // 4} of keys, head size 128:",
             *(f"  {line}" for line in align(found.rows())),
             *([f"WRONG  {problem}" for problem in found.problems] or ["everything works"]),
         ]

@@ -123,7 +123,7 @@ def _run_pass(each: Pass, units: list[_Unit], task: Run, index: int) -> None:
         for gm, calls in units:
             ctx = Context(gm, task.config, task.target, calls, task.assumed_dtype, program)
             skipped = each.applies(ctx)
-            sites = list(each.sites(gm.graph))
+            sites = [site for site in each.sites(gm.graph) if _PLANNED not in site.meta]
             for site in sites:
                 outcome = skipped or _left_out(each, site, task.config) or each.inspect(site, ctx)
                 if isinstance(outcome, Rejection):
@@ -144,6 +144,9 @@ def _run_pass(each: Pass, units: list[_Unit], task: Run, index: int) -> None:
     took = 1e3 * (time.perf_counter() - start)
     record = PassRecord(each.name, index, took, fired, refused, before, _text(task), skipped=skipped)
     task.report.passes.append(record)
+
+
+_PLANNED = "kp_planned"  # of a site that is settled, and stays as it is, as nothing is rewritten
 
 
 def _left_out(each: Pass, site: Node, config: Config) -> Rejection | None:
@@ -178,6 +181,7 @@ def _accept(each: Pass, site: Node, match: Match, ctx: Context, task: Run, index
             )
         )
         if task.plan_only:
+            site.meta[_PLANNED] = True
             return True
     elif each.tier == "approximate":
         site.meta["kp_approximated_by"] = (*site.meta.get("kp_approximated_by", ()), each.name)

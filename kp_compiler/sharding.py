@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kp_compiler.config import Ranks
 from kp_compiler.errors import KPConfigError, KPError
+from kp_compiler.lowering.context import divided
 from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Fixed, Layout, of_local
 from kp_compiler.lowering.context.order import SequenceOrder
@@ -50,12 +51,17 @@ def shard_sequence(
     sequence has to be lengthened by what is not known.
     """
     ranks = ranks_of(mesh)
+    if not isinstance(batch, Mapping):
+        raise KPError(f"shard_sequence: got a {type(batch).__name__}, expected tensors by name")
+    if multiple < 1:
+        raise KPError(f"multiple: got {multiple}, expected at least 1")
     given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > dim}
     lengths = {name: x.shape[dim] for name, x in given.items()}
     if len(set(lengths.values())) != 1:
         raise KPError(f"shard_sequence: tensors have no one length along dimension {dim}: {lengths}")
     length = next(iter(lengths.values()))
     whole = _layout(layout, ranks, length, multiple)
+    divided.note(group_named(ranks.group), whole.kind)
     if "labels" in given:
         given["labels"] = given["shift_labels"] = shifted_labels(given["labels"], dim)
     places = whole.positions(ranks.rank)
@@ -82,6 +88,7 @@ def unshard_sequence(
     """The whole sequence [B,N,…] from every rank's part [B,n,…], on every rank, without gradients; its first
     `length` tokens, if given. Raises KPError for parts that `shard_sequence` does not make."""
     ranks = ranks_of(mesh)
+    _known(layout)
     whole = layout.layout if isinstance(layout, SequenceOrder) else of_local(layout, ranks.size, x.shape[dim])
     if whole.parts * whole.part != ranks.size * x.shape[dim]:
         raise KPError(
@@ -90,6 +97,8 @@ def unshard_sequence(
     peers = Peers(group_named(ranks.group), "unshard_sequence")
     (parts,) = peers.gather([x.detach().contiguous()], "parts").wait()
     found = whole.joined(parts, dim)
+    if length is not None and not 0 <= length <= found.shape[dim]:
+        raise KPError(f"unshard_sequence: length: got {length}, of {found.shape[dim]} tokens")
     return found if length is None else found.narrow(dim, 0, length)
 
 
@@ -102,10 +111,14 @@ def _layout(layout: Fixed | SequenceOrder, ranks: Ranks, length: int, multiple: 
         if layout.group != ranks.group or not 0 <= tokens - length < layout.layout.size * layout.chunks:
             raise KPError(f"layout: the order of {tokens} tokens is not one of {length} on this mesh")
         return layout.layout
-    if layout not in get_args(Fixed):
-        raise KPError(f"layout: got {layout!r}, expected 'contiguous', 'zigzag' or a document_order")
+    _known(layout)
     parts = Layout(layout, ranks.size, 0).parts * multiple
     return Layout(layout, ranks.size, -(-length // parts) * parts)
+
+
+def _known(layout: Any) -> None:
+    if not isinstance(layout, SequenceOrder) and layout not in get_args(Fixed):
+        raise KPError(f"layout: got {layout!r}, expected 'contiguous', 'zigzag' or a document_order")
 
 
 def sequence_mean(total: Tensor, count: Tensor | int, mesh: Any) -> Tensor:

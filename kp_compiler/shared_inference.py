@@ -250,7 +250,11 @@ def shared_inference(
         )
     given = dict(options or {})
     sharing = given.get("context_parallel", {})
-    if not isinstance(sharing, Mapping) or "mesh" in sharing or sharing.get("layout") == "documents":
-        known = "schedule, layout ('zigzag', 'contiguous') and memory"
+    if not isinstance(sharing, Mapping) or "mesh" in sharing:
+        known = "schedule, layout and memory"
         raise KPConfigError(f"options.context_parallel: got {sharing!r}, expected some of {known}")
+    if (layout := sharing.get("layout", "zigzag")) not in get_args(Fixed):
+        raise KPConfigError(
+            f"options.context_parallel.layout: got {layout!r}, expected 'zigzag' or 'contiguous'"
+        )
     return SharedInference(model, mesh, on_fault, patience, compiling, given, result, causal)

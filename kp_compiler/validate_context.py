@@ -48,6 +48,7 @@ class Memory:
     own: Any  # q, k, v, out and log-sum-exp
     forward: Any  # beside them, of exchanges
     backward: Any  # of exchanges, and of sums of gradients in float32
+    among: str = ""  # the size of which heads have to be a multiple
 
     @property
     def peak(self) -> Any:
@@ -55,9 +56,13 @@ class Memory:
         return self.own + sympy.Max(self.forward, self.backward)
 
     def at(self, **sizes: float) -> Memory:
-        """With some of B, H, K, N, D, E, P, U as numbers."""
+        """With some of B, H, K, N, D, E, P, U as numbers. Raises KPConfigError for heads that the schedule's
+        ranks can't divide."""
         values = cost.sized(_SYMBOLS, sizes)
-        return Memory(*(x.subs(values) for x in (self.own, self.forward, self.backward)))
+        if (among := sizes.get(self.among)) and sizes.get("H", among) % among:
+            raise KPConfigError(f"H: {sizes['H']} heads can't be divided among {self.among}={among} ranks")
+        own, forward, backward = (x.subs(values) for x in (self.own, self.forward, self.backward))
+        return Memory(own, forward, backward, self.among)
 
 
 def estimate_memory(schedule: str = "ring", *, dtype: torch.dtype = torch.bfloat16) -> Memory:
@@ -70,7 +75,7 @@ def estimate_memory(schedule: str = "ring", *, dtype: torch.dtype = torch.bfloat
     sizes = replace(SYMBOLS, queries=_N / SYMBOLS.ranks, width=dtype.itemsize)
     found = context_cost.formula(schedule, AttentionSpec(1.0, CAUSAL), "zigzag", sizes)
     own = sizes.width * (sizes.matrices + sizes.keys) + sizes.float32(1)
-    return Memory(own, found.memory, found.backward_memory)
+    return Memory(own, found.memory, found.backward_memory, {"ulysses": "P", "hybrid": "U"}.get(schedule, ""))
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,17 @@ def validate_context_parallel(
     layout: Kind = "zigzag",
 ) -> ContextCheck:
     """Try every schedule on a small site of these heads, measure the link, and predict what a causal site of
-    `tokens` in all would take; "documents" is tried in an order of one document. Every rank of `mesh` has to
-    call it. Problems are listed, not raised; raises KPConfigError for a mesh or sizes that make no sense."""
+    `tokens` in all would take; "documents" is tried in an order of one document. What schedule="auto" of the
+    mesh predicts from then on takes the link that was measured. Every rank of `mesh` has to call it. Problems
+    are listed, not raised; raises KPConfigError for a mesh or sizes that make no sense."""
     ranks = ranks_of(mesh)
-    for name, value in (("tokens", tokens), ("heads", heads), ("kv_heads", kv_heads), ("batch", batch)):
+    for name, value in (
+        ("tokens", tokens),
+        ("heads", heads),
+        ("kv_heads", kv_heads),
+        ("head_dim", head_dim),
+        ("batch", batch),
+    ):
         if value < 1:
             raise KPConfigError(f"{name}: got {value}, expected at least one")
     if heads % kv_heads:
@@ -147,7 +159,7 @@ def validate_context_parallel(
         errors[name] = _most(off, peers, device)
         if not errors[name] < BOUNDS[dtype]:
             problems.append(f"{name}: off by {errors[name]:.1e} from one process")
-    link = _link(peers, device)
+    link = context_cost.links[ranks.group] = _link(peers, device)
     mine = -(-tokens // ranks.size)
     shape = AttentionShape(
         batch, heads, kv_heads, mine, mine, head_dim, head_dim, dtype, device.type, training=True

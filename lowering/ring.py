@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kp_compiler.config import Ranks
+from kp_compiler.errors import KPError
 from kp_compiler.lowering.attend import by_row
-from kp_compiler.lowering.context import order
+from kp_compiler.lowering.context import divided, order
 from kp_compiler.lowering.context.exchange import Peers, group_named
 from kp_compiler.lowering.context.layout import Kind, of_local
 from kp_compiler.lowering.context.schedules import SCHEDULES, Groups
@@ -91,7 +92,10 @@ class Plan:
             *operands, places = operands
         layout = of_local(self.layout, self.size, q.shape[2], places)
         if q.shape[2] % layout.each:
-            raise ValueError(f"kp::context_attention: {q.shape[2]} tokens are not {layout.each} equal parts")
+            raise KPError(
+                f"{self.site or 'a shared sequence'}: a rank's {q.shape[2]} tokens are not the {layout.each} "
+                f"equal parts that the layout {self.layout!r} has: shard_sequence adds what is missing"
+            )
         return Shard(self.spec, layout, self.rank, operands, scalars)
 
 
@@ -157,7 +161,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     parsed = Plan.parse(plan)
     forward, _ = SCHEDULES[parsed.schedule]
-    return forward(parsed.shard(q, operands, scalars), parsed.groups(), q, k, v)
+    groups = parsed.groups()
+    divided.check(groups.every.group, parsed.layout, parsed.site)
+    return forward(parsed.shard(q, operands, scalars), groups, q, k, v)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,8 @@ class ContextParallel:
         if (refused := refusal(site)) is not None:
             raise _error(refused)
         ranks = program.how.ranks
-        costs = context_cost.predict(spec, shape, program.how.layout, ranks.size, ctx.target, row=ranks.row)
+        how, link = program.how, context_cost.links.get(ranks.group)
+        costs = context_cost.predict(spec, shape, how.layout, ranks.size, ctx.target, link, ranks.row)
         schedule, why = _schedule(config, site, program.how, costs)
         return Match(
             site,

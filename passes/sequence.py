@@ -173,7 +173,11 @@ class _Tracer(Sorts):
     def _along(self, node: Node) -> Along | None:
         if node.op == "placeholder":
             inner = node.graph is not self.top
-            return self.found.along.get(node) if inner else given(node, self.tokens)
+            along = self.found.along.get(node) if inner else given(node, self.tokens)
+            value = tensor_of(node)
+            if along is not None and value is not None and value.dtype in (torch.int32, torch.int64):
+                self.places.add(node)
+            return along
         if node.op in ("output", "get_attr"):
             if any(self._is_sorted(each) for each in node.all_input_nodes):
                 raise Mixed("what the graph gives lies in the order of a sort")
@@ -267,6 +271,7 @@ class _Tracer(Sorts):
             return None
         if counts_from_zero(op):
             self.found.positions.append(node)
+            self.places.add(node)
             return Along(0)
         raise Mixed("it counts tokens, and not from zero in steps of one")
 

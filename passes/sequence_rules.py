@@ -34,6 +34,7 @@ class Rules(Layouts, Written):
         out = tensor_of(node)
         if out is None:
             raise Mixed("what it makes is no tensor")
+        self.look_at_numbers(node)
         along = self.aligned(node.all_input_nodes)
         return replace(along, dim=along.dim + out.dim())
 

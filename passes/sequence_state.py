@@ -63,6 +63,7 @@ POINTWISE = {
     "fmod", "softsign", "threshold",
 }  # fmt: skip
 _SHAPES = {"view", "expand", "unsqueeze", "squeeze", "transpose", "permute"}
+SHORT = 16  # tokens of a rank, in which other numbers may well be as many
 SIZES = {"size", "dim", "getattr"}  # names of what asks a tensor for numbers
 
 
@@ -73,6 +74,7 @@ class State:
         self.tokens = tokens
         self.found = Sharing(tokens)
         self.uniform: set[Node] = set()  # not shared, and the same for every token
+        self.places: set[Node] = set()  # integers of tokens, and what is computed with them one by one
         self.visited: set[Node] = set()
         self.writes: set[int] = set()  # storages that are written to
 
@@ -91,6 +93,25 @@ class State:
         """The same number for every token."""
         value = tensor_of(node)
         return node in self.uniform and value is not None and any(same(n, self.tokens) for n in value.shape)
+
+    def look_at_numbers(self, node: Node) -> None:
+        """Raises Mixed where something is computed with how many tokens there are: that is the number of a
+        rank's. Where shapes are static it is a number like others, and is taken for it beside places."""
+        for each in node.all_input_nodes:
+            value = value_of(each)
+            if isinstance(value, torch.SymInt | torch.SymFloat) and _symbols(value) & _symbols(self.tokens):
+                raise Mixed("it computes with the length of a sequence, of which a rank has a part")
+        if not self.places.isdisjoint(node.all_input_nodes):
+            self.places.add(node)
+            numbers = (x for x in (*node.args, *node.kwargs.values()) if type(x) in (int, float))
+            if isinstance(self.tokens, int) and any(self._may_be_length(x) for x in numbers):
+                raise Mixed(
+                    f"it seems to compute with the length of a sequence, of which a rank has {self.tokens}; "
+                    "under dynamic=True lengths can be told from other numbers"
+                )
+
+    def _may_be_length(self, number: float) -> bool:
+        return self.tokens > SHORT and number in (self.tokens, self.tokens - 1)
 
     def aligned(self, several: Iterable[Node]) -> Along:
         """Where the sequence lies in all of some nodes that broadcast together, counted from the last
@@ -131,6 +152,10 @@ def is_mask(node: Node) -> bool:
 def counts_from_zero(op: Op) -> bool:
     """Whether an arange is 0, 1, 2, …"""
     return op["start"] == 0 and op["step"] == 1
+
+
+def _symbols(value: Any) -> set[Any]:
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt | torch.SymFloat) else set()
 
 
 def product(sizes: Iterable[Any]) -> Any:

@@ -321,6 +321,30 @@ def test_what_outlives_a_call(how: str) -> None:
     assert isinstance(found, sequence.Sharing) == (how == "counted"), found
 
 
+LENGTHS: dict[str, tuple[Function, str]] = {
+    "from the end": (lambda x: x + (torch.arange(x.shape[1]) - x.shape[1])[:, None], "length"),
+    "fraction": (lambda x: x + (torch.arange(x.shape[1]) / x.shape[1])[:, None], "length"),
+    "the last": (lambda x: x + (torch.arange(x.shape[1]) == x.shape[1] - 1)[:, None], "length"),
+    "scaled": (lambda x: x * x.shape[1], "length"),
+    "other numbers": (lambda x: x * 24 + ((torch.arange(x.shape[1]) + 2) % 8)[:, None], ""),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_as_numbers(name: str, dynamic: bool) -> None:
+    """A rank's are not the sequence's. Where shapes are static only places can be told from other numbers."""
+    function, why = LENGTHS[name]
+    x = torch.randn(2, TOKENS, DIM)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    _, found = traced(Net(function), x)
+    if not why or (name == "scaled" and not dynamic):
+        assert isinstance(found, sequence.Sharing), found
+    else:
+        assert isinstance(found, Rejection) and why in found.text, found
+
+
 PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "squares": (lambda x, y: F.mse_loss(x, y, reduction="sum"), True),
     "squares of other tokens": (lambda x, y: F.l1_loss(x[0, :, None], y[0, None], reduction="sum"), False),

@@ -160,13 +160,15 @@ def config(settings: dict[str, Any] | None = None, **others: Any) -> Config:
     return dataclasses.replace(resolve(others, env={}), context_parallel=shared)
 
 
-def run_pipeline(function: Any, arguments: list[Tensor], config: Config) -> Report:
+def run_pipeline(
+    function: Any, arguments: list[Tensor], config: Config, *, plan_only: bool = False
+) -> Report:
     """Raises what the pipeline raises."""
     found: list[Any] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
         try:
-            found.append(run(Run(gm, config, Target("cuda", 90, has_triton=True))))
+            found.append(run(Run(gm, config, Target("cuda", 90, has_triton=True), plan_only=plan_only)))
         except KPError as error:
             found.append(error)
         return _stop
@@ -197,6 +199,11 @@ def test_report() -> None:
     assert site.impl in ("ring", "allgather", "ulysses")
     assert set(site.predicted or {}) == {"ring", "allgather", "ulysses"}
     assert all(each["forward_ms"] > 0 for each in site.predicted.values())
+
+
+def test_plans_name_each_site_once() -> None:
+    (site,) = run_pipeline(causal, qkv(), config(), plan_only=True).sites
+    assert site.pass_name == "context_parallel"
 
 
 def test_memory_bounds_the_choice() -> None:

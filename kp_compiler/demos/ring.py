@@ -1,4 +1,4 @@
-"""A sequence shared by processes: what each schedule computes against one process, and is predicted to take.
+"""A sequence shared by processes: what schedules compute against one process, and are predicted to take.
 
 A transformers Llama with a packed batch runs in one process as it is, then in two (four with `--validate`),
 each with its part of the tokens: over gloo on a CPU, over NCCL where every process has a GPU. Compared are
@@ -30,7 +30,7 @@ from kp_compiler.documents import document_order
 from kp_compiler.sharding import IGNORED, sequence_mean, shard_sequence, shifted_labels, unshard_sequence
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
 
-SUMMARY = "a sequence that processes share: every schedule against one process, and its predicted times"
+SUMMARY = "a sequence that processes share: schedules against one process, and their predicted times"
 TOKENS, VOCABULARY, DOCUMENT = 256, 512, 100
 SCHEDULES = (
     ("ring", "zigzag"), ("ring", "documents"), ("allgather", "zigzag"), ("ulysses", "contiguous"),
