@@ -94,11 +94,11 @@ def unshard_sequence(
         raise KPError(
             f"unshard_sequence: {x.shape[dim]} tokens of a rank are no part of the layout {layout!r}"
         )
+    if length is not None and not 0 <= length <= ranks.size * x.shape[dim]:
+        raise KPError(f"unshard_sequence: length: got {length}, of {ranks.size * x.shape[dim]} tokens")
     peers = Peers(group_named(ranks.group), "unshard_sequence")
     (parts,) = peers.gather([x.detach().contiguous()], "parts").wait()
     found = whole.joined(parts, dim)
-    if length is not None and not 0 <= length <= found.shape[dim]:
-        raise KPError(f"unshard_sequence: length: got {length}, of {found.shape[dim]} tokens")
     return found if length is None else found.narrow(dim, 0, length)
 
 

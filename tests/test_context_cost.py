@@ -96,6 +96,8 @@ def test_chunks_are_counted_alike(backward: bool) -> None:
     [
         (lambda: kp.estimate_memory("rings"), "schedule: got 'rings'"),
         (lambda: kp.estimate_memory().at(Q=3), "at: got 'Q'"),
+        (lambda: kp.estimate_memory("ulysses").at(H=12, P=8), "H: 12 heads can't be divided among P=8 ranks"),
+        (lambda: kp.estimate_memory("hybrid").at(H=12, U=8), "can't be divided among U=8"),
         (lambda: kp.validate_context_parallel(None), "torch.distributed is not initialised"),
     ],
 )

@@ -126,6 +126,14 @@ def test_what_is_refused(group: Any) -> None:
         shard_sequence({"input_ids": ids, "labels": ids[:, 1:]}, group)
     with pytest.raises(KPError, match="expected 'contiguous', 'zigzag' or a document_order"):
         shard_sequence({"input_ids": ids}, group, layout="documents")  # type: ignore[arg-type]
+    with pytest.raises(KPError, match="got a list, expected tensors by name"):
+        shard_sequence([ids], group)  # type: ignore[arg-type]
+    with pytest.raises(KPError, match="multiple: got 0, expected at least 1"):
+        shard_sequence({"input_ids": ids}, group, multiple=0)
+    with pytest.raises(KPError, match="expected 'contiguous', 'zigzag' or a document_order"):
+        unshard_sequence(ids, group, layout="zig")  # type: ignore[arg-type]
+    with pytest.raises(KPError, match=r"unshard_sequence: length: got \d+, of \d+ tokens"):
+        unshard_sequence(ids, group, layout="contiguous", length=1000)
     with pytest.raises(KPError, match="mesh: got 3 dimensions, expected a DeviceMesh of one dimension"):
         shard_sequence({"input_ids": ids}, init_device_mesh("cpu", (1, 1, 1)))
     with pytest.raises(KPError, match="needs names for them"):
