@@ -134,8 +134,9 @@ def test_who_asks_the_machine(path: Path) -> None:
     tree = ast.parse(path.read_text())
     said = {attribute(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     if path.name != "target.py":
-        # of a tensor; of this process; of a stream
-        allowed = {f"torch.cuda.{n}" for n in ("device_of", "is_initialized", "is_current_stream_capturing")}
+        # of a tensor; of this process; of streams
+        streams = {"is_current_stream_capturing", "current_stream", "Stream", "stream"}
+        allowed = {f"torch.cuda.{n}" for n in ("device_of", "is_initialized", *streams)}
         timing = {"synchronize", "Event", "max_memory_allocated", "reset_peak_memory_stats", "empty_cache"}
         asked = {n for n in said if n.startswith("torch.cuda.") and n.split(".")[2] not in timing}
         assert asked <= allowed
