@@ -136,8 +136,8 @@ def formula(schedule: str, spec: AttentionSpec, layout: Kind, of: Sizes = SYMBOL
 def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     step = _arithmetic(spec, layout, of) / of.ranks
     parts = sympy.Piecewise((1, sympy.Eq(of.ranks, 1)), (2, True)) if layout == "zigzag" else 1
-    back, steps = BACKWARD * step / _busy(of, spec, of.queries / parts, of.queries / parts), of.ranks - 1
-    beside = sympy.Min(STREAMS, _groups(of, spec, of.queries / parts, of.queries / parts)) - 1
+    groups, steps = _groups(of, spec, of.queries / parts, of.queries / parts), of.ranks - 1
+    back = BACKWARD * step / _busy(of, of.queries / parts, groups)
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
     count, fewer = (of.ring_chunks(backward=backward) for backward in (False, True))
     # what comes, what goes on, and a chunk's own as it goes
@@ -151,15 +151,15 @@ def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
         back + steps * sympy.Max(back, one + gradients) + last / fewer + 2 * of.ranks * fewer * KERNEL,
         moved / sympy.Min(count, of.kv_heads) + of.float32(of.value_dim) / count,
         # of this chunk, and of the one before
-        (again + of.float32(of.head_dim) + (5 + beside) * 4 * of.keys) / fewer,
+        (again + of.float32(of.head_dim) + (5 + _beside(groups)) * 4 * of.keys) / fewer,
     )
 
 
-def _busy(of: Sizes, spec: AttentionSpec, queries: Any, keys: Any) -> Any:
-    """The part of a GPU that has something to do in a backward pass over so many queries and keys at a time,
-    as long as that is one round of programs or two: 8k keys of one head are 64 programs, and took twice as
-    long as arithmetic (two H200, 2026-11-28)."""
-    rounds = of.batch * of.kv_heads * keys / readers.KEYS / of.programs * _groups(of, spec, queries, keys)
+def _busy(of: Sizes, keys: Any, groups: Any) -> Any:
+    """The part of a GPU that has something to do in a backward pass over so many keys at a time, by groups of
+    their readers, as long as that is one round of programs or two: 8k keys of one head are 64 programs, and
+    took twice as long as arithmetic (two H200, 2026-11-28)."""
+    rounds = of.batch * of.kv_heads * keys / readers.KEYS / of.programs * groups
     return sympy.Piecewise((rounds / sympy.ceiling(rounds), rounds < 2), (1, True))
 
 
@@ -172,14 +172,17 @@ def _groups(of: Sizes, spec: AttentionSpec, queries: Any, keys: Any) -> Any:
     return sympy.Piecewise((sympy.Max(1, most), sympy.Eq(of.kv_heads, 1)), (1, True))
 
 
+def _beside(groups: Any) -> Any:
+    """Sums of gradients of keys and values that groups of readers have beside the results."""
+    return sympy.Min(STREAMS, groups) - 1
+
+
 def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     even = _arithmetic(spec, layout, of)
     seen = sympy.Rational(1, 2) + 1 / (4 * of.ranks) if "causal" in spec.mask.parts else 1
-    pieces = of.queries / 2, seen * of.ranks * of.queries
-    back, more = (
-        BACKWARD * even / _busy(of, spec, *pieces),
-        sympy.Min(STREAMS, _groups(of, spec, *pieces)) - 1,
-    )
+    keys = seen * of.ranks * of.queries
+    groups = _groups(of, spec, of.queries / 2, keys)
+    back = BACKWARD * even / _busy(of, keys, groups)
     others, every = of.ranks - 1, of.ranks * of.keys
     gathered, joined = others * (of.width * of.keys / of.link + LATENCY), 2 * of.width * every / COPIED
     returned = others * 4 * of.keys / of.link + 2 * 4 * every / COPIED
@@ -189,7 +192,7 @@ def _allgather(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
         gathered / count + sympy.Max(even, beside) + joined + 2 * count * KERNEL,
         (gathered + returned) / fewer + sympy.Max(back, again) + joined + 2 * fewer * KERNEL,
         3 * of.width * every / count,  # as they came, in order, and the next
-        (3 * of.width * every + of.float32(of.head_dim) + (3 + more) * 4 * every) / fewer,
+        (3 * of.width * every + of.float32(of.head_dim) + (3 + _beside(groups)) * 4 * every) / fewer,
     )
 
 

@@ -144,9 +144,9 @@ class Peers:
         sent = [(to, x) for to, several in sends for x in several]
         buffers = [(source, _like(x)) for source, several in receives for x in several]
         with self.waiting(what):
-            if not sent and not buffers:
+            if not sent:  # who sends something gets something
                 works: Sequence[dist.Work] = []
-            elif (sent or buffers)[0][1].is_cuda:
+            elif sent[0][1].is_cuda:
                 works = [self._together(sent, buffers)]
             else:
                 works = self._one_by_one(sent, buffers)
@@ -156,7 +156,7 @@ class Peers:
         """As `batch_isend_irecv`, without a look at each message. One call for all tensors: its kernel starts
         before the attention that it goes beside, where a second one's would wait until that one ends (an
         all-to-all for each of k and v: 32k tokens of 16 heads 4.26 ms for 3.99, two H200, 2026-11-28)."""
-        device = (sent or buffers)[0][1].device
+        device = sent[0][1].device
         self.group._start_coalescing(device)
         for to, x in sent:
             self.group.send([x], to, 0)

@@ -31,9 +31,9 @@ ROWS = 2**17
 KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
 
 
-def chunk_count(kv_heads: int, rows: int) -> int:
-    """How many chunks a rank's heads make: `rows` are the queries of all of them."""
-    return max(1, min(CHUNKS, kv_heads, rows // ROWS))
+def chunk_count(heads: int, rows: int, most: int = CHUNKS) -> int:
+    """How many chunks a rank's heads make, those of keys or all: `rows` are the queries of all of them."""
+    return max(1, min(most, heads, rows // ROWS))
 
 
 def count_of(q: Tensor, k: Tensor, *, backward: bool) -> int:
@@ -71,7 +71,7 @@ def ring_chunks(heads: int, kv_heads: int, rows: int, *, backward: bool, sparse:
         count = 1
     else:
         most, times = (MOST, 2) if heads >= MANY * kv_heads else (CHUNKS, 1)
-        count = max(1, min(most, heads, times * rows // ROWS))
+        count = chunk_count(heads, times * rows, most)
         if count >= kv_heads:
             group, each = heads // kv_heads, 1 if sparse else count // kv_heads
             count = kv_heads * max(d for d in range(1, each + 1) if group % d == 0)

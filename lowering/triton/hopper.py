@@ -138,6 +138,14 @@ class Prepared(NamedTuple):
 _launches = Launches()
 
 
+def _key(
+    kind: Any, spec: AttentionSpec, block: tuple[int, int] | None, scalars: Sequence[int],
+    tensors: dict[str, Tensor],
+) -> tuple[Any, ...]:  # fmt: skip
+    """What decides about a launch, by which it is kept and found."""
+    return kind, spec, block, tuple(scalars), tensors["q"].device, alike(tensors)
+
+
 def again(
     kind: Any, spec: AttentionSpec, block: tuple[int, int] | None, scalars: Sequence[int],
     tensors: dict[str, Tensor], make: Callable[[], dict[str, Tensor]],
@@ -145,7 +153,7 @@ def again(
     """Launch a kernel as the last time with arguments alike, and with what is made for it, if there was one:
     what decided that it was launched is the same then, and need not be asked again."""
     q = tensors["q"]
-    launch = _launches.find((kind, spec, block, tuple(scalars), q.device, alike(tensors)))
+    launch = _launches.find(_key(kind, spec, block, scalars, tensors))
     if launch is None or any(x.device != q.device for x in tensors.values()):
         return None
     made = make()
@@ -169,7 +177,7 @@ def _launch(
     grid, arguments = (given.programs,), {name: found[name] for name in given.names}
     kernel = run(site, given.function, given.text, given.names, found, grid, given.warps)
     if not site.tiles:
-        key = (kind, site.spec, site.block, tuple(site.scalars), site.q.device, alike(tensors))
+        key = _key(kind, site.spec, site.block, site.scalars, tensors)
         _launches.keep(key, kernel, grid, arguments)
 
 
