@@ -23,6 +23,7 @@ import torch
 import triton
 from harness import RESULTS, time_interleaved, write
 
+from kp_compiler.lowering.into import Into
 from kp_compiler.lowering.triton import attention, hopper
 from kp_compiler.lowering.triton.attention import Site, Tile
 from kp_compiler.specs import AttentionSpec, MaskSpec
@@ -67,7 +68,7 @@ def steps(
     )
     spec = AttentionSpec(width**-0.5, MaskSpec("causal", "k <= q"))
     out, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
-    lse = attention.forward(Site(spec, q, k, v, (), ()), None, out)
+    lse = attention.forward(Site(spec, q, k, v, (), ()), None, Into(out))
     total = torch.empty_like(q, dtype=torch.float32)
     delta = attention.delta_of(grad, out, None, total)
     for kernel in kernels:
@@ -78,10 +79,10 @@ def steps(
                 kernel,
                 tile,
                 {
-                    "forward": lambda site=site: attention.forward(site, None, out),
+                    "forward": lambda site=site: attention.forward(site, None, Into(out)),
                     "dq": lambda a=arguments: attention.query_gradient(*a, dq),
                     "dkdv": lambda a=arguments: attention.key_gradients(*a, dk, dv),
-                    "hopper forward": lambda site=site: hopper.forward(site, None, out),
+                    "hopper forward": lambda site=site: hopper.forward(site, None, Into(out)),
                     "hopper backward": lambda a=arguments: hopper.gradients(*a, total, dq, dk, dv),
                 }[kernel],
             )

@@ -25,7 +25,7 @@ from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
 from kp_compiler.lowering.context import pairs, readers
 from kp_compiler.lowering.context.layout import Kind
 from kp_compiler.lowering.context.readers import PROGRAMS, STREAMS
-from kp_compiler.lowering.context.ring import CHUNKS, MANY, MOST, ROWS, keys_are_most, ring_chunks
+from kp_compiler.lowering.context.ring import CHUNKS, ROWS, backward_chunks
 from kp_compiler.lowering.context.schedules import SCHEDULES
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
@@ -76,22 +76,22 @@ class Sizes:
 
     def chunks(self, times: int) -> Any:
         """As `ring.count_of`: forward, once the rows, backward twice."""
-        return self._chunks(CHUNKS, self.kv_heads, sympy.Rational(1, times))
+        rows = sympy.floor(self.batch * self.heads * self.queries / (times * ROWS))
+        return sympy.Max(1, sympy.Min(CHUNKS, self.kv_heads, rows))
 
-    def _chunks(self, most: Any, of_heads: Any, times: Any) -> Any:
-        rows = sympy.floor(times * self.batch * self.heads * self.queries / ROWS)
-        return sympy.Max(1, sympy.Min(most, of_heads, rows))
-
-    def ring_chunks(self, *, backward: bool) -> Any:
-        """As `ring.ring_chunks`; of symbols, as if readers of a key head could be divided in any way."""
+    def backward_chunks(self) -> Any:
+        """As `ring.backward_chunks`."""
         rows = self.batch * self.heads * self.queries
-        if all(isinstance(x, int) for x in (self.heads, self.kv_heads, rows)):
-            return sympy.Integer(ring_chunks(self.heads, self.kv_heads, rows, backward=backward))
-        many = self.heads >= MANY * self.kv_heads
-        most, times = (sympy.Piecewise((a, many), (b, True)) for a, b in ((MOST, CHUNKS), (2, 1)))
-        count = self.chunks(2) if backward else self._chunks(most, self.heads, times)
-        one = not backward and keys_are_most(self.heads, self.kv_heads)
-        return sympy.Piecewise((1, one), (count, count > 2), (1, True))
+        if all(isinstance(x, int) for x in (self.kv_heads, rows)):
+            return sympy.Integer(backward_chunks(self.kv_heads, rows))
+        count = self.chunks(2)
+        return sympy.Piecewise((count, count > 2), (1, True))
+
+    @property
+    def tail(self) -> Any:
+        """Bytes of what results have beside them until they have seen all keys."""
+        elements = self.batch * self.heads * self.queries * self.value_dim
+        return sympy.Piecewise((elements, self.width < 4), (0, True))
 
 
 SYMBOLS = Sizes(SB, SH, SK, SQ, SD, SE, *sympy.symbols("P U width rate link programs", positive=True))
@@ -139,19 +139,19 @@ def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     groups, steps = _groups(of, spec, of.queries / parts, of.queries / parts), of.ranks - 1
     back = BACKWARD * step / _busy(of, of.queries / parts, groups)
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
-    count, fewer = (of.ring_chunks(backward=backward) for backward in (False, True))
-    # what comes, what goes on, and a chunk's own as it goes
-    moved, again = (of.width * of.keys * (2 + sympy.Min(1, c - 1)) for c in (count, fewer))
+    count = of.backward_chunks()
+    moved = 2 * of.width * of.keys  # what comes, and what goes on
+    again = moved + of.width * of.keys * sympy.Min(1, count - 1)  # a chunk's own as it goes
     last = gradients + LATENCY
     several = layout == "zigzag" and "causal" in spec.mask.parts and pairs.by_order(spec.mask)
     if several:  # it goes beside all but the first of its own pieces
         last = sympy.Max(0, last - sympy.Rational(3, 4) * back)
     return Formula(
-        step + steps * sympy.Max(step, one) + 2 * of.ranks * count * KERNEL,
-        back + steps * sympy.Max(back, one + gradients) + last / fewer + 2 * of.ranks * fewer * KERNEL,
-        moved / sympy.Min(count, of.kv_heads) + of.float32(of.value_dim) / count,
+        step + steps * sympy.Max(step, one) + 2 * of.ranks * KERNEL,
+        back + steps * sympy.Max(back, one + gradients) + last / count + 2 * of.ranks * count * KERNEL,
+        moved + of.tail,
         # of this chunk, and of the one before
-        (again + of.float32(of.head_dim) + (5 + _beside(groups)) * 4 * of.keys) / fewer,
+        (again + of.float32(of.head_dim) + (5 + _beside(groups)) * 4 * of.keys) / count,
     )
 
 
@@ -164,12 +164,17 @@ def _busy(of: Sizes, keys: Any, groups: Any) -> Any:
 
 
 def _groups(of: Sizes, spec: AttentionSpec, queries: Any, keys: Any) -> Any:
-    """As `readers.grouped`."""
-    if spec.sparse is not None:
+    """As `readers.grouped`; of symbols, the most groups there may be."""
+    if spec.sparse is not None or of.programs == 1:
         return 1
-    wanted = sympy.ceiling(2 * of.programs / (of.batch * sympy.ceiling(keys / readers.KEYS)))
-    most = sympy.Min(wanted, of.heads, sympy.floor(of.heads * queries / readers.ROWS))
-    return sympy.Piecewise((sympy.Max(1, most), sympy.Eq(of.kv_heads, 1)), (1, True))
+    sizes = (of.batch, of.heads, queries, keys)
+    if all(sympy.sympify(size).is_Integer for size in sizes):
+        most = readers.count(*map(int, sizes))
+    else:
+        wanted = sympy.ceiling(4 * of.programs / (of.batch * sympy.ceiling(keys / readers.KEYS)))
+        rows = sympy.floor(of.heads * queries / readers.ROWS)
+        most = sympy.Max(1, sympy.Min(2 * STREAMS, wanted, of.heads, rows))
+    return sympy.Piecewise((most, sympy.Eq(of.kv_heads, 1)), (1, True))
 
 
 def _beside(groups: Any) -> Any:

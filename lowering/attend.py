@@ -10,10 +10,9 @@ another kernel. Gradients reach q, k, v, biases, sinks and what the pass started
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -34,6 +33,7 @@ from kp_compiler.lowering.attend_checks import (
 from kp_compiler.lowering.block_lists import Lists
 from kp_compiler.lowering.dead_rows import after_zeros, unkept
 from kp_compiler.lowering.fingerprint import fingerprint
+from kp_compiler.lowering.into import Into
 from kp_compiler.lowering.ops import fragment
 from kp_compiler.metadata import value_of
 from kp_compiler.report import Rejection
@@ -118,7 +118,7 @@ def emit(emit: Any, node: Node, spec: AttentionSpec, shape: AttentionShape) -> N
         device = value_of(node.args[0]).device
         seed = emit.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
     block = None if size is None else (size, size)
-    plan = Plan(dataclasses.replace(spec, sparse=None), block).to_json()
+    plan = Plan(replace(spec, sparse=None), block).to_json()
     both = emit.call(attend(), *node.args[:5], blocks, None, None, seed, plan)
     out = emit.call(operator.getitem, both, 0)
     if spec.dead_rows not in ("mean", "nan"):
@@ -175,32 +175,31 @@ def _forward(
     check_start(q, v, start_out, start_lse)
     out = by_row(q, v.shape[-1])
     start = None if start_out is None or start_lse is None else (start_out, start_lse)
-    return out, write(out, q, k, v, operands, scalars, blocks, Plan.parse(plan), start, seed)
+    return out, write(Into(out, start), q, k, v, operands, scalars, blocks, Plan.parse(plan), seed)
 
 
 def write(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any],
-    blocks: list[Tensor], plan: Plan, start: tuple[Tensor, Tensor] | None, seed: Tensor | None = None,
+    into: Into, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], scalars: list[Any],
+    blocks: list[Tensor], plan: Plan, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `kp::attend` gives, to `out` [B,H,S,E], in q's dtype or float32; returns lse. `start` may lie
-    there."""
-    if start is not None:
-        start = (start[0], start[1].contiguous())
+    """What `kp::attend` gives, into tensors that there are, in q's dtype; returns lse."""
+    if into.start is not None:
+        into = replace(into, start=(into.start[0], into.start[1].contiguous()))
     known = None if operands or blocks or seed is not None else _known(q)
     if known is not None:
-        tensors = known.written(out, start) | {"q": q, "k": k, "v": v}
-        made = known.again("forward", plan.spec, plan.block, scalars, tensors, lambda: known.results(q))
+        kind, tensors = known.forward_kind(into), into.tensors() | {"q": q, "k": k, "v": v}
+        made = known.again(kind, plan.spec, plan.block, scalars, tensors, lambda: known.results(q))
         if made is not None:
             lse: Tensor = made["lse"]
             return lse
     kernels, site = _site(q, k, v, operands, scalars, blocks, seed, plan)
     lists = Lists(*blocks[:4]) if blocks else None
-    if start is not None:
-        start = (kernels.readable(start[0]), start[1])
+    if into.start is not None:
+        into = replace(into, start=(kernels.readable(into.start[0]), into.start[1]))
     hopper = _hopper(site)
     if hopper is not None and hopper.gains(site):
         kernels = hopper
-    found: Tensor = kernels.forward(site, lists, out, start)
+    found: Tensor = kernels.forward(site, lists, into)
     return found
 
 

@@ -64,14 +64,13 @@ def site(width: int) -> Site:
     return Site(spec, tensor(HEADS), tensor(KV_HEADS), tensor(KV_HEADS), (), ())
 
 
-def forward(width: int, tile: Tile, *, wide: bool = False) -> int:
-    """`wide`: to a result in float32, from one."""
+def forward(width: int, tile: Tile, *, unfinished: bool = False) -> int:
+    """`unfinished`: from a result with a tail to another one."""
     here = site(width)
-    layout = here.layout("forward", tile, wide=wide, start=wide)
+    layout = here.layout("forward", tile, **dict.fromkeys(("start", "continues", "unfinished"), unfinished))
     types = {"q": descriptor(ROWS, padded(width)), "out": descriptor(ROWS, padded(width))}
     types |= {name: descriptor(tile.inner, padded(width)) for name in "kv"}
-    types |= {"lse": "*fp32", "taken": "*i32", "start_out": "*fp32", "start_lse": "*fp32"}
-    types |= {"out": "*fp32"} if wide else {}
+    types |= {"lse": "*fp32", "taken": "*i32", "start_out": "*bf16", "start_lse": "*fp32", "tail": "*u8"}
     names = hopper_parameters(here.spec, layout)
     return spilled(hopper_source(here.spec, layout), "kp_attention_hopper", names, types)
 
@@ -91,6 +90,6 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver())
     print("forward 64", forward(64, Tile(192, 128, 4, 3)))
     print("forward 128", forward(128, Tile(128, 128, 4, 2)))
-    print("forward 128, wide", forward(128, Tile(128, 128, 4, 2), wide=True))
+    print("forward 128, unfinished", forward(128, Tile(128, 128, 4, 2), unfinished=True))
     print("backward 128", backward(128, Tile(128, 64, 4, 2)))
     print("backward 128, apart", backward(128, Tile(128, 64, 4, 2), apart=True))

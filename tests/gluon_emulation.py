@@ -10,6 +10,7 @@ one.
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -254,7 +255,8 @@ def _nothing(*_: Any) -> None:
 
 
 _language = SimpleNamespace(
-    constexpr=int, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+    constexpr=int, float32=torch.float32, int16=torch.int16,
+    int32=torch.int32, int64=torch.int64, uint8=torch.uint8,
     NVMMADistributedLayout=_nothing, SliceLayout=_nothing, DotOperandLayout=_nothing, BlockedLayout=_nothing,
     SwizzledSharedLayout=_nothing, NVMMASharedLayout=SimpleNamespace(get_default_for=_nothing),
     program_id=lambda _: torch.tensor(_local.program, dtype=torch.int32),
@@ -304,7 +306,8 @@ class Kernel:
 
     def __init__(self, name: str, text: str) -> None:
         namespace: dict[str, Any] = dict(_modules)
-        exec(compile(text[text.index("@gluon.jit") :], "<emulated>", "exec"), namespace)
+        text = re.sub(r"\.to\(([\w.]+), bitcast=True\)", r".view(\1)", text[text.index("@gluon.jit") :])
+        exec(compile(text, "<emulated>", "exec"), namespace)
         self.function = namespace[name]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:

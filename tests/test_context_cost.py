@@ -13,8 +13,6 @@ import kp_compiler as kp
 from kp_compiler import context_cost
 from kp_compiler.cost import RATES
 from kp_compiler.lowering.context import ring as rings
-from kp_compiler.lowering.context.layout import Layout
-from kp_compiler.lowering.context.shard import Shard
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
 from kp_compiler.target import Target
 
@@ -58,12 +56,12 @@ def test_memory() -> None:
     """Of a ring's exchanges three ranks' keys and values, and results in float32; of all that are gathered
     every rank's, three times; of a half of the heads, or a quarter."""
     sizes = {"B": 1, "H": 32, "K": 8, "N": 131072, "D": 128, "E": 128}
-    for ranks, key_heads, chunks, of_ring in ((8, 8, 4, 4), (16, 8, 2, 1), (32, 8, 1, 1), (8, 32, 4, 1)):
+    for ranks, key_heads, chunks in ((8, 8, 4), (16, 8, 2), (32, 8, 1), (8, 32, 4)):
         mine = 131072 // ranks
         sizes["K"] = key_heads
-        keys, wide = 2 * key_heads * mine * 256, 4 * 32 * mine * 128
+        keys, tail = 2 * key_heads * mine * 256, 32 * mine * 128
         ring, gathered = (kp.estimate_memory(name).at(**sizes, P=ranks) for name in ("ring", "allgather"))
-        assert ring.forward == (min(1 + of_ring, 3) * keys + wide) // of_ring
+        assert ring.forward == 2 * keys + tail
         assert gathered.forward == 3 * ranks * keys // chunks
         assert ring.own == mine * (2 * 256 * (32 + key_heads) + 4 * 32)
         assert ring.peak > ring.own + ring.forward
@@ -74,16 +72,17 @@ def test_memory() -> None:
     assert kp.estimate_memory("ring").at(P=4).own.free_symbols
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_chunks_are_counted_alike(backward: bool) -> None:
-    """Of a ring, by the formula and where they are made, which cover all heads."""
+def test_chunks_are_counted_alike() -> None:
+    """Of a ring, by the formulas and where they are made, which cover all heads."""
     several = [*itertools.product((8, 32), (1, 2, 4, 8)), (28, 1), (48, 3), (16, 1), (12, 3)]
     for (heads, kv_heads), rows in itertools.product(several, (2**11, 2**13, 5 * 2**12, 2**14, 2**17)):
         q, k = (torch.empty(1, n, rows, 128, device="meta") for n in (heads, kv_heads))
         of = replace(context_cost.SYMBOLS, batch=1, heads=heads, kv_heads=kv_heads, queries=rows)
-        shard = Shard(SPEC, Layout("zigzag", 2, 2 * rows), 0, (), ())
-        count = rings.ring_count(shard, q, k, backward=backward)
-        assert count == of.ring_chunks(backward=backward)
+        count = rings.backward_chunks(kv_heads, heads * rows)
+        assert count == of.backward_chunks()
+        symbols = context_cost.SYMBOLS
+        given = {symbols.batch: 1, symbols.heads: heads, symbols.kv_heads: kv_heads, symbols.queries: rows}
+        assert count == symbols.backward_chunks().subs(given)
         every = rings.chunks(q, k, count)
         group = heads // kv_heads
         assert [h for mine, _ in every for h in range(heads)[mine]] == list(range(heads))

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.helpers import relative_error
 
 pytest.importorskip("triton.experimental.gluon")
+from kp_compiler.lowering.into import Into
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from kp_compiler.target import Target
 from tests import gluon_emulation as emulation
@@ -73,7 +74,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, offset: int = 0) -> float:
     want = scores.masked_fill(~keep, float("-inf")).softmax(-1) @ leaves[2]
     grad = torch.randn(want.shape).to(HALF)
     out, *mine = (torch.full(x.shape, float("nan"), dtype=HALF) for x in (q, q, k, v))
-    lse = hopper.forward(site, None, out)
+    lse = hopper.forward(site, None, Into(out))
     total = torch.empty(q.shape, dtype=torch.float32)
     delta = attention.delta_of(grad, out, None, total)
     hopper.gradients(site, None, grad, lse, delta, total, *mine)
@@ -133,10 +134,10 @@ def added_up(offset: int) -> float:
     mask = MaskSpec("causal", "k <= q + n0", scalars=1)
     plan = attend.Plan(AttentionSpec(0.125, mask, dead_rows="zero"))
     halves = [(k[:, :, :64], v[:, :, :64], [offset]), (k[:, :, 64:], v[:, :, 64:], [offset - 64])]
-    wide, out, start = torch.empty(q.shape), torch.empty_like(q), None
-    for to, (keys, values, scalars) in zip((wide, out), halves, strict=True):
-        lse = attend.write(to, q, keys, values, [], scalars, [], plan, start)
-        start = to, lse
+    out, tail, start = torch.empty_like(q), torch.empty(q.shape, dtype=torch.uint8), None
+    for last, (keys, values, scalars) in zip((False, True), halves, strict=True):
+        lse = attend.write(Into(out, start, tail, last), q, keys, values, [], scalars, [], plan)
+        start = out, lse
     delta = attention.delta_of(grad, out, None)
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
     for (keys, values, scalars), some in zip(halves, (slice(0, 64), slice(64, 130)), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from kp_compiler.lowering.attend import by_row
@@ -17,7 +18,6 @@ from kp_compiler.lowering.context.ring import (
     by_token,
     chunks,
     count_of,
-    joined,
     zeros,
 )
 from kp_compiler.lowering.context.shard import Shard
@@ -30,7 +30,7 @@ def forward(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tupl
         longest_first = sorted(shard.pieces_of_all, key=lambda piece: piece.keys.start - piece.keys.stop)
         shard.attend(q[:, mine], keys, values, longest_first, results, apart=True)
         lses.append(results.finish())
-    return out, joined(lses)
+    return out, lses[0] if len(lses) == 1 else torch.cat(lses, 1)
 
 
 def _gathered(

@@ -16,9 +16,10 @@ from torch import Tensor
 from kp_compiler.lowering import mask_render, select
 from kp_compiler.lowering.attend import Plan, add_gradients, write
 from kp_compiler.lowering.block_mask import BLOCK, lists_now
-from kp_compiler.lowering.context.partial import Start, Turn
+from kp_compiler.lowering.context.partial import Turn
 from kp_compiler.lowering.context.readers import STREAMS, grouped
 from kp_compiler.lowering.context.task import Task
+from kp_compiler.lowering.into import Into
 from kp_compiler.lowering.triton import attention
 
 Given = tuple[list[Tensor], list[int], list[Tensor], Plan]
@@ -43,10 +44,8 @@ def _given(
     return operands, scalars, lists, Plan(spec, block)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None, sink: Tensor | None, out: Tensor
-) -> Tensor:
-    return write(out, q, k, v, *_given(q, k, v, task, sink, training=False), start)
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task, sink: Tensor | None, into: Into) -> Tensor:
+    return write(into, q, k, v, *_given(q, k, v, task, sink, training=False))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """Attention of some queries over some of their keys, and its gradients, in plain PyTorch: what a schedule is
 made of, and what it means.
 
-    lse = forward(q, k, v, task, start, sink, out)               start: what other keys gave, taken in
+    lse = forward(q, k, v, task, sink, into)                     what other keys gave is taken in
     backward(grad, q, k, v, task, lse, delta, dq, dk, dv)        adds
 
-Numbers that are still to be added to are in float32 or wider. lse is that of all keys in `backward`, where
+Gradients that are still to be added to are in float32 or wider. lse is that of all keys in `backward`, where
 p = exp(s − lse), and delta = rowsum(grad ∘ out) of the whole result: partial gradients add up.
 """
 
@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.context.task import Task
+from kp_compiler.lowering.into import Into
 from kp_compiler.specs import AttentionSpec
 
-Start = tuple[Tensor, Tensor]
+Partial = tuple[Tensor, Tensor]  # out and lse
 Turn = Callable[[Callable[[], Tensor | None]], Any]  # makes a call
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, task: Task, start: Start | None, sink: Tensor | None, out: Tensor
-) -> Tensor:
-    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E]; writes out [B,H,n,E], of any dtype, where `start` may lie, and
-    returns lse [B,H,n]. `sink` [H]: a score of every query without a value."""
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task, sink: Tensor | None, into: Into) -> Tensor:
+    """q [B,H,n,D], k [B,K,m,D], v [B,K,m,E]; writes [B,H,n,E] and returns lse [B,H,n]. `sink` [H]: a score of
+    every query without a value."""
     scores = _masked(_scores(q, k, task.spec), task.keep(q, k))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
     found = (_grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)).flatten(1, 2), lse
     if sink is not None:
         found = merged(found, (torch.zeros_like(found[0]), sink.to(lse.dtype)[:, None].expand_as(lse)))
-    if start is not None:
-        found = merged(found, start)
-    out.copy_(found[0])
+    earlier = into.earlier()
+    if earlier is not None and into.start is not None:
+        found = merged(found, (earlier, into.start[1]))
+    into.put(found[0])
     return found[1]
 
 
@@ -46,7 +46,7 @@ def beside(q: Tensor, count: int) -> AbstractContextManager[Turn]:
     return nullcontext(lambda call: call())
 
 
-def merged(one: Start, other: Start) -> Start:
+def merged(one: Partial, other: Partial) -> Partial:
     """Of two sets of keys, both."""
     lse = torch.logaddexp(one[1], other[1])
     shares = (torch.exp(x - _finite(lse)).unsqueeze(-1) for x in (one[1], other[1]))

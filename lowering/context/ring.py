@@ -1,8 +1,8 @@
 """Keys and values go round: each rank attends to one rank's at a time, while the next ones are on their way.
 
-Some heads after the other (`chunks`): what travels for one chunk does so while another one is computed, and
-only one chunk's numbers are in float32. In the backward pass gradients of keys and values go the same way, in
-float32.
+Results that are not finished have a tail (`lowering.into`). In the backward pass gradients of keys and values
+go the same way, in float32, some heads after the other (`chunks`): what travels for one chunk does so while
+another one is computed, and only one chunk's gradients of queries are in float32.
 
 Methods: Liu et al., Ring Attention (arXiv:2310.01889); Brandon et al., Striped Attention (arXiv:2311.09431),
 of which zigzag is the form for parts.
@@ -21,9 +21,6 @@ from kp_compiler.lowering.context.exchange import Peers, Pending
 from kp_compiler.lowering.context.shard import Pieces, Shard, wide
 
 CHUNKS = 4  # at most
-# Of a ring's forward pass where a head of keys has so many readers: little travels then, and results of a
-# quarter of the heads in float32 alone take more than a ring may
-MOST, MANY = 8, 16
 # Queries of all heads of a chunk, at least: a thousand tiles for a kernel. Twice as many in the backward
 # pass, where a program goes through all heads that read the same keys: 32 heads for 8 of keys, 32k tokens on
 # two GPUs, forward and backward 33.0 ms in four chunks, 29.8 in two (two H200, 2026-11-27)
@@ -31,9 +28,9 @@ ROWS = 2**17
 KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
 
 
-def chunk_count(heads: int, rows: int, most: int = CHUNKS) -> int:
-    """How many chunks a rank's heads make, those of keys or all: `rows` are the queries of all of them."""
-    return max(1, min(most, heads, rows // ROWS))
+def chunk_count(kv_heads: int, rows: int) -> int:
+    """How many chunks a rank's heads of keys make: `rows` are the queries of all of their readers."""
+    return max(1, min(CHUNKS, kv_heads, rows // ROWS))
 
 
 def count_of(q: Tensor, k: Tensor, *, backward: bool) -> int:
@@ -41,83 +38,48 @@ def count_of(q: Tensor, k: Tensor, *, backward: bool) -> int:
 
 
 def chunks(q: Tensor, k: Tensor, count: int) -> list[tuple[slice, slice]]:
-    """Heads of q, and of k, that go together; a head of k with some of its readers after the other, where
-    there are fewer heads of k than chunks."""
+    """Heads of q, and of k, that go together."""
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    if count > kv_heads:
-        some = q.shape[1] // count
-        return [(slice(a, a + some), slice(a // group, a // group + 1)) for a in range(0, q.shape[1], some)]
     ends = [kv_heads * i // count for i in range(count + 1)]
     return [(slice(a * group, b * group), slice(a, b)) for a, b in itertools.pairwise(ends)]
 
 
-def ring_count(shard: Shard, q: Tensor, k: Tensor, *, backward: bool) -> int:
-    """How many chunks go round."""
-    sparse = shard.spec.sparse is not None
-    return ring_chunks(q.shape[1], k.shape[1], q.shape[:3].numel(), backward=backward, sparse=sparse)
-
-
-def ring_chunks(heads: int, kv_heads: int, rows: int, *, backward: bool, sparse: bool = False) -> int:
-    """How many chunks go round. One is fastest: 32k tokens of 16 heads take 3.9 ms, in two chunks 6.1, in
-    four 4.3; 64k take 15.1 ms, in four chunks 15.8 (two H200, 2026-11-28). Results of all heads in float32
-    take twice the memory of queries, which is the most there is unless keys and values take as much: else a
-    part of the heads goes after the other. Two chunks would take nearly as much memory as one. A forward pass
-    may divide the readers of a key head, unless they choose their blocks together. Fewer rows than ROWS are
-    not worth it: 16k tokens of 32 heads for 8 take 2.1 ms, in four chunks 4.1, which is the host's time (two
-    H200, 2026-11-28). `rows`: queries of all heads."""
-    if backward:
-        count = chunk_count(kv_heads, rows // 2)
-    elif keys_are_most(heads, kv_heads):
-        count = 1
-    else:
-        most, times = (MOST, 2) if heads >= MANY * kv_heads else (CHUNKS, 1)
-        count = chunk_count(heads, times * rows, most)
-        if count >= kv_heads:
-            group, each = heads // kv_heads, 1 if sparse else count // kv_heads
-            count = kv_heads * max(d for d in range(1, each + 1) if group % d == 0)
+def backward_chunks(kv_heads: int, rows: int) -> int:
+    """How many chunks go round in a backward pass, as gradients of queries are in float32. Two would take
+    nearly as much memory as one. A forward pass has one: of 16 heads, 32k tokens take 3.9 ms, in two chunks
+    6.1, in four 4.3 (two H200, 2026-11-28). `rows`: queries of all heads."""
+    count = chunk_count(kv_heads, rows // 2)
     return count if count > 2 else 1
-
-
-def keys_are_most(heads: int, kv_heads: int) -> bool:
-    return 4 * kv_heads >= 3 * heads
 
 
 def forward(shard: Shard, peers: Peers | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """q [B,H,n,D], k [B,K,n,D], v [B,K,n,E] of this rank to out [B,H,n,E] and lse [B,H,n] in float32."""
-    out, lses = by_row(q, v.shape[3]), []
-    for mine, _, steps in _rounds(shard, peers, q, k, v):
-        results = shard.results(out[:, mine], itertools.chain(*shard.pieces), mine)
+    out = by_row(q, v.shape[3])
+    results = shard.results(out, itertools.chain(*shard.pieces))
+    for _, _, steps in _rounds(shard, peers, k, v, chunks(q, k, 1)):
         for _, pieces, key, value in steps:
-            shard.attend(q[:, mine], key, value, pieces, results)
-        lses.append(results.finish())
-    return out, joined(lses)
-
-
-def joined(lses: list[Tensor]) -> Tensor:
-    return lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+            shard.attend(q, key, value, pieces, results)
+    return out, results.finish()
 
 
 Step = tuple[int, Pieces, Tensor, Tensor]  # a rank, what of its keys is seen, its keys and values
 
 
 def _rounds(
-    shard: Shard, peers: Peers | None, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False
-) -> Iterator[tuple[slice, slice, Iterator[Step]]]:
+    shard: Shard, peers: Peers | None, k: Tensor, v: Tensor, every: list[tuple[slice, slice]], *,
+    backward: bool = False,
+) -> Iterator[tuple[slice, slice, Iterator[Step]]]:  # fmt: skip
     """Of each chunk, heads of q and of k, and the keys and values of the ranks that some rank sees. The next
     are on their way while these are used, those of the next chunk, too: this rank's own come first in the
     first chunk, which has nothing else yet, and last in others, beside what is on its way back, as do in a
     backward pass all but the first of their pieces: 32k tokens of 16 heads waited 1.0 of 16.2 ms for their
     gradients (two H200, 2026-11-28)."""
-    every = chunks(q, k, ring_count(shard, q, k, backward=backward))
     coming: Pending[list[Tensor]] | None = None
 
-    def begin(chunk: int, here: list[Tensor] | None = None) -> Pending[list[Tensor]] | None:
-        """`here`: what has come for the last chunk, if it came from the rank before."""
+    def begin(chunk: int) -> Pending[list[Tensor]] | None:
         if peers is None or shard.reach == 0 or chunk == len(every):
             return None
         heads = every[chunk][1]
-        if here is not None and heads == every[chunk - 1][1]:
-            return Pending(peers, KEYS, (), here, ())
         return peers.shift(by_token(k[:, heads], v[:, heads]), f"{KEYS} of step 1")
 
     def steps(chunk: int) -> Iterator[Step]:
@@ -136,7 +98,7 @@ def _rounds(
             if step < shard.reach:
                 coming = peers.shift(pair, f"{KEYS} of step {step + 1}")
             else:
-                coming = begin(chunk + 1, pair if step == 1 else None)
+                coming = begin(chunk + 1)
             source, (key, value) = (shard.rank - step) % shard.layout.size, by_head(pair)
             yield source, shard.pieces[source], key, value
         if pieces:
@@ -171,7 +133,8 @@ def backward(
     the last of them goes where they began, where this rank's own waits for it. dk and dv stay in float32
     unless they are `rounded`."""
     sums = Sums(shard, q, k, v, rounded=rounded)
-    for mine, theirs, steps in _rounds(shard, peers, q, k, v, backward=True):
+    count = backward_chunks(k.shape[1], q.shape[:3].numel())
+    for mine, theirs, steps in _rounds(shard, peers, k, v, chunks(q, k, count), backward=True):
         dq, own = zeros(q[:, mine]), [zeros(x[:, theirs]) for x in (k, v)]
         coming: Pending[list[Tensor]] | None = None
         for source, pieces, key, value in steps:

@@ -15,8 +15,8 @@ from torch import Tensor
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.context import pairs, partial
 from kp_compiler.lowering.context.layout import Layout, Ordered
-from kp_compiler.lowering.context.partial import Start
 from kp_compiler.lowering.context.task import Task
+from kp_compiler.lowering.into import Into
 from kp_compiler.lowering.selection.site import Lines, lines_of
 from kp_compiler.specs import AttentionSpec
 
@@ -35,33 +35,31 @@ Pieces = Sequence[Piece]
 
 @dataclass
 class Results:
-    """What a rank's queries make of the keys that they see, piece by piece. Parts that have seen their last
-    keys are in `out` [B,H,n,E]; others are in float32 beside it until then."""
+    """What a rank's queries make of the keys that they see, piece by piece, in `out` [B,H,n,E]; of parts that
+    have not seen their last keys yet with a tail, where out is in half precision."""
 
     out: Tensor
     part: int  # tokens of one
     left: list[int]  # pieces that each part is still to see
     sink: Tensor | None = None  # [H]
     lses: dict[int, Tensor] = field(default_factory=dict)  # [B,H,part] of each part
-    wide: Tensor | None = None
+    tail: Tensor | None = None
 
     def alike(self, parts: Iterable[int]) -> Iterator[tuple[int, ...]]:
         """Neighbours that have, or have not, seen anything yet, and that this is, or is not, the last of."""
         for _, some in itertools.groupby(parts, lambda i: (i in self.lses, self.left[i] == 1)):
             yield tuple(some)
 
-    def before(self, parts: tuple[int, ...]) -> Start | None:
-        """What is known of them."""
-        if parts[0] not in self.lses:
-            return None
-        known = [self.lses[i] for i in parts]
-        return self._wide()[:, :, _span(parts, self.part)], known[0] if len(known) == 1 else torch.cat(
-            known, 2
-        )
-
-    def place(self, parts: tuple[int, ...]) -> Tensor:
-        """Where it goes that they see some keys more."""
-        return (self.out if self.left[parts[0]] == 1 else self._wide())[:, :, _span(parts, self.part)]
+    def into(self, parts: tuple[int, ...]) -> Into:
+        """What is known of them, and where it goes that they see some keys more."""
+        rows, last, start = _span(parts, self.part), self.left[parts[0]] == 1, None
+        out = self.out[:, :, rows]
+        if parts[0] in self.lses:
+            known = [self.lses[i] for i in parts]
+            start = out, known[0] if len(known) == 1 else torch.cat(known, 2)
+        if self.tail is None and not last and out.dtype != wide(out):
+            self.tail = torch.empty_like(self.out, dtype=torch.uint8)
+        return Into(out, start, None if self.tail is None else self.tail[:, :, rows], last)
 
     def take(self, parts: tuple[int, ...], lse: Tensor) -> None:
         for i, each in zip(parts, lse.split(self.part, 2), strict=True):
@@ -78,12 +76,6 @@ class Results:
                 if self.sink is not None:
                     self.lses[i][:] = self.sink[:, None]
         return torch.cat([self.lses[i] for i in range(len(self.left))], 2)
-
-    def _wide(self) -> Tensor:
-        if self.wide is None:
-            same = self.out.dtype == wide(self.out)
-            self.wide = self.out if same else torch.empty_like(self.out, dtype=wide(self.out))
-        return self.wide
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -139,11 +131,11 @@ class Shard:
         launches = ((piece, parts) for piece in pieces for parts in results.alike(piece.parts))
         with engine(q).beside(q, len(pieces) if apart else 1) as turn:
             for piece, parts in launches:
-                start, place = results.before(parts), results.place(parts)
-                sink = results.sink if start is None else None
+                into = results.into(parts)
+                sink = results.sink if into.start is None else None
                 given = q[:, :, _span(parts, self.layout.part)], k[:, :, piece.keys], v[:, :, piece.keys]
-                assert not apart or (start is None and place.dtype == results.out.dtype)  # nothing is shared
-                call = functools.partial(engine(q).forward, *given, piece.task, start, sink, place)
+                assert not apart or (into.start is None and into.last)  # nothing is shared
+                call = functools.partial(engine(q).forward, *given, piece.task, sink, into)
                 results.take(parts, turn(call))
 
     def add_gradients(

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.into import Into
 from kp_compiler.lowering.triton.attention_source import parameters, source
 from kp_compiler.lowering.triton.attention_writer import Layout, pieces
 from kp_compiler.lowering.triton.text import compiled
@@ -166,24 +167,24 @@ def strided(name: str, x: Tensor, dims: Iterable[Any] = "bhs") -> dict[str, Any]
     return {name: x, **{f"{name}_{dim}": stride for dim, stride in zip(dims, x.stride(), strict=False)}}
 
 
-def forward(
-    site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Write `out` [B,H,S,E]; returns the log-sum-exp [B,H,S] in float32, −∞ for rows without a key."""
+def forward(site: Site, lists: Lists | None, into: Into) -> Tensor:
+    """Write the result [B,H,S,E]; returns the log-sum-exp [B,H,S] in float32, −∞ for rows without a key."""
     lse = torch.empty(site.q.shape[:3], dtype=torch.float32, device=site.q.device)
-    found = forward_arguments(site, out, lse, start)
-    _launch("forward", site, lists, found, start=start is not None)
-    return found["lse"]
+    _launch("forward", site, lists, {"lse": lse} | forward_arguments(into), **forward_layout(into))
+    return lse
 
 
-def forward_arguments(
-    site: Site, out: Tensor, lse: Tensor, start: tuple[Tensor, Tensor] | None
-) -> dict[str, Any]:
-    """Of a forward kernel, by parameter name: its results, and what it starts from."""
-    found = {"lse": lse, **strided("out", out)}
-    if start is not None:
-        found |= {**strided("start_out", start[0]), "start_lse": start[1]}
+def forward_arguments(into: Into) -> dict[str, Any]:
+    """Of a forward kernel, by parameter name: its result, and what it starts from."""
+    found: dict[str, Any] = {}
+    for name, x in into.tensors().items():
+        found |= {name: x} if name == "start_lse" else strided(name, x)
     return found
+
+
+def forward_layout(into: Into) -> dict[str, Any]:
+    started = into.start is not None
+    return {"start": started, "continues": into.continues, "unfinished": into.unfinished}
 
 
 def query_gradient(

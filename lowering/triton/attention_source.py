@@ -31,6 +31,7 @@ from kp_compiler.lowering.triton.attention_writer import (
     Layout,
     Masked,
     Writer,
+    divided,
     indented,
     product,
 )
@@ -65,6 +66,8 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
     tensors += {"forward": [], "dq": ["dq"], "dkdv": ["dk", "dv"], "dbias": ["dbias"]}[kernel]
     if kernel == "forward" and layout.start:
         tensors += ["start_out", "start_lse"]
+    if layout.continues or layout.unfinished:
+        tensors.append("tail")
     strided = [t for t in tensors if t not in ("lse", "delta", "start_lse", "dbias", *layout.described)]
     numbers = [f"{t}_{dim}" for t in strided for dim in ("b", "h", "s")]
     for i, dims in enumerate(layout.lookups):
@@ -87,14 +90,27 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
 
 def _forward(w: Writer) -> list[str]:
     layout = w.layout
-    mine = ["q", "out", *(["start_out"] if layout.start else [])]
+    tail = layout.continues or layout.unfinished
+    mine = ["q", "out", *(["start_out"] if layout.start else []), *(["tail"] if tail else [])]
     lines = w.begin(reverse=True) + w.advance(mine, "head") + w.advance("kv", "kv_head")
     lines += w.rows("q", "q", w.head, layout.head_dim, "first", "OUTER")
-    lines += [
-        "top = tl.full([OUTER], float('-inf'), tl.float32)",
-        "total = tl.zeros([OUTER], tl.float32)",
-        *(f"acc{i} = tl.zeros([OUTER, {width}], tl.float32)" for i, (_, width) in enumerate(w.value)),
-    ]
+    at = "(batch * H + head).to(tl.int64) * S + first + tl.arange(0, OUTER)"
+    masked = "" if "q" in layout.whole else ", mask=first + tl.arange(0, OUTER) < S"
+    if layout.start:
+        lines += w.started(at, masked)
+        lines += w.rows("start_out", "q", w.value, layout.value_dim, "first", "OUTER", to="upper")
+        if layout.continues:
+            lines += w.rows("tail", "q", w.value, layout.value_dim, "first", "OUTER", to="lower")
+        lines += [
+            f"acc{i} = tl.where(total[:, None] > 0.0, {w.before(f'upper{i}', f'lower{i}')}, 0.0)"
+            for i in range(len(w.value))
+        ]
+    else:
+        lines += [
+            "top = tl.full([OUTER], float('-inf'), tl.float32)",
+            "total = tl.zeros([OUTER], tl.float32)",
+            *(f"acc{i} = tl.zeros([OUTER, {width}], tl.float32)" for i, (_, width) in enumerate(w.value)),
+        ]
 
     def body(*, masked: Masked) -> list[str]:
         lines = w.indices() + w.rows("k", "k", w.head, layout.head_dim, "start", "INNER", to="key")
@@ -111,14 +127,13 @@ def _forward(w: Writer) -> list[str]:
         ]
 
     lines += w.loops(body)
-    at = "(batch * H + head).to(tl.int64) * S + first + tl.arange(0, OUTER)"
-    masked = "" if "q" in layout.whole else ", mask=first + tl.arange(0, OUTER) < S"
-    lines += w.finish(at, masked)
-    if layout.start:
-        lines += w.rows("start_out", "q", w.value, layout.value_dim, "first", "OUTER", to="before")
+    lines += w.finish()
     value = w.scaled("acc{0} * share[:, None]")
-    if layout.start:
-        value += " + tl.where(rest[:, None] > 0.0, before{0}.to(tl.float32) * rest[:, None], 0.0)"
+    if layout.unfinished:
+        more = [divided(value.format(i), f"bits{i}", "out.dtype.element_ty")[0] for i in range(len(w.value))]
+        _, value, after = divided("", "bits{0}", "out.dtype.element_ty")
+        lines += [line for each in more for line in each]
+        lines += w.store("tail", after, "q", w.value, layout.value_dim)
     lines += w.store("out", value, "q", w.value, layout.value_dim)
     return [*lines, f"tl.store(lse + {at}, lse2 * {LN2}{masked})"]
 

@@ -15,6 +15,7 @@ import sympy
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_lists import WHOLE
+from kp_compiler.lowering.into import ROUND
 from kp_compiler.lowering.triton.attention_loops import (
     SIZES,
     Formula,
@@ -26,6 +27,7 @@ from kp_compiler.lowering.triton.attention_loops import (
 from kp_compiler.specs import AttentionSpec
 
 LOG2E = math.log2(math.e)
+MANY = 2.0**24  # keys
 LN2 = math.log(2.0)
 INFINITY = "float('inf')"
 LOWEST = -(2.0**127)
@@ -59,7 +61,8 @@ class Layout:
     described: frozenset[str] = frozenset()  # tensors that come as descriptors of the loop's tiles
     start: bool = False  # the forward pass goes on from an earlier (out, lse)
     exact: bool = False  # float32 all the way
-    wide: bool = False  # `out` in float32, whatever q is
+    continues: bool = False  # what it goes on from has a tail (`into.Into`)
+    unfinished: bool = False  # its results get one
     adds: bool = False  # gradients of q, k and v, in float32, are added to what is there; dq has no scale
     apart: bool = False  # dk and dv of each head, before they are added up over those that share keys
     bias: int = 0  # which bias dbias is the gradient of
@@ -148,6 +151,15 @@ class Writer:
         at = f"{start} + tl.arange(0, {count})"
         masked = "" if index in self.layout.whole else f", mask={at} < {SIZES[index]}, other={other}"
         return f"tl.load({name} + (batch * H + head).to(tl.int64) * S + {at}{masked})"
+
+    def before(self, upper: str, tail: str) -> str:
+        """What the pass started from, in float32, as the sum of values that `started` makes of it."""
+        value = f"{upper}.to(tl.float32)"
+        if self.layout.continues:
+            bits = f"({upper}.to(tl.int16, bitcast=True).to(tl.int32) << 16) | ({tail}.to(tl.int32) << 8)"
+            value = f"({bits}).to(tl.float32, bitcast=True)"
+        kept = 1 - self.spec.dropout_p if self.spec.dropout_p < 1.0 else 1.0
+        return f"{value} * {kept * MANY!r}"
 
     # -------------------------------------------------------------------------------------------- beginnings
 
@@ -290,9 +302,8 @@ class Writer:
 
     def kept(self) -> list[str]:
         """Which probabilities dropout keeps: a random number for every pair, the same in all kernels."""
-        if not self.spec.dropout_p:
+        if not 0.0 < self.spec.dropout_p < 1.0:
             return []
-        bound = min(int(self.spec.dropout_p * 2**32), 2**32 - 1)
         return [
             "zero = tl.zeros([OUTER, INNER], tl.uint32)",
             "sequence = (batch * H + head).to(tl.uint32)",
@@ -300,20 +311,18 @@ class Writer:
             "tl.load(seed), zero + q_at.to(tl.uint32), zero + k_at.to(tl.uint32), "
             "zero + sequence, zero, "
             f"{ROUNDS})",
-            f"stays = number >= {bound}",
+            f"stays = number >= {int(self.spec.dropout_p * 2**32)}",
         ]
 
     def dropped(self, name: str) -> str:
         """Probabilities or their gradients after dropout."""
         if not self.spec.dropout_p:
             return name
-        return f"tl.where(stays, {name}, 0.0)"
+        return f"tl.where(stays, {name}, 0.0)" if self.spec.dropout_p < 1.0 else f"tl.zeros_like({name})"
 
     def scaled(self, name: str) -> str:
         """A sum over what dropout kept, made as large as the sum over all."""
-        if not self.spec.dropout_p:
-            return name
-        return f"{name} * {1 / (1 - self.spec.dropout_p) if self.spec.dropout_p < 1 else 0.0!r}"
+        return f"{name} * {1 / (1 - self.spec.dropout_p)!r}" if 0.0 < self.spec.dropout_p < 1.0 else name
 
     def recomputed(self, left: str, right: str, *, masked: Masked) -> list[str]:
         """p from both matrices and the log-sum-exp."""
@@ -338,10 +347,20 @@ class Writer:
             "top = new_top",
         ]
 
-    def finish(self, at: str, masked: str) -> list[str]:
-        """From the running maximum `top` and sum `total`: lse2, of base two, and what the sum of values is
-        multiplied by, `share`; `rest` is the share of what the pass started from. `at` is the place in
+    def started(self, at: str, masked: str) -> list[str]:
+        """The running maximum `top` and sum `total` of a pass that goes on from another one: as if there had
+        been MANY keys of one score, with its out as their value. That score is below their true maximum, so
+        that p of other keys is not too small for half precision if it matters at all. `at` is the place in
         [B,H,S], with the end of a load's arguments, `masked`."""
+        other = ", other=float('-inf')" if masked else ""
+        return [
+            f"top = tl.load(start_lse + {at}{masked}{other}) * {LOG2E} - {math.log2(MANY)}",
+            f"total = tl.where(top > float('-inf'), {MANY}, 0.0)",
+        ]
+
+    def finish(self) -> list[str]:
+        """From the running maximum `top` and sum `total`: lse2, of base two, and what the sum of values is
+        multiplied by, `share`."""
         lines, kept = [], "1.0"
         if self.spec.sink is not None:
             kept = "shrink"
@@ -353,18 +372,10 @@ class Writer:
                 "total = total * shrink + tl.exp2(extra - base)",
                 "top = base",
             ]
-        lines += ["lse2 = top + tl.log2(total)", f"share = tl.where(total > 0.0, {kept} / total, 0.0)"]
-        if not self.layout.start:
-            return lines
         return [
             *lines,
-            f"earlier = tl.load(start_lse + {at}{masked + ', other=0.0' if masked else ''}) * {LOG2E}",
-            "both = tl.maximum(lse2, earlier)",
-            "base = tl.where(both == float('-inf'), 0.0, both)",
-            "now, then = tl.exp2(lse2 - base), tl.exp2(earlier - base)",
-            "share *= tl.where(now + then > 0.0, now / (now + then), 0.0)",
-            "rest = tl.where(now + then > 0.0, then / (now + then), 0.0)",
-            "lse2 = base + tl.log2(now + then)",
+            "lse2 = top + tl.log2(total)",
+            f"share = tl.where(total > 0.0, {kept} / total, 0.0)",
         ]
 
     def score_gradients(self) -> list[str]:
@@ -381,6 +392,17 @@ def product(name: str, left: str, right: str, parts: list[tuple[int, int]]) -> l
     return lines + [
         f"{name} = tl.dot({left}{i}, tl.trans({right}{i}), {name}{PRECISE})" for i in range(1, len(parts))
     ]
+
+
+def divided(value: str, name: str, dtype: str) -> tuple[list[str], str, str]:
+    """Lines that round `value`, in float32, to 24 bits, NAME; its upper half, of `dtype`, and its tail."""
+    lines = [
+        f"exact = {value}",
+        f"{name} = exact.to(tl.int32, bitcast=True)",
+        f"{name} = tl.where(exact == exact, {name} + {ROUND}, {name})",
+    ]
+    upper = f"({name} >> 16).to(tl.int16).to({dtype}, bitcast=True)"
+    return lines, upper, f"({name} >> 8).to(tl.uint8)"
 
 
 def column(part: tuple[int, int]) -> str:

@@ -12,11 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kp_compiler.lowering.block_lists import Lists
+from kp_compiler.lowering.into import Into
 from kp_compiler.lowering.triton.attention import (
     Site,
     Tile,
     described,
     forward_arguments,
+    forward_layout,
     run,
     scaled,
     strided,
@@ -87,20 +89,15 @@ def _tile(kernel: str, site: Site) -> Tile:
     return Tile(outer, min(inner, keys), tile.warps, tile.stages)
 
 
-def forward(
-    site: Site, lists: Lists | None, out: Tensor, start: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def forward(site: Site, lists: Lists | None, into: Into) -> Tensor:
     """As `triton.attention.forward`, for a site that it `takes`."""
     made = results(site.q)
 
     def prepared(found: dict[str, Any]) -> Prepared:
         tile = _tile("hopper forward", site)
-        wide = out.dtype != site.q.dtype
-        layout = site.layout("forward", tile, start=start is not None, wide=wide)
-        found |= forward_arguments(site, out, made["lse"], start)
-        found["q"] = _descriptor(site.q, ROWS)
-        if not wide:
-            found["out"] = _descriptor(out, ROWS)
+        layout = site.layout("forward", tile, **forward_layout(into))
+        found |= forward_arguments(into)
+        found |= {"q": _descriptor(site.q, ROWS), "out": _descriptor(into.out, ROWS)}
         found |= {name: _descriptor(found[name], tile.inner) for name in "kv"}
         batch, heads, queries, _ = site.q.shape
         size = (site.k[0, 0].numel() + site.v[0, 0].numel()) * site.k.element_size()
@@ -110,13 +107,13 @@ def forward(
         text, names = hopper_source(site.spec, layout), hopper_parameters(site.spec, layout)
         return Prepared("kp_attention_hopper", text, names, programs, tile.warps)
 
-    _launch("forward", site, lists, written(out, start), made, prepared)
+    _launch(forward_kind(into), site, lists, into.tensors(), made, prepared)
     return made["lse"]
 
 
-def written(out: Tensor, start: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    """What a forward kernel is given beside its inputs."""
-    return {"out": out} if start is None else {"out": out, "start_out": start[0], "start_lse": start[1]}
+def forward_kind(into: Into) -> Any:
+    """What a launch depends on beside its tensors."""
+    return "forward", into.unfinished
 
 
 def results(q: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
-from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, indented
+from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, divided, indented
 from kp_compiler.lowering.triton.hopper_text import (
     CHUNKS,
     FLAT,
@@ -48,11 +48,9 @@ ITEMS = ("taken", *CHUNKS)
 
 
 def hopper_parameters(spec: AttentionSpec, layout: Layout) -> tuple[str, ...]:
-    """Those of the portable kernel, where q, k, v and out are descriptors [1,1,rows,D] of [B,H,S,D], but out
-    where it is wide; then `taken`, a zero in int32, PAIRS, B·H, and CHUNK, how many heads are gone through
-    together."""
-    described = ("q", "k", "v") if layout.wide else ("q", "k", "v", "out")
-    strides = {f"{name}_{dim}" for name in described for dim in "bhs"}
+    """Those of the portable kernel, where q, k, v and out are descriptors [1,1,rows,D] of [B,H,S,D]; then
+    `taken`, a zero in int32, PAIRS, B·H, and CHUNK, how many heads are gone through together."""
+    strides = {f"{name}_{dim}" for name in ("q", "k", "v", "out") for dim in "bhs"}
     return (*(name for name in parameters("forward", spec, layout) if name not in strides), *ITEMS)
 
 
@@ -204,16 +202,14 @@ def _item(writer: Writer, *, early: bool) -> list[str]:
         "q_at = (mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES)))[:, None]",
         "held = q_tiles.index(lap % QUEUE * PARTS + WHO)",
         "query = held.reshape([ROWS, D])",
-        "top = tl.full([ROWS], float('-inf'), tl.float32, tl.SliceLayout(1, SCORES))",
-        "total = tl.zeros([ROWS], tl.float32, tl.SliceLayout(1, SCORES))",
-        "acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
+        *_begun(writer),
         *writer.formula.outside,
         "i = 0",
         *([] if early else _first(writer, "lap", "n") + _waited("n")),
         *(_start(writer) if writer.layout.block is None else ["start = begin"]),
         "s = ahead",
         *_softmax(writer),
-        "total = tl.sum(p, 1)",
+        *(_grown() if writer.layout.start else ["total = tl.sum(p, 1)"]),
         *(_freed("lap - 1", "lap > 0") if early else []),
         "mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)",
         "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
@@ -296,6 +292,7 @@ def _masks(writer: Writer) -> list[str]:
 def _round(writer: Writer) -> list[str]:
     """Tile i: its q kᵀ, and p v of the tile before."""
     told_start = [f"start = {number('starts.index(stage)')}"]
+    total, acc = _grown()
     return [
         "mbarrier.wait(turn.index(WHO), (n - lap + i - 1) & 1)",  # an item has a round less than tiles
         "stage = (n + i) % STAGES",
@@ -308,46 +305,71 @@ def _round(writer: Writer) -> list[str]:
         "s = warpgroup_mma_wait(1, [product])",
         "mbarrier.arrive(k_free.index(stage), count=1)",
         *_softmax(writer),
-        "total = total * shrink + tl.sum(p, 1)",
+        total,
         # also keeps the compiler from waiting for the second product before the exponentials
         "mbarrier.wait(v_full.index(stage), ((n + i) // STAGES) & 1)",
         "acc = warpgroup_mma_wait(0, [sum])",
         "mbarrier.arrive(v_free.index(before), count=1)",
-        "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, VALUES))[:, None]",
+        acc,
         "weights = tl.convert_layout(p.to(q_tiles.dtype), tl.DotOperandLayout(0, VALUES, 2))",
     ]
 
 
-def _end(writer: Writer) -> list[str]:
-    """Sinks, what the pass started from, and both results. `out` goes by way of these queries' memory, but in
-    float32 straight from registers."""
-    whole, size = "q" in writer.layout.whole, writer.layout.value_dim
+def _grown() -> list[str]:
+    """Sums of all tiles before, by what the maximum has grown, and of p."""
+    return [
+        "total = total * shrink + tl.sum(p, 1)",
+        "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, VALUES))[:, None]",
+    ]
+
+
+def _begun(writer: Writer) -> list[str]:
+    """Sums of nothing, or what the pass goes on from."""
+    if not writer.layout.start:
+        return [
+            "top = tl.full([ROWS], float('-inf'), tl.float32, tl.SliceLayout(1, SCORES))",
+            "total = tl.zeros([ROWS], tl.float32, tl.SliceLayout(1, SCORES))",
+            "acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
+        ]
+    lines = writer.started(*_at(writer))
+    names = {"upper": "start_out"} | ({"lower": "tail"} if writer.layout.continues else {})
+    lines += [f"{to} = tl.load({''.join(_place(writer, name))})" for to, name in names.items()]
+    there = "tl.convert_layout(total, tl.SliceLayout(1, VALUES))[:, None] > 0.0"
+    return [*lines, f"acc = tl.where({there}, {writer.before('upper', 'lower')}, 0.0)"]
+
+
+def _at(writer: Writer) -> tuple[str, str]:
+    """The place of a number of each row in [B,H,S], and the end of a load's arguments."""
     index = "mine + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))"
-    at, there = f"(batch * H + head).to(tl.int64) * S + {index}", "" if whole else f", mask={index} < S"
-    lines = writer.finish(at, there)
-    value = "acc * tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
+    masked = "" if "q" in writer.layout.whole else f", mask={index} < S"
+    return f"(batch * H + head).to(tl.int64) * S + {index}", masked
+
+
+def _place(writer: Writer, name: str) -> tuple[str, str]:
+    """Those of all numbers of each row of a matrix."""
     rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
     columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
+    base = f"{name} + batch.to(tl.int64) * {name}_b + head.to(tl.int64) * {name}_h"
+    some = None if "q" in writer.layout.whole else f"{rows} < S"
+    masked = inside(rows=some, columns=columns, size=writer.layout.value_dim)
+    return f"{base} + {rows}.to(tl.int64) * {name}_s + {columns}", masked
 
-    def place(name: str) -> str:
-        base = f"{name} + batch.to(tl.int64) * {name}_b + head.to(tl.int64) * {name}_h"
-        return f"{base} + {rows}.to(tl.int64) * {name}_s + {columns}"
 
-    if writer.layout.start:
-        masked = inside(rows=None if whole else f"{rows} < S", columns=columns, size=size)
-        lines += [
-            f"before = tl.load({place('start_out')}{masked})",
-            "rest = tl.convert_layout(rest, tl.SliceLayout(1, VALUES))[:, None]",
-        ]
-        value += " + tl.where(rest > 0.0, before.to(tl.float32) * rest, 0.0)"
-    lines.append(f"tl.store(lse + {at}, lse2 * {LN2}{there})")
-    if writer.layout.wide:
-        masked = inside(rows=None if whole else f"{rows} < S", columns=columns, size=size)
-        return [*lines, f"tl.store({place('out')}, {value}{masked})"]
+def _end(writer: Writer) -> list[str]:
+    """Sinks, and both results. `out` goes by way of these queries' memory, its tail straight from
+    registers."""
+    at, there = _at(writer)
+    lines = [*writer.finish(), f"tl.store(lse + {at}, lse2 * {LN2}{there})"]
+    value = "acc * tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
+    upper = f"({value}).to(q_tiles.dtype)"
+    if writer.layout.unfinished:
+        more, upper, tail = divided(value, "bits", "q_tiles.dtype")
+        place, masked = _place(writer, "tail")
+        lines += [*more, f"tl.store({place}, {tail}{masked})"]
     return [
         *lines,
         "result = held._reinterpret(q_tiles.dtype, [1, 1, ROWS, E], out.layout)",
-        f"result.reshape([ROWS, E]).store(({value}).to(q_tiles.dtype))",
+        f"result.reshape([ROWS, E]).store({upper})",
         "fence_async_shared()",
         "tma.async_copy_shared_to_global(out, [batch, head, mine, 0], result)",
     ]
