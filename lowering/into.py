@@ -3,6 +3,9 @@
 Results in half precision that more keys are still to be taken into keep 24 bits of float32: the upper half
 lies in the memory of `out`, the next eight bits in `tail`. So they are rounded by 2⁻¹⁶ each time, and take
 one byte beside their result, where float32 would take four.
+
+Kernels have the numbers of a tail's row in an order of their own: of every eight columns the first two in the
+first quarter, and so on. So what a thread has of a row of products of the tensor cores lies side by side.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ ROUND = 0x80  # half of the last bit that is kept
 @dataclass(frozen=True)
 class Into:
     """`out` [B,H,S,E], of any strides. `start`: what attention over other keys gave, out and lse [B,H,S] in
-    float32, taken into the result; its out may lie where the results go. `tail` [B,H,S,E] uint8: of what
+    float32, taken into the result; its out may lie where the results go. `tail`, from `tail_of`: of what
     `start` gave, and of results that are not the `last`; None where these are as they are."""
 
     out: Tensor
@@ -49,14 +52,25 @@ class Into:
         """What it goes on from, in float32 if it has a tail."""
         if self.start is None:
             return None
-        return self.start[0] if self.tail is None else joined(self.start[0], self.tail)
+        out = self.start[0]
+        return out if self.tail is None else joined(out, self.tail[..., : out.shape[-1]])
 
     def put(self, value: Tensor) -> None:
         if self.unfinished:
             assert self.tail is not None
-            divide(value, self.out, self.tail)
+            divide(value, self.out, self.tail[..., : value.shape[-1]])
         else:
             self.out.copy_(value)
+
+
+def tail_of(out: Tensor) -> Tensor:
+    """An empty one for results [B,H,S,E]: [B,H,S,E or more] uint8."""
+    batch, heads, rows, width = out.shape
+    return out.new_empty((batch, rows, heads, tail_width(width)), dtype=torch.uint8).transpose(1, 2)
+
+
+def tail_width(width: int) -> int:
+    return max(64, 1 << (width - 1).bit_length())
 
 
 def joined(upper: Tensor, tail: Tensor) -> Tensor:

@@ -266,6 +266,7 @@ _language = SimpleNamespace(
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     cast=lambda x, dtype: torch.as_tensor(x).to(dtype), convert_layout=lambda x, layout: x,
+    DistributedLinearLayout=_nothing, reshape=torch.reshape, permute=torch.permute,
     where=lambda c, a, b: torch.where(torch.as_tensor(c), a, b), abs=torch.abs,
     maximum=_both(torch.maximum), minimum=_both(torch.minimum), exp2=torch.exp2, log2=torch.log2,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),

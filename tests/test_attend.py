@@ -14,7 +14,7 @@ import kp_compiler
 from kp_compiler.lowering import reference
 from kp_compiler.lowering.attend import Plan, add_gradients, attend, write
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.into import Into
+from kp_compiler.lowering.into import Into, tail_of
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
 from tests.attend_cases import BLOCK, MASK_SPECS, case, covering, exact, lists, run
 from tests.helpers import REFERENCE, relative_error, run_both
@@ -98,7 +98,7 @@ def test_results_to_be_added_up() -> None:
     given = ([], [], [], Plan(spec))
     one, out = (torch.full_like(q, float("nan")) for _ in range(2))
     write(Into(one), q, k, v, *given)
-    tail, start = torch.full(q.shape, 255, dtype=torch.uint8), None
+    tail, start = tail_of(out).fill_(255), None
     spans = [slice(span, span + 16) for span in range(0, 256, 16)]
     for span in spans:
         into = Into(out, start, tail, last=span == spans[-1])

@@ -370,7 +370,7 @@ def test_results_have_a_tail_until_their_last_keys() -> None:
         want = reference.attention_over(*leaves, [], [], AttentionSpec(0.3), keep)
         for i, rows in enumerate((slice(0, 16), slice(16, 32))):
             assert results.tail is not None and (results.left[i] == 0) == (i in done)
-            found = out if i in done else joined(out, results.tail)
+            found = out if i in done else joined(out, results.tail[..., :8])
             error = relative_error(found[:, :, rows], want[:, :, rows])
             assert error < (5e-4 if i in done else 2e-5)
     assert results.finish().shape == (1, 2, 32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.helpers import relative_error
 
 pytest.importorskip("triton.experimental.gluon")
-from kp_compiler.lowering.into import Into
+from kp_compiler.lowering.into import Into, tail_of
 from kp_compiler.specs import AttentionSpec, MaskSpec
 from kp_compiler.target import Target
 from tests import gluon_emulation as emulation
@@ -134,7 +134,7 @@ def added_up(offset: int) -> float:
     mask = MaskSpec("causal", "k <= q + n0", scalars=1)
     plan = attend.Plan(AttentionSpec(0.125, mask, dead_rows="zero"))
     halves = [(k[:, :, :64], v[:, :, :64], [offset]), (k[:, :, 64:], v[:, :, 64:], [offset - 64])]
-    out, tail, start = torch.empty_like(q), torch.empty(q.shape, dtype=torch.uint8), None
+    out, tail, start = torch.empty_like(q), tail_of(q), None
     for last, (keys, values, scalars) in zip((False, True), halves, strict=True):
         lse = attend.write(Into(out, start, tail, last), q, keys, values, [], scalars, [], plan)
         start = out, lse

@@ -16,7 +16,7 @@ from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.context import pairs, partial
 from kp_compiler.lowering.context.layout import Layout, Ordered
 from kp_compiler.lowering.context.task import Task
-from kp_compiler.lowering.into import Into
+from kp_compiler.lowering.into import Into, tail_of
 from kp_compiler.lowering.selection.site import Lines, lines_of
 from kp_compiler.specs import AttentionSpec
 
@@ -58,7 +58,7 @@ class Results:
             known = [self.lses[i] for i in parts]
             start = out, known[0] if len(known) == 1 else torch.cat(known, 2)
         if self.tail is None and not last and out.dtype != wide(out):
-            self.tail = torch.empty_like(self.out, dtype=torch.uint8)
+            self.tail = tail_of(self.out)
         return Into(out, start, None if self.tail is None else self.tail[:, :, rows], last)
 
     def take(self, parts: tuple[int, ...], lse: Tensor) -> None:

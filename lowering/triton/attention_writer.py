@@ -15,7 +15,7 @@ import sympy
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_lists import WHOLE
-from kp_compiler.lowering.into import ROUND
+from kp_compiler.lowering.into import ROUND, tail_width
 from kp_compiler.lowering.triton.attention_loops import (
     SIZES,
     Formula,
@@ -124,8 +124,10 @@ class Writer:
         ]
 
     def place(self, name: str, part: tuple[int, int], start: str, count: str) -> str:
-        near = f"tl.arange(0, {count})[:, None] * {name}_s"
-        return f"{name} + ({start}).to(tl.int64) * {name}_s + {near} + {column(part)}"
+        near, at = f"tl.arange(0, {count})[:, None] * {name}_s", column(part)
+        if name == "tail":
+            at = f"({at} % 8 // 2 * {tail_width(self.layout.value_dim) // 4} + {at} // 8 * 2 + {at} % 2)"
+        return f"{name} + ({start}).to(tl.int64) * {name}_s + {near} + {at}"
 
     def masked(self, index: str, part: tuple[int, int], size: int, *, load: bool = True) -> str:
         """Which elements of a tile of rows there are."""

@@ -34,6 +34,7 @@ from kp_compiler.lowering.triton.hopper_text import (
     padded,
     placing,
     specialised,
+    tails,
     told,
 )
 from kp_compiler.specs import AttentionSpec
@@ -188,6 +189,8 @@ def _consumer(writer: Writer) -> list[str]:
     early = _queue(writer.layout) > 1
     before = _first(writer, "lap", "n") + _waited("n") if early else []
     layouts = accumulators(SCORES="INNER", VALUES="E")
+    if writer.layout.continues or writer.layout.unfinished:
+        layouts.append(tails(padded(writer.layout.value_dim)))
     return [*layouts, *_items(writer, before, _item(writer, early=early)), "tma.store_wait(0)"]
 
 
@@ -332,8 +335,13 @@ def _begun(writer: Writer) -> list[str]:
             "acc = tl.zeros([ROWS, E], tl.float32, VALUES)",
         ]
     lines = writer.started(*_at(writer))
-    names = {"upper": "start_out"} | ({"lower": "tail"} if writer.layout.continues else {})
-    lines += [f"{to} = tl.load({''.join(_place(writer, name))})" for to, name in names.items()]
+    lines.append(f"upper = tl.load({''.join(_place(writer, 'start_out', 'VALUES'))})")
+    if writer.layout.continues:
+        lines += [
+            f"lower = tl.load({''.join(_place(writer, 'tail', 'TAIL'))})",
+            "lower = tl.permute(tl.reshape(lower, [ROWS, 4, E // 8, 2]), (0, 2, 1, 3))",
+            "lower = tl.convert_layout(tl.reshape(lower, [ROWS, E]), VALUES)",
+        ]
     there = "tl.convert_layout(total, tl.SliceLayout(1, VALUES))[:, None] > 0.0"
     return [*lines, f"acc = tl.where({there}, {writer.before('upper', 'lower')}, 0.0)"]
 
@@ -345,13 +353,14 @@ def _at(writer: Writer) -> tuple[str, str]:
     return f"(batch * H + head).to(tl.int64) * S + {index}", masked
 
 
-def _place(writer: Writer, name: str) -> tuple[str, str]:
-    """Those of all numbers of each row of a matrix."""
-    rows = "(mine + tl.arange(0, ROWS, tl.SliceLayout(1, VALUES)))[:, None]"
-    columns = "tl.arange(0, E, tl.SliceLayout(0, VALUES))[None, :]"
+def _place(writer: Writer, name: str, layout: str) -> tuple[str, str]:
+    """Those of all numbers of each row of a matrix; of a tail, all that it has memory for."""
+    rows = f"(mine + tl.arange(0, ROWS, tl.SliceLayout(1, {layout})))[:, None]"
+    columns = f"tl.arange(0, E, tl.SliceLayout(0, {layout}))[None, :]"
+    size = writer.layout.value_dim
     base = f"{name} + batch.to(tl.int64) * {name}_b + head.to(tl.int64) * {name}_h"
     some = None if "q" in writer.layout.whole else f"{rows} < S"
-    masked = inside(rows=some, columns=columns, size=writer.layout.value_dim)
+    masked = inside(rows=some, columns=columns, size=padded(size) if name == "tail" else size)
     return f"{base} + {rows}.to(tl.int64) * {name}_s + {columns}", masked
 
 
@@ -364,8 +373,12 @@ def _end(writer: Writer) -> list[str]:
     upper = f"({value}).to(q_tiles.dtype)"
     if writer.layout.unfinished:
         more, upper, tail = divided(value, "bits", "q_tiles.dtype")
-        place, masked = _place(writer, "tail")
-        lines += [*more, f"tl.store({place}, {tail}{masked})"]
+        place, masked = _place(writer, "tail", "TAIL")
+        lines += [
+            *more,
+            f"lower = tl.permute(tl.reshape({tail}, [ROWS, E // 8, 4, 2]), (0, 2, 1, 3))",
+            f"tl.store({place}, tl.convert_layout(tl.reshape(lower, [ROWS, E]), TAIL){masked})",
+        ]
     return [
         *lines,
         "result = held._reinterpret(q_tiles.dtype, [1, 1, ROWS, E], out.layout)",

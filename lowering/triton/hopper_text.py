@@ -50,6 +50,15 @@ def padded(size: int) -> int:
     return max(64, 1 << (size - 1).bit_length())
 
 
+def tails(width: int) -> str:
+    """The layout TAIL of [ROWS, width] numbers in the order of a tail (`lowering.into`), of which each thread
+    has those that are its own of `accumulators`."""
+    near = [[0, 1 << bit] for bit in range((width // 4).bit_length() - 1)]
+    lanes, warps = [[0, width // 4], [0, width // 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
+    bases = f"{[*near, [8, 0]]}, {lanes}, {warps}, [], [ROWS, {width}]"
+    return f"TAIL: tl.constexpr = tl.DistributedLinearLayout({bases})"
+
+
 def accumulators(**columns: str) -> list[str]:
     """Layouts of a warpgroup's products, by name and number of columns."""
     return [
