@@ -25,8 +25,9 @@ from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
 from kp_compiler.lowering.context import pairs, readers
 from kp_compiler.lowering.context.layout import Kind
 from kp_compiler.lowering.context.readers import PROGRAMS, STREAMS
-from kp_compiler.lowering.context.ring import CHUNKS, ROWS, backward_chunks
+from kp_compiler.lowering.context.ring import CHUNKS, ROWS, backward_chunks, few_keys
 from kp_compiler.lowering.context.schedules import SCHEDULES
+from kp_compiler.lowering.into import tail_width
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
@@ -90,8 +91,9 @@ class Sizes:
     @property
     def tail(self) -> Any:
         """Bytes of what results have beside them until they have seen all keys."""
-        elements = self.batch * self.heads * self.queries * self.value_dim
-        return sympy.Piecewise((elements, self.width < 4), (0, True))
+        known = isinstance(self.value_dim, int)
+        width = tail_width(self.value_dim) if known else self.value_dim
+        return sympy.Piecewise((self.batch * self.heads * self.queries * width, self.width < 4), (0, True))
 
 
 SYMBOLS = Sizes(SB, SH, SK, SQ, SD, SE, *sympy.symbols("P U width rate link programs", positive=True))
@@ -141,15 +143,18 @@ def _ring(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
     one, gradients = of.width * of.keys / of.link + LATENCY, 4 * of.keys / of.link
     count = of.backward_chunks()
     moved = 2 * of.width * of.keys  # what comes, and what goes on
+    few = sympy.And(sympy.Eq(of.ranks, 2), few_keys(of.heads, of.kv_heads))  # gathered then, forward
+    gathered = _allgather(spec, layout, of)
     again = moved + of.width * of.keys * sympy.Min(1, count - 1)  # a chunk's own as it goes
     last = gradients + LATENCY
     several = layout == "zigzag" and "causal" in spec.mask.parts and pairs.by_order(spec.mask)
     if several:  # it goes beside all but the first of its own pieces
         last = sympy.Max(0, last - sympy.Rational(3, 4) * back)
+    forward = step + steps * sympy.Max(step, one) + 2 * of.ranks * KERNEL
     return Formula(
-        step + steps * sympy.Max(step, one) + 2 * of.ranks * KERNEL,
+        sympy.Piecewise((gathered.forward, few), (forward, True)),
         back + steps * sympy.Max(back, one + gradients) + last / count + 2 * of.ranks * count * KERNEL,
-        moved + of.tail,
+        sympy.Piecewise((gathered.memory, few), (0, sympy.Eq(of.ranks, 1)), (moved + of.tail, True)),
         # of this chunk, and of the one before
         (again + of.float32(of.head_dim) + (5 + _beside(groups)) * 4 * of.keys) / count,
     )
@@ -167,9 +172,9 @@ def _groups(of: Sizes, spec: AttentionSpec, queries: Any, keys: Any) -> Any:
     """As `readers.grouped`; of symbols, the most groups there may be."""
     if spec.sparse is not None or of.programs == 1:
         return 1
-    sizes = (of.batch, of.heads, queries, keys)
-    if all(sympy.sympify(size).is_Integer for size in sizes):
-        most = readers.count(*map(int, sizes))
+    sizes = [sympy.ceiling(size) for size in (of.batch, of.heads, queries, keys)]
+    if not any(size.free_symbols for size in sizes):
+        most: Any = readers.count(*map(int, sizes))
     else:
         wanted = sympy.ceiling(4 * of.programs / (of.batch * sympy.ceiling(keys / readers.KEYS)))
         rows = sympy.floor(of.heads * queries / readers.ROWS)
@@ -206,13 +211,15 @@ def _ulysses(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
 
 
 def _hybrid(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
-    shared = sympy.Max(1, of.row / of.kv_heads)  # copies of a key head, where there are fewer than ranks
+    # copies of a key head, where there are fewer than ranks
+    shared = sympy.Max(1, _part(of.row, of.kv_heads))
     row = replace(
-        of, heads=of.heads / of.row, kv_heads=shared * of.kv_heads / of.row, queries=of.queries * of.row,
-        ranks=of.ranks / of.row,
+        of, heads=_part(of.heads, of.row), kv_heads=_part(shared * of.kv_heads, of.row),
+        queries=of.queries * of.row, ranks=_part(of.ranks, of.row),
     )  # fmt: skip
     count = row.chunks(1)  # of which each goes round by itself
-    one = _ring(spec, layout, replace(row, heads=row.heads / count, kv_heads=row.kv_heads / count))
+    few = replace(row, heads=_part(row.heads, count), kv_heads=_part(row.kv_heads, count))
+    one = _ring(spec, layout, few)
     forward, backward = count * one.forward, count * one.backward
     given = of.width * (of.matrices + shared * of.keys)  # q, k, v and out
     away = (of.row - 1) / of.row / of.link  # of what there is, seconds for each byte
@@ -225,6 +232,12 @@ def _hybrid(spec: AttentionSpec, layout: Kind, of: Sizes) -> Formula:
         2 * given / count + one.memory,
         2 * (given + 2 * shared * of.keys) / count + one.backward_memory,
     )
+
+
+def _part(x: Any, of: Any) -> Any:
+    """x / of, an int where it is one."""
+    found = sympy.Rational(1) * x / of
+    return int(found) if found.is_Integer else found
 
 
 _FORMULAS: dict[str, Callable[[AttentionSpec, Kind, Sizes], Formula]] = {

@@ -139,7 +139,8 @@ def attend() -> Any:
     `blocks` is empty where the mask bounds loops itself (`mask_render.inequalities`), else holds the four
     tensors of `block_lists.Lists` by blocks of queries and, if gradients are wanted, the four by blocks of
     keys: only these blocks are visited, the mask is applied in the first ones of each line.
-    `start_out` [B,H,S,E], `start_lse` [B,H,S]: what attention over other keys gave, taken into the result.
+    `start_out` [B,H,S,E], `start_lse` [B,H,S]: what attention over other keys gave, taken into the result. Of
+    scores beyond 2²⁰, as finite fills of masks are, start_lse doesn't say how many keys there were.
     """
     _operators()
     return torch.ops.kp.attend.default

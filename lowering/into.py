@@ -2,10 +2,12 @@
 
 Results in half precision that more keys are still to be taken into keep 24 bits of float32: the upper half
 lies in the memory of `out`, the next eight bits in `tail`. So they are rounded by 2⁻¹⁶ each time, and take
-one byte beside their result, where float32 would take four.
+one byte beside their result, where float32 would take four (heads of no power of two, or under 64, take as
+much as the next that is).
 
-Kernels have the numbers of a tail's row in an order of their own: of every eight columns the first two in the
-first quarter, and so on. So what a thread has of a row of products of the tensor cores lies side by side.
+The numbers of a tail's row have an order of their own (`places`): of every eight columns the first two in
+the first quarter of the row, and so on. So what a thread has of a row of products of the tensor cores lies
+side by side.
 """
 
 from __future__ import annotations
@@ -52,13 +54,12 @@ class Into:
         """What it goes on from, in float32 if it has a tail."""
         if self.start is None:
             return None
-        out = self.start[0]
-        return out if self.tail is None else joined(out, self.tail[..., : out.shape[-1]])
+        return self.start[0] if self.tail is None else joined(self.start[0], self.tail)
 
     def put(self, value: Tensor) -> None:
         if self.unfinished:
             assert self.tail is not None
-            divide(value, self.out, self.tail[..., : value.shape[-1]])
+            divide(value, self.out, self.tail)
         else:
             self.out.copy_(value)
 
@@ -73,15 +74,21 @@ def tail_width(width: int) -> int:
     return max(64, 1 << (width - 1).bit_length())
 
 
+def places(upper: Tensor, tail: Tensor) -> Tensor:
+    """Of each column of `upper`, where it is in a row of `tail`."""
+    column = torch.arange(upper.shape[-1], device=upper.device)
+    return column % 8 // 2 * (tail.shape[-1] // 4) + column // 8 * 2 + column % 2
+
+
 def joined(upper: Tensor, tail: Tensor) -> Tensor:
     """float32 of upper halves, in the memory of half precision, and the bits after them."""
-    bits = (upper.view(torch.int16).int() << 16) | (tail.int() << 8)
+    bits = (upper.view(torch.int16).int() << 16) | (tail[..., places(upper, tail)].int() << 8)
     return bits.view(torch.float32)
 
 
 def divide(value: Tensor, upper: Tensor, tail: Tensor) -> None:
-    """`value`, rounded to 24 bits of float32, to both. What is not a number stays so."""
+    """`value`, rounded to 24 bits of float32, to both. The NaNs that arithmetic makes stay NaN."""
     bits = value.float().view(torch.int32)
     bits = torch.where(value.isnan(), bits, bits + ROUND)
     upper.view(torch.int16).copy_(bits >> 16)
-    tail.copy_((bits >> 8) & 0xFF)
+    tail[..., places(upper, tail)] = ((bits >> 8) & 0xFF).to(torch.uint8)

@@ -90,6 +90,8 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver())
     print("forward 64", forward(64, Tile(192, 128, 4, 3)))
     print("forward 128", forward(128, Tile(128, 128, 4, 2)))
+    print("forward 64, unfinished", forward(64, Tile(192, 128, 4, 3), unfinished=True))
     print("forward 128, unfinished", forward(128, Tile(128, 128, 4, 2), unfinished=True))
+    print("forward 256, unfinished", forward(256, Tile(128, 64, 4, 2), unfinished=True))
     print("backward 128", backward(128, Tile(128, 64, 4, 2)))
     print("backward 128, apart", backward(128, Tile(128, 64, 4, 2), apart=True))

@@ -53,7 +53,7 @@ def test_heads_that_can_t_be_divided_have_no_prediction() -> None:
 
 
 def test_memory() -> None:
-    """Of a ring's exchanges three ranks' keys and values, and results in float32; of all that are gathered
+    """Of a ring's exchanges keys and values of two ranks, and a tail; of all that are gathered
     every rank's, three times; of a half of the heads, or a quarter."""
     sizes = {"B": 1, "H": 32, "K": 8, "N": 131072, "D": 128, "E": 128}
     for ranks, key_heads, chunks in ((8, 8, 4), (16, 8, 2), (32, 8, 1), (8, 32, 4)):

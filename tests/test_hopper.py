@@ -100,6 +100,19 @@ def test_results_with_a_tail(dims: tuple[int, int], dtype: torch.dtype) -> None:
     assert mine <= 1.1 * one and lses < 1e-4
 
 
+def test_tails_of_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes on from the other one's."""
+    from kp_compiler.lowering.triton import attention
+    from kp_compiler.lowering.triton.text import compiled
+
+    def either(name: str, text: str) -> Any:
+        return emulation.Kernel(name, text) if "hopper" in name else compiled(name, text)
+
+    monkeypatch.setattr(attention, "compiled", either)
+    mine, one, lses = device.with_a_tail((150, 300), (96, 80), torch.float16, portable=True)
+    assert mine <= 1.1 * one and lses < 1e-4
+
+
 MISSING = {
     "forward": [
         "mbarrier.wait(k_full.index(stage), ((n + i) // STAGES) & 1)",
@@ -170,6 +183,7 @@ def test_compiles_for_the_device() -> None:
     result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = [line.rsplit(" ", 1) for line in result.stdout.splitlines()]
-    names = ["forward 64", "forward 128", "forward 128, unfinished", "backward 128", "backward 128, apart"]
+    names = [f"forward {name}" for name in ("64", "128", *(f"{n}, unfinished" for n in (64, 128, 256)))]
+    names += ["backward 128", "backward 128, apart"]
     assert [name for name, _ in found] == names
     assert all(int(count) <= 16 for _, count in found), found

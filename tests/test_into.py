@@ -19,7 +19,8 @@ def test_24_bits(dtype: torch.dtype) -> None:
     upper, tail = torch.empty(4096, dtype=dtype), torch.empty(4096, dtype=torch.uint8)
     divide(value, upper, tail)
     assert ((joined(upper, tail) - value).abs() <= value.abs() * 2.0**-16).all()
-    assert (joined(upper, tail) - value).mean().abs() < (joined(upper, tail) - value).abs().mean()
+    off = (joined(upper, tail) - value) / value.abs() * value.sign()
+    assert off.mean().abs() < 0.1 * off.abs().mean()  # cut off it would be half of the bound, one way
     found = joined(upper, tail)
     divide(found, upper, tail)
     assert torch.equal(joined(upper, tail), found)

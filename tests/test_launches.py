@@ -147,6 +147,28 @@ def added_up(offset: int) -> float:
     return max(relative_error(a, b.detach()) for a, b in zip((out, dq * 0.125, dk, dv), exact, strict=True))
 
 
+def test_unfinished_and_last(monkeypatch: pytest.MonkeyPatch, bound: list[str]) -> None:
+    """Alike in everything else."""
+    from kp_compiler.lowering import attend
+    from kp_compiler.lowering.triton import hopper
+
+    for name in ("_known", "_hopper"):
+        monkeypatch.setattr(attend, name, lambda *given: hopper)
+    monkeypatch.setattr(hopper, "gains", lambda site: True)
+    q, k, v = tensors(192, 64)
+    plan = attend.Plan(AttentionSpec(0.125))
+    want = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    for _ in range(2):
+        out, start = torch.empty_like(q), None
+        tail = tail_of(out)
+        for begin in (0, 64, 128):
+            some = [x[:, :, begin : begin + 64].contiguous() for x in (k, v)]
+            into = Into(out, start, tail, last=begin == 128)
+            start = out, attend.write(into, q, *some, [], [], [], plan)
+        assert relative_error(out, want) < 4e-3
+    assert len(bound) == 3
+
+
 def test_calls_alike(monkeypatch: pytest.MonkeyPatch, bound: list[str]) -> None:
     """Are launched again before anything is looked at; under other numbers they are looked at."""
     from kp_compiler.lowering import attend

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.attend import by_row
+from kp_compiler.lowering.context import ring
 from kp_compiler.lowering.context.exchange import Peers, Pending
 from kp_compiler.lowering.context.ring import (
     GRADIENTS,
@@ -31,6 +32,16 @@ def forward(shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor) -> tupl
         shard.attend(q[:, mine], keys, values, longest_first, results, apart=True)
         lses.append(results.finish())
     return out, lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+
+
+def forward_of_ring(
+    shard: Shard, peers: Peers | None, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A ring's, but where two ranks have few keys: 32 readers of one head, 32k tokens, take 7.1 ms and 156
+    MiB gathered, 7.4 ms and 206 MiB in a ring (two H200, 2026-11-28)."""
+    if peers is not None and peers.size == 2 and shard.reach and ring.few_keys(q.shape[1], k.shape[1]):
+        return forward(shard, peers, q, k, v)
+    return ring.forward(shard, peers, q, k, v)
 
 
 def _gathered(

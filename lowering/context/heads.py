@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kp_compiler.lowering.attend import by_row
-from kp_compiler.lowering.context import ring
+from kp_compiler.lowering.context import gather, ring
 from kp_compiler.lowering.context.exchange import Peers, Pending
 from kp_compiler.lowering.context.layout import Layout
 from kp_compiler.lowering.context.shard import Shard, wide
@@ -137,7 +137,7 @@ def forward(
     grid = Grid(shard, near, far, q, k)
     out, lse = by_row(q, v.shape[3]), q.new_empty((*q.shape[:3], 1), dtype=wide(q))
     for chunk, (queries, keys, values) in grid.heads.rounds([q], [k, v]):
-        found, rows = ring.forward(grid.of(chunk), far, queries, keys, values)
+        found, rows = gather.forward_of_ring(grid.of(chunk), far, queries, keys, values)
         grid.heads.back(chunk, [(found, out), (rows.unsqueeze(-1), lse)])
     grid.heads.settle()
     return out, lse.squeeze(-1)

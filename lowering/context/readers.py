@@ -15,7 +15,7 @@ ROWS = 2**14  # queries of a group's heads, at least: 0.7 ms of a program with 1
 
 def grouped(q: Tensor, k: Tensor, task: Task) -> list[slice]:
     """Heads of q that a backward pass goes through, beside each other. A program goes through all readers of
-    its keys; where one head of keys has too few programs, 64 of 8k keys, its readers are several groups."""
+    its keys; one head of keys has few programs, 64 of 8k keys, so its readers are several groups."""
     heads, rows = q.shape[1:3]
     wanted = count(k.shape[0], heads, rows, k.shape[2])
     if k.shape[1] > 1 or wanted < 2 or task.spec.sparse is not None:
@@ -26,10 +26,10 @@ def grouped(q: Tensor, k: Tensor, task: Task) -> list[slice]:
 
 def count(batch: int, heads: int, rows: int, keys: int) -> int:
     """How many groups, of one head of keys: those whose programs would be done first if all were alike, of as
-    many as fill a GPU four times; of more than one such number the largest, since programs of a causal mask
-    are not. 32 readers, 32k tokens on two GPUs, forward and backward: 33.3 ms with five groups of 8k keys,
-    31.9 with four, 30.8 with eight; 16k tokens 11.4 ms with nine, 10.0 with eight, 10.9 with sixteen (two
-    H200, 2026-11-28)."""
+    many as fill a GPU four times, two for each stream; of more than one such number the largest, since
+    programs of a causal mask are not. 32 readers, 32k tokens on two GPUs, forward and backward: 33.3 ms with
+    five groups of 8k keys, 31.9 with four, 30.8 with eight; 16k tokens 11.4 ms with nine, 10.0 with eight,
+    10.9 with sixteen (two H200, 2026-11-28)."""
     programs = max(1, batch * -(-keys // KEYS))
     most = max(1, min(2 * STREAMS, -(-4 * PROGRAMS // programs), heads, heads * rows // ROWS))
 

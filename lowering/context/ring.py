@@ -1,8 +1,8 @@
 """Keys and values go round: each rank attends to one rank's at a time, while the next ones are on their way.
 
-Results that are not finished have a tail (`lowering.into`). In the backward pass gradients of keys and values
-go the same way, in float32, some heads after the other (`chunks`): what travels for one chunk does so while
-another one is computed, and only one chunk's gradients of queries are in float32.
+Results in half precision that are not finished have a tail (`lowering.into`). In the backward pass gradients
+of keys and values go the same way, in float32, some heads after the other (`chunks`): what travels for one
+chunk does so while another one is computed, and only one chunk's gradients of queries are in float32.
 
 Methods: Liu et al., Ring Attention (arXiv:2310.01889); Brandon et al., Striped Attention (arXiv:2311.09431),
 of which zigzag is the form for parts.
@@ -50,6 +50,12 @@ def backward_chunks(kv_heads: int, rows: int) -> int:
     6.1, in four 4.3 (two H200, 2026-11-28). `rows`: queries of all heads."""
     count = chunk_count(kv_heads, rows // 2)
     return count if count > 2 else 1
+
+
+def few_keys(heads: int, kv_heads: int) -> bool:
+    """Whether all keys and values of two ranks in order, beside one's that have come, take less memory than
+    these and a tail."""
+    return 8 * kv_heads < heads
 
 
 def forward(shard: Shard, peers: Peers | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The ways in which ranks that share a sequence see each other's keys. All compute the same.
 
-ring         keys and values go round as far as the mask sees: memory of two ranks' parts
+ring         keys and values go round as far as the mask sees: memory of two ranks' parts (where two ranks
+             have few, a forward pass gathers them, which takes less)
 allgather    all of them are gathered and put in order: each query sees its keys at once
 ulysses      heads are shared instead of tokens: q, k, v and out are exchanged, each rank attends over the
              whole sequence with some heads
@@ -46,7 +47,7 @@ def _in_rows(run: Any) -> Any:
 
 
 SCHEDULES: dict[str, tuple[Forward, Backward]] = {
-    "ring": (_among_all(ring.forward), _among_all(ring.backward)),
+    "ring": (_among_all(gather.forward_of_ring), _among_all(ring.backward)),
     "allgather": (_among_all(gather.forward), _among_all(gather.backward)),
     "ulysses": (_among_all(heads.forward, None), _among_all(heads.backward, None)),
     "hybrid": (_in_rows(heads.forward), _in_rows(heads.backward)),

@@ -31,9 +31,10 @@ from kp_compiler.lowering.triton.attention_writer import (
     Layout,
     Masked,
     Writer,
-    divided,
+    halves,
     indented,
     product,
+    rounded,
 )
 from kp_compiler.specs import AttentionSpec
 
@@ -101,8 +102,9 @@ def _forward(w: Writer) -> list[str]:
         lines += w.rows("start_out", "q", w.value, layout.value_dim, "first", "OUTER", to="upper")
         if layout.continues:
             lines += w.rows("tail", "q", w.value, layout.value_dim, "first", "OUTER", to="lower")
+        lines.append("many = total[:, None]")
         lines += [
-            f"acc{i} = tl.where(total[:, None] > 0.0, {w.before(f'upper{i}', f'lower{i}')}, 0.0)"
+            f"acc{i} = tl.where(many > 0.0, {w.before(f'upper{i}', f'lower{i}')} * many, 0.0)"
             for i in range(len(w.value))
         ]
     else:
@@ -130,10 +132,10 @@ def _forward(w: Writer) -> list[str]:
     lines += w.finish()
     value = w.scaled("acc{0} * share[:, None]")
     if layout.unfinished:
-        more = [divided(value.format(i), f"bits{i}", "out.dtype.element_ty")[0] for i in range(len(w.value))]
-        _, value, after = divided("", "bits{0}", "out.dtype.element_ty")
-        lines += [line for each in more for line in each]
-        lines += w.store("tail", after, "q", w.value, layout.value_dim)
+        for i in range(len(w.value)):
+            lines += rounded(value.format(i), f"bits{i}")
+        value, lower = halves("bits{0}", "out.dtype.element_ty")
+        lines += w.store("tail", lower, "q", w.value, layout.value_dim)
     lines += w.store("out", value, "q", w.value, layout.value_dim)
     return [*lines, f"tl.store(lse + {at}, lse2 * {LN2}{masked})"]
 

@@ -27,7 +27,7 @@ from kp_compiler.lowering.triton.attention_loops import (
 from kp_compiler.specs import AttentionSpec
 
 LOG2E = math.log2(math.e)
-MANY = 2.0**24  # keys
+MANY = 2.0**12  # keys
 LN2 = math.log(2.0)
 INFINITY = "float('inf')"
 LOWEST = -(2.0**127)
@@ -155,13 +155,13 @@ class Writer:
         return f"tl.load({name} + (batch * H + head).to(tl.int64) * S + {at}{masked})"
 
     def before(self, upper: str, tail: str) -> str:
-        """What the pass started from, in float32, as the sum of values that `started` makes of it."""
+        """What the pass started from, in float32, as a sum that is still to be `scaled` and multiplied by the
+        `total` of `started`."""
         value = f"{upper}.to(tl.float32)"
         if self.layout.continues:
             bits = f"({upper}.to(tl.int16, bitcast=True).to(tl.int32) << 16) | ({tail}.to(tl.int32) << 8)"
             value = f"({bits}).to(tl.float32, bitcast=True)"
-        kept = 1 - self.spec.dropout_p if self.spec.dropout_p < 1.0 else 1.0
-        return f"{value} * {kept * MANY!r}"
+        return f"{value} * {1 - self.spec.dropout_p!r}" if 0.0 < self.spec.dropout_p < 1.0 else value
 
     # -------------------------------------------------------------------------------------------- beginnings
 
@@ -351,13 +351,15 @@ class Writer:
 
     def started(self, at: str, masked: str) -> list[str]:
         """The running maximum `top` and sum `total` of a pass that goes on from another one: as if there had
-        been MANY keys of one score, with its out as their value. That score is below their true maximum, so
-        that p of other keys is not too small for half precision if it matters at all. `at` is the place in
-        [B,H,S], with the end of a load's arguments, `masked`."""
+        been MANY keys of one score, with its out as their value. Were it one key, p of each of the others
+        would be too small for half precision after many keys. `at` is the place in [B,H,S], with the end of
+        a load's arguments, `masked`."""
         other = ", other=float('-inf')" if masked else ""
         return [
-            f"top = tl.load(start_lse + {at}{masked}{other}) * {LOG2E} - {math.log2(MANY)}",
-            f"total = tl.where(top > float('-inf'), {MANY}, 0.0)",
+            f"earlier = tl.load(start_lse + {at}{masked}{other}) * {LOG2E}",
+            f"top = earlier - {math.log2(MANY)}",
+            # MANY, unless the score is so large that the difference is rounded
+            "total = tl.where(top > float('-inf'), tl.exp2(earlier - top), 0.0)",
         ]
 
     def finish(self) -> list[str]:
@@ -396,15 +398,18 @@ def product(name: str, left: str, right: str, parts: list[tuple[int, int]]) -> l
     ]
 
 
-def divided(value: str, name: str, dtype: str) -> tuple[list[str], str, str]:
-    """Lines that round `value`, in float32, to 24 bits, NAME; its upper half, of `dtype`, and its tail."""
-    lines = [
+def rounded(value: str, name: str) -> list[str]:
+    """Lines that make NAME of `value`: the bits of its float32, rounded to 24 of them."""
+    return [
         f"exact = {value}",
         f"{name} = exact.to(tl.int32, bitcast=True)",
         f"{name} = tl.where(exact == exact, {name} + {ROUND}, {name})",
     ]
-    upper = f"({name} >> 16).to(tl.int16).to({dtype}, bitcast=True)"
-    return lines, upper, f"({name} >> 8).to(tl.uint8)"
+
+
+def halves(name: str, dtype: str) -> tuple[str, str]:
+    """Of what is `rounded`, the upper half, of `dtype`, and the tail."""
+    return f"({name} >> 16).to(tl.int16).to({dtype}, bitcast=True)", f"({name} >> 8).to(tl.uint8)"
 
 
 def column(part: tuple[int, int]) -> str:

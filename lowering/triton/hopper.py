@@ -111,7 +111,7 @@ def forward(site: Site, lists: Lists | None, into: Into) -> Tensor:
     return made["lse"]
 
 
-def forward_kind(into: Into) -> Any:
+def forward_kind(into: Into) -> tuple[str, bool]:
     """What a launch depends on beside its tensors."""
     return "forward", into.unfinished
 

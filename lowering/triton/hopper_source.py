@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
-from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, divided, indented
+from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, halves, indented, rounded
 from kp_compiler.lowering.triton.hopper_text import (
     CHUNKS,
     FLAT,
@@ -342,8 +342,8 @@ def _begun(writer: Writer) -> list[str]:
             "lower = tl.permute(tl.reshape(lower, [ROWS, 4, E // 8, 2]), (0, 2, 1, 3))",
             "lower = tl.convert_layout(tl.reshape(lower, [ROWS, E]), VALUES)",
         ]
-    there = "tl.convert_layout(total, tl.SliceLayout(1, VALUES))[:, None] > 0.0"
-    return [*lines, f"acc = tl.where({there}, {writer.before('upper', 'lower')}, 0.0)"]
+    lines.append("many = tl.convert_layout(total, tl.SliceLayout(1, VALUES))[:, None]")
+    return [*lines, f"acc = tl.where(many > 0.0, {writer.before('upper', 'lower')} * many, 0.0)"]
 
 
 def _at(writer: Writer) -> tuple[str, str]:
@@ -372,10 +372,10 @@ def _end(writer: Writer) -> list[str]:
     value = "acc * tl.convert_layout(share, tl.SliceLayout(1, VALUES))[:, None]"
     upper = f"({value}).to(q_tiles.dtype)"
     if writer.layout.unfinished:
-        more, upper, tail = divided(value, "bits", "q_tiles.dtype")
+        upper, tail = halves("bits", "q_tiles.dtype")
         place, masked = _place(writer, "tail", "TAIL")
         lines += [
-            *more,
+            *rounded(value, "bits"),
             f"lower = tl.permute(tl.reshape({tail}, [ROWS, E // 8, 4, 2]), (0, 2, 1, 3))",
             f"tl.store({place}, tl.convert_layout(tl.reshape(lower, [ROWS, E]), TAIL){masked})",
         ]

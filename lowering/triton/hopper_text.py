@@ -55,7 +55,7 @@ def tails(width: int) -> str:
     has those that are its own of `accumulators`."""
     near = [[0, 1 << bit] for bit in range((width // 4).bit_length() - 1)]
     lanes, warps = [[0, width // 4], [0, width // 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
-    bases = f"{[*near, [8, 0]]}, {lanes}, {warps}, [], [ROWS, {width}]"
+    bases = f"{[*near, [8, 0]]}, {lanes}, {warps}, [], [{ROWS}, {width}]"
     return f"TAIL: tl.constexpr = tl.DistributedLinearLayout({bases})"
 
 
