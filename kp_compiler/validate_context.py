@@ -30,7 +30,7 @@ from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
 
 LINK_BYTES = 2**26  # of a message that tells the speed of a link
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-TOKENS = 256  # of each rank, where schedules are compared with one process
+TOKENS, MOST = 256, 16384  # of each rank, and of all, where schedules are compared with one process
 
 _N = sympy.Symbol("N", positive=True, integer=True)
 _SYMBOLS = {
@@ -145,6 +145,7 @@ def validate_context_parallel(
     small = _small(layout, ranks.size)
     parts = CHUNKS * ranks.size if isinstance(small, Ordered) else small.parts
     problems = []
+    mine, want = _site(small, ranks.rank, heads, kv_heads, head_dim, dtype, device)
     if tokens % parts:
         problems.append(f"{tokens} tokens are not {parts} equal parts: shard_sequence will add some")
     errors = {}
@@ -155,14 +156,14 @@ def validate_context_parallel(
         if heads % sharing:
             problems.append(f"{name}: {heads} heads can't be divided among {sharing} ranks")
             continue
-        off = _error(name, ranks, small, heads, kv_heads, head_dim, dtype, device)
+        off = _error(name, ranks, small, mine, want)
         errors[name] = _most(off, peers, device)
         if not errors[name] < BOUNDS[dtype]:
             problems.append(f"{name}: off by {errors[name]:.1e} from one process")
     link = context_cost.links[ranks.group] = _link(peers, device)
-    mine = -(-tokens // ranks.size)
+    each = -(-tokens // ranks.size)
     shape = AttentionShape(
-        batch, heads, kv_heads, mine, mine, head_dim, head_dim, dtype, device.type, training=True
+        batch, heads, kv_heads, each, each, head_dim, head_dim, dtype, device.type, training=True
     )
     target, spec = targets.detect(device), AttentionSpec(head_dim**-0.5, CAUSAL)
     predicted = context_cost.predict(spec, shape, layout, ranks.size, target, link, row=ranks.row)
@@ -172,28 +173,35 @@ def validate_context_parallel(
 
 
 def _small(layout: Kind, size: int) -> Layout:
-    tokens = TOKENS * size
+    tokens = size * max(CHUNKS, min(TOKENS, MOST // size) // CHUNKS * CHUNKS)
     if layout == "documents":
         return balanced_layout(torch.arange(tokens), size)[0]
     return Layout(layout, size, tokens)
 
 
-def _error(
-    schedule: str, ranks: Ranks, whole: Layout, heads: int, kv_heads: int, width: int, dtype: torch.dtype,
-    device: torch.device,
-) -> float:  # fmt: skip
-    """Of a small site's result on this rank, against float64 in this process."""
+def _site(
+    whole: Layout, rank: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """A rank's q, k and v of a small causal site, and their result, from everyone's in float64."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, n, whole.tokens, width) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
-    spec = AttentionSpec(width**-0.5, CAUSAL)
-    places = whole.positions(ranks.rank, device)
+    places = whole.positions(rank, device)
     mine = [x.index_select(2, places) for x in (q, k, v)]
-    order = [whole.places.to(device)] if isinstance(whole, Ordered) else []
+    by_head = zip(mine[0].chunk(kv_heads, 1), k.split(1, 1), v.split(1, 1), strict=True)
+    spec, want = AttentionSpec(width**-0.5, CAUSAL), []
+    for queries, key, value in by_head:
+        exact = queries.double(), key.double(), value.double()
+        want.append(reference.attention_over(*exact, [], [], spec, rows=places))
+    return mine, torch.cat(want, 1)
+
+
+def _error(schedule: str, ranks: Ranks, whole: Layout, mine: list[Tensor], want: Tensor) -> float:
+    """Of this rank's result."""
+    spec = AttentionSpec(mine[0].shape[3] ** -0.5, CAUSAL)
+    order = [whole.places.to(want.device)] if isinstance(whole, Ordered) else []
     plan = ring.Plan.of(ranks, spec, schedule, whole.kind, "validate_context_parallel")
     got, _ = ring.context_attention()(*mine, order, [], plan.to_json())
-    want = reference.attention_over(q.double(), k.double(), v.double(), [], [], spec)
-    want = want.index_select(2, places)
     return float((got.double() - want).norm() / want.norm())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kp_compiler as kp
-from kp_compiler import context_cost
+from kp_compiler import context_cost, validate_context
 from kp_compiler.cost import RATES
 from kp_compiler.lowering.context import ring as rings
 from kp_compiler.specs import CAUSAL, AttentionShape, AttentionSpec
@@ -103,3 +103,12 @@ def test_chunks_are_counted_alike() -> None:
 def test_errors(call: Any, message: str) -> None:
     with pytest.raises(kp.KPConfigError, match=message):
         call()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "documents"])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 100, 1024, 4096])
+def test_what_schedules_are_tried_on_is_small(layout: Any, size: int) -> None:
+    """As each rank compares it with one process."""
+    found = validate_context._small(layout, size)
+    assert found.tokens % size == 0 and found.tokens <= max(16384, 16 * size)
+    assert found.tokens // size == 256 or size > 64
