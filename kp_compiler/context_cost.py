@@ -25,9 +25,9 @@ from kp_compiler.cost import KERNEL, RATES, SB, SD, SE, SH, SK, SQ, ST
 from kp_compiler.lowering.context import pairs, readers
 from kp_compiler.lowering.context.layout import Kind
 from kp_compiler.lowering.context.readers import PROGRAMS, STREAMS
-from kp_compiler.lowering.context.ring import CHUNKS, ROWS, backward_chunks, few_keys
+from kp_compiler.lowering.context.ring import CHUNKS, ROWS, few_keys
 from kp_compiler.lowering.context.schedules import SCHEDULES
-from kp_compiler.lowering.into import tail_width
+from kp_compiler.lowering.into import padded
 from kp_compiler.metadata import hint
 from kp_compiler.specs import AttentionShape, AttentionSpec
 from kp_compiler.target import Target
@@ -76,23 +76,19 @@ class Sizes:
         return 4 * self.batch * self.heads * self.queries * dim
 
     def chunks(self, times: int) -> Any:
-        """As `ring.count_of`: forward, once the rows, backward twice."""
+        """As `ring.chunk_count`, of once the rows forward, of half as many backward."""
         rows = sympy.floor(self.batch * self.heads * self.queries / (times * ROWS))
         return sympy.Max(1, sympy.Min(CHUNKS, self.kv_heads, rows))
 
     def backward_chunks(self) -> Any:
         """As `ring.backward_chunks`."""
-        rows = self.batch * self.heads * self.queries
-        if all(isinstance(x, int) for x in (self.kv_heads, rows)):
-            return sympy.Integer(backward_chunks(self.kv_heads, rows))
         count = self.chunks(2)
         return sympy.Piecewise((count, count > 2), (1, True))
 
     @property
     def tail(self) -> Any:
         """Bytes of what results have beside them until they have seen all keys."""
-        known = isinstance(self.value_dim, int)
-        width = tail_width(self.value_dim) if known else self.value_dim
+        width = padded(self.value_dim) if isinstance(self.value_dim, int) else self.value_dim
         return sympy.Piecewise((self.batch * self.heads * self.queries * width, self.width < 4), (0, True))
 
 

@@ -145,7 +145,8 @@ def validate_context_parallel(
     small = _small(layout, ranks.size)
     parts = CHUNKS * ranks.size if isinstance(small, Ordered) else small.parts
     problems = []
-    mine, want = _site(small, ranks.rank, heads, kv_heads, head_dim, dtype, device)
+    spec = AttentionSpec(head_dim**-0.5, CAUSAL)
+    mine, want = _site(spec, small, ranks.rank, (heads, kv_heads, head_dim), dtype, device)
     if tokens % parts:
         problems.append(f"{tokens} tokens are not {parts} equal parts: shard_sequence will add some")
     errors = {}
@@ -156,7 +157,7 @@ def validate_context_parallel(
         if heads % sharing:
             problems.append(f"{name}: {heads} heads can't be divided among {sharing} ranks")
             continue
-        off = _error(name, ranks, small, mine, want)
+        off = _error(name, spec, ranks, small, mine, want)
         errors[name] = _most(off, peers, device)
         if not errors[name] < BOUNDS[dtype]:
             problems.append(f"{name}: off by {errors[name]:.1e} from one process")
@@ -165,7 +166,7 @@ def validate_context_parallel(
     shape = AttentionShape(
         batch, heads, kv_heads, each, each, head_dim, head_dim, dtype, device.type, training=True
     )
-    target, spec = targets.detect(device), AttentionSpec(head_dim**-0.5, CAUSAL)
+    target = targets.detect(device)
     predicted = context_cost.predict(spec, shape, layout, ranks.size, target, link, row=ranks.row)
     alone = context_cost.alone(spec, shape, ranks.size, target)
     backend = str(dist.get_backend(peers.group))
@@ -180,25 +181,28 @@ def _small(layout: Kind, size: int) -> Layout:
 
 
 def _site(
-    whole: Layout, rank: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """A rank's q, k and v of a small causal site, and their result, from everyone's in float64."""
+    spec: AttentionSpec, whole: Layout, rank: int, sizes: tuple[int, int, int], dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """A rank's q, k and v of a small site of H, K and D, and their result, from everyone's in float64."""
+    heads, kv_heads, width = sizes
     generator = torch.Generator().manual_seed(0)
-    sizes = [(1, n, whole.tokens, width) for n in (heads, kv_heads, kv_heads)]
-    q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+    shapes = [(1, n, whole.tokens, width) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     places = whole.positions(rank, device)
     mine = [x.index_select(2, places) for x in (q, k, v)]
     by_head = zip(mine[0].chunk(kv_heads, 1), k.split(1, 1), v.split(1, 1), strict=True)
-    spec, want = AttentionSpec(width**-0.5, CAUSAL), []
+    want = []
     for queries, key, value in by_head:
         exact = queries.double(), key.double(), value.double()
         want.append(reference.attention_over(*exact, [], [], spec, rows=places))
     return mine, torch.cat(want, 1)
 
 
-def _error(schedule: str, ranks: Ranks, whole: Layout, mine: list[Tensor], want: Tensor) -> float:
+def _error(
+    schedule: str, spec: AttentionSpec, ranks: Ranks, whole: Layout, mine: list[Tensor], want: Tensor
+) -> float:
     """Of this rank's result."""
-    spec = AttentionSpec(mine[0].shape[3] ** -0.5, CAUSAL)
     order = [whole.places.to(want.device)] if isinstance(whole, Ordered) else []
     plan = ring.Plan.of(ranks, spec, schedule, whole.kind, "validate_context_parallel")
     got, _ = ring.context_attention()(*mine, order, [], plan.to_json())

@@ -50,11 +50,11 @@ class Into:
             found["tail"] = self.tail
         return found
 
-    def earlier(self) -> Tensor | None:
-        """What it goes on from, in float32 if it has a tail."""
-        if self.start is None:
-            return None
-        return self.start[0] if self.tail is None else joined(self.start[0], self.tail)
+    def earlier(self) -> tuple[Tensor, Tensor] | None:
+        """What it goes on from, out in float32 if it has a tail."""
+        if self.start is None or self.tail is None:
+            return self.start
+        return joined(self.start[0], self.tail), self.start[1]
 
     def put(self, value: Tensor) -> None:
         if self.unfinished:
@@ -67,10 +67,12 @@ class Into:
 def tail_of(out: Tensor) -> Tensor:
     """An empty one for results [B,H,S,E]: [B,H,S,E or more] uint8."""
     batch, heads, rows, width = out.shape
-    return out.new_empty((batch, rows, heads, tail_width(width)), dtype=torch.uint8).transpose(1, 2)
+    return out.new_empty((batch, rows, heads, padded(width)), dtype=torch.uint8).transpose(1, 2)
 
 
-def tail_width(width: int) -> int:
+def padded(width: int) -> int:
+    """Columns of a Hopper kernel's tile for heads of this size, where what lies outside of a
+    tensor is read as zeros, and numbers of a tail's row."""
     return max(64, 1 << (width - 1).bit_length())
 
 

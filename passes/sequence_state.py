@@ -98,8 +98,7 @@ class State:
         """Raises Mixed where something is computed with how many tokens there are: that is the number of a
         rank's. Where shapes are static it is a number like others, and is taken for it beside places."""
         for each in node.all_input_nodes:
-            value = value_of(each)
-            if isinstance(value, torch.SymInt | torch.SymFloat) and _symbols(value) & _symbols(self.tokens):
+            if _symbols(value_of(each)) & _symbols(self.tokens):
                 raise Mixed("it computes with the length of a sequence, of which a rank has a part")
         if not self.places.isdisjoint(node.all_input_nodes):
             self.places.add(node)

@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from kp_compiler.lowering.into import padded
 from kp_compiler.lowering.triton.attention import Site, Tile
 from kp_compiler.lowering.triton.hopper_backward_source import backward_parameters, backward_source, dq_part
 from kp_compiler.lowering.triton.hopper_source import hopper_parameters, hopper_source
-from kp_compiler.lowering.triton.hopper_text import ROWS, padded
+from kp_compiler.lowering.triton.hopper_text import ROWS
 from kp_compiler.lowering.triton.text import compiled
 from kp_compiler.specs import AttentionSpec, MaskSpec
 

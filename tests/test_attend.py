@@ -14,7 +14,7 @@ import kp_compiler
 from kp_compiler.lowering import reference
 from kp_compiler.lowering.attend import Plan, add_gradients, attend, write
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.into import Into, tail_of
+from kp_compiler.lowering.into import Into, joined, tail_of
 from kp_compiler.specs import AttentionSpec, BiasSpec, MaskSpec
 from tests.attend_cases import BLOCK, MASK_SPECS, case, covering, exact, lists, run
 from tests.helpers import REFERENCE, relative_error, run_both
@@ -103,6 +103,9 @@ def test_results_to_be_added_up() -> None:
     for span in spans:
         into = Into(out, start, tail, last=span == spans[-1])
         lse = write(into, q, k[:, :, span], v[:, :, span], *given)
+        if start is None:
+            first = reference.attention_over(leaves[0], *(x[:, :, span] for x in leaves[1:]), [], [], spec)
+            assert relative_error(joined(out, tail), first.detach()) < 5e-4
         start = (out, lse)
     assert relative_error(out, want.detach()) <= 1.1 * relative_error(one, want.detach())
     delta = attention.delta_of(grad, out, None)

@@ -17,8 +17,8 @@ from kp_compiler.lowering.context.ring import (
     Sums,
     by_head,
     by_token,
+    chunk_count,
     chunks,
-    count_of,
     zeros,
 )
 from kp_compiler.lowering.context.shard import Shard
@@ -48,7 +48,8 @@ def _gathered(
     shard: Shard, peers: Peers, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """The sequence's keys and values, some heads at a time; the next ones come while these are used."""
-    every = chunks(q, k, count_of(q, k, backward=backward))
+    count = chunk_count(k.shape[1], q.shape[:3].numel() // (2 if backward else 1))
+    every = chunks(q, k, count)
 
     def gather(heads: slice) -> Pending[list[list[Tensor]]]:
         return peers.gather(by_token(k[:, heads], v[:, heads]), KEYS)

@@ -34,9 +34,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task, sink: Tensor | None, in
     found = (_grouped(weights, k.shape[1]) @ _wide(v).unsqueeze(2)).flatten(1, 2), lse
     if sink is not None:
         found = merged(found, (torch.zeros_like(found[0]), sink.to(lse.dtype)[:, None].expand_as(lse)))
-    earlier = into.earlier()
-    if earlier is not None and into.start is not None:
-        found = merged(found, (earlier, into.start[1]))
+    if (earlier := into.earlier()) is not None:
+        found = merged(found, earlier)
     into.put(found[0])
     return found[1]
 

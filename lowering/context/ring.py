@@ -33,10 +33,6 @@ def chunk_count(kv_heads: int, rows: int) -> int:
     return max(1, min(CHUNKS, kv_heads, rows // ROWS))
 
 
-def count_of(q: Tensor, k: Tensor, *, backward: bool) -> int:
-    return chunk_count(k.shape[1], q.shape[:3].numel() // (2 if backward else 1))
-
-
 def chunks(q: Tensor, k: Tensor, count: int) -> list[tuple[slice, slice]]:
     """Heads of q, and of k, that go together."""
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]

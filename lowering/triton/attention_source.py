@@ -67,7 +67,7 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
     tensors += {"forward": [], "dq": ["dq"], "dkdv": ["dk", "dv"], "dbias": ["dbias"]}[kernel]
     if kernel == "forward" and layout.start:
         tensors += ["start_out", "start_lse"]
-    if layout.continues or layout.unfinished:
+    if layout.tail:
         tensors.append("tail")
     strided = [t for t in tensors if t not in ("lse", "delta", "start_lse", "dbias", *layout.described)]
     numbers = [f"{t}_{dim}" for t in strided for dim in ("b", "h", "s")]
@@ -91,8 +91,7 @@ def parameters(kernel: str, spec: AttentionSpec, layout: Layout) -> tuple[str, .
 
 def _forward(w: Writer) -> list[str]:
     layout = w.layout
-    tail = layout.continues or layout.unfinished
-    mine = ["q", "out", *(["start_out"] if layout.start else []), *(["tail"] if tail else [])]
+    mine = ["q", "out", *(["start_out"] if layout.start else []), *(["tail"] if layout.tail else [])]
     lines = w.begin(reverse=True) + w.advance(mine, "head") + w.advance("kv", "kv_head")
     lines += w.rows("q", "q", w.head, layout.head_dim, "first", "OUTER")
     at = "(batch * H + head).to(tl.int64) * S + first + tl.arange(0, OUTER)"
@@ -103,10 +102,7 @@ def _forward(w: Writer) -> list[str]:
         if layout.continues:
             lines += w.rows("tail", "q", w.value, layout.value_dim, "first", "OUTER", to="lower")
         lines.append("many = total[:, None]")
-        lines += [
-            f"acc{i} = tl.where(many > 0.0, {w.before(f'upper{i}', f'lower{i}')} * many, 0.0)"
-            for i in range(len(w.value))
-        ]
+        lines += [f"acc{i} = {w.before(f'upper{i}', f'lower{i}')}" for i in range(len(w.value))]
     else:
         lines += [
             "top = tl.full([OUTER], float('-inf'), tl.float32)",

@@ -15,7 +15,7 @@ import sympy
 
 from kp_compiler.lowering import mask_render
 from kp_compiler.lowering.block_lists import WHOLE
-from kp_compiler.lowering.into import ROUND, tail_width
+from kp_compiler.lowering.into import ROUND, padded
 from kp_compiler.lowering.triton.attention_loops import (
     SIZES,
     Formula,
@@ -68,6 +68,11 @@ class Layout:
     bias: int = 0  # which bias dbias is the gradient of
     summed: frozenset[str] = frozenset()  # of "q" and "k", those that this bias does not vary with
 
+    @property
+    def tail(self) -> bool:
+        """Whether the kernel reads or writes one."""
+        return self.continues or self.unfinished
+
 
 def pieces(size: int) -> list[tuple[int, int]]:
     """First column and width of the parts of a head, powers of two from 16 up; the last may be too wide."""
@@ -95,6 +100,7 @@ class Writer:
         # what scores are multiplied by to be exponents of two, and whether before the maximum is taken
         self.exponent = spec.scale * LOG2E if plain else LOG2E
         self.plain = plain
+        self.drops = 0.0 < spec.dropout_p < 1.0  # some pairs: all are no sum
 
     def _mask(self) -> str | None:
         """The name of what tells pairs that take part, its lines in the formula."""
@@ -126,7 +132,7 @@ class Writer:
     def place(self, name: str, part: tuple[int, int], start: str, count: str) -> str:
         near, at = f"tl.arange(0, {count})[:, None] * {name}_s", column(part)
         if name == "tail":
-            at = f"({at} % 8 // 2 * {tail_width(self.layout.value_dim) // 4} + {at} // 8 * 2 + {at} % 2)"
+            at = f"({at} % 8 // 2 * {padded(self.layout.value_dim) // 4} + {at} // 8 * 2 + {at} % 2)"
         return f"{name} + ({start}).to(tl.int64) * {name}_s + {near} + {at}"
 
     def masked(self, index: str, part: tuple[int, int], size: int, *, load: bool = True) -> str:
@@ -155,13 +161,14 @@ class Writer:
         return f"tl.load({name} + (batch * H + head).to(tl.int64) * S + {at}{masked})"
 
     def before(self, upper: str, tail: str) -> str:
-        """What the pass started from, in float32, as a sum that is still to be `scaled` and multiplied by the
-        `total` of `started`."""
+        """What the pass started from, as a sum of values that is still to be `scaled`; `many` is the `total`
+        of `started`, for all columns."""
         value = f"{upper}.to(tl.float32)"
         if self.layout.continues:
             bits = f"({upper}.to(tl.int16, bitcast=True).to(tl.int32) << 16) | ({tail}.to(tl.int32) << 8)"
             value = f"({bits}).to(tl.float32, bitcast=True)"
-        return f"{value} * {1 - self.spec.dropout_p!r}" if 0.0 < self.spec.dropout_p < 1.0 else value
+        value += f" * {1 - self.spec.dropout_p!r}" if self.drops else ""
+        return f"tl.where(many > 0.0, {value} * many, 0.0)"
 
     # -------------------------------------------------------------------------------------------- beginnings
 
@@ -304,7 +311,7 @@ class Writer:
 
     def kept(self) -> list[str]:
         """Which probabilities dropout keeps: a random number for every pair, the same in all kernels."""
-        if not 0.0 < self.spec.dropout_p < 1.0:
+        if not self.drops:
             return []
         return [
             "zero = tl.zeros([OUTER, INNER], tl.uint32)",
@@ -318,13 +325,13 @@ class Writer:
 
     def dropped(self, name: str) -> str:
         """Probabilities or their gradients after dropout."""
-        if not self.spec.dropout_p:
-            return name
-        return f"tl.where(stays, {name}, 0.0)" if self.spec.dropout_p < 1.0 else f"tl.zeros_like({name})"
+        if self.drops:
+            return f"tl.where(stays, {name}, 0.0)"
+        return f"tl.zeros_like({name})" if self.spec.dropout_p else name
 
     def scaled(self, name: str) -> str:
         """A sum over what dropout kept, made as large as the sum over all."""
-        return f"{name} * {1 / (1 - self.spec.dropout_p)!r}" if 0.0 < self.spec.dropout_p < 1.0 else name
+        return f"{name} * {1 / (1 - self.spec.dropout_p)!r}" if self.drops else name
 
     def recomputed(self, left: str, right: str, *, masked: Masked) -> list[str]:
         """p from both matrices and the log-sum-exp."""

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kp_compiler.lowering.block_lists import Lists
-from kp_compiler.lowering.into import Into
+from kp_compiler.lowering.into import Into, padded
 from kp_compiler.lowering.triton.attention import (
     Site,
     Tile,
@@ -30,7 +30,7 @@ from kp_compiler.lowering.triton.hopper_backward_source import (
     dq_part,
 )
 from kp_compiler.lowering.triton.hopper_source import hopper_parameters, hopper_source
-from kp_compiler.lowering.triton.hopper_text import ROWS, padded
+from kp_compiler.lowering.triton.hopper_text import ROWS
 from kp_compiler.lowering.triton.launches import Launches, alike
 from kp_compiler.specs import AttentionSpec
 from kp_compiler.target import detect

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from kp_compiler.lowering.into import padded
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
 from kp_compiler.lowering.triton.attention_writer import LOG2E, Layout, Writer, indented
@@ -35,7 +36,6 @@ from kp_compiler.lowering.triton.hopper_text import (
     listed_start,
     module,
     number,
-    padded,
     placing,
     specialised,
     told,

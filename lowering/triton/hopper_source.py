@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from kp_compiler.lowering.into import padded
 from kp_compiler.lowering.triton.attention_loops import bounds, sides
 from kp_compiler.lowering.triton.attention_source import parameters
 from kp_compiler.lowering.triton.attention_writer import LN2, Layout, Writer, halves, indented, rounded
@@ -31,7 +32,6 @@ from kp_compiler.lowering.triton.hopper_text import (
     listed_start,
     module,
     number,
-    padded,
     placing,
     specialised,
     tails,
@@ -189,7 +189,7 @@ def _consumer(writer: Writer) -> list[str]:
     early = _queue(writer.layout) > 1
     before = _first(writer, "lap", "n") + _waited("n") if early else []
     layouts = accumulators(SCORES="INNER", VALUES="E")
-    if writer.layout.continues or writer.layout.unfinished:
+    if writer.layout.tail:
         layouts.append(tails(padded(writer.layout.value_dim)))
     return [*layouts, *_items(writer, before, _item(writer, early=early)), "tma.store_wait(0)"]
 
@@ -343,7 +343,7 @@ def _begun(writer: Writer) -> list[str]:
             "lower = tl.convert_layout(tl.reshape(lower, [ROWS, E]), VALUES)",
         ]
     lines.append("many = tl.convert_layout(total, tl.SliceLayout(1, VALUES))[:, None]")
-    return [*lines, f"acc = tl.where(many > 0.0, {writer.before('upper', 'lower')} * many, 0.0)"]
+    return [*lines, f"acc = {writer.before('upper', 'lower')}"]
 
 
 def _at(writer: Writer) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from textwrap import indent
 
+from kp_compiler.lowering.into import padded
 from kp_compiler.lowering.triton.attention_writer import LISTS, Layout, Writer
 from kp_compiler.specs import AttentionSpec
 
@@ -43,11 +44,6 @@ def constants(layout: Layout, **more: int) -> list[str]:
     found = {"OUTER": outer, "ROWS": ROWS, "PARTS": outer // ROWS, "INNER": inner}
     found |= {"D": padded(layout.head_dim), "E": padded(layout.value_dim), "STAGES": layout.stages, **more}
     return [f"{name}: tl.constexpr = {value}" for name, value in found.items()]
-
-
-def padded(size: int) -> int:
-    """Columns of a tile for heads of this size: what lies outside of the tensor is read as zeros."""
-    return max(64, 1 << (size - 1).bit_length())
 
 
 def tails(width: int) -> str:
